@@ -1,0 +1,1 @@
+"""Who sees whom, and the attention that honours it."""

@@ -1,0 +1,112 @@
+"""Proof on a tiny model that a family honours the RiM visibility, before anything large is built."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from rim_dist.attention.registration import use_plain_attention, use_rim_attention
+from rim_dist.data.rows import Readout, build_row, collate
+from rim_dist.errors import ModelError
+
+_TINY = {
+    "vocab_size": 64,
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 64,
+}
+
+
+def _tiny(config: PretrainedConfig) -> PretrainedConfig:
+    """The same family with the smallest sizes: fields that the config has are set, the others stay."""
+    small = copy.deepcopy(config)
+    heads = int(getattr(config, "num_attention_heads", 4))
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    sizes: dict[str, Any] = dict(_TINY, num_key_value_heads=4 if kv_heads == heads else 2)
+    for name, value in sizes.items():
+        if hasattr(small, name) and (getattr(small, name) is not None or name.endswith("_token_id")):
+            setattr(small, name, value)
+    layer_types = getattr(small, "layer_types", None)
+    if layer_types:
+        kinds = list(dict.fromkeys(layer_types))
+        small.layer_types = (kinds * 2)[: max(2, len(kinds))]
+        small.num_hidden_layers = len(small.layer_types)
+    return small
+
+
+def set_dropout(model: torch.nn.Module, probability: float) -> None:
+    """Set every dropout of a model: nn.Dropout modules and attention dropouts kept as numbers."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = probability
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)
+
+
+def probe_family(config: PretrainedConfig, trust_remote_code: bool = False) -> float:
+    """Largest logit difference between a packed row and its unrolled runs on a tiny model of the family.
+
+    Raises ModelError, with the family's name and the reason, if the attention of any layer was not called with
+    the layout or the two differ by more than fp32 rounding explains.
+    """
+    family = config.model_type
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(_tiny(config), trust_remote_code=trust_remote_code).float().eval()
+    except Exception as error:
+        raise ModelError(f"model family {family}: no small copy could be built to prove the RiM mask ({error})") from error
+    set_dropout(model, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    question = torch.randint(0, 64, (5,), generator=generator).tolist()
+    block = [60, 61, 61, 62]
+    readouts = [
+        Readout(k, torch.randint(0, 60, (4,), generator=generator).tolist(), 1.0) for k in (1, 2)
+    ]
+    row = build_row(question, block, 2, readouts)
+    batch = collate([row])
+    try:
+        use_rim_attention(model)
+        with torch.no_grad():
+            packed = model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, rim_layout=batch.layout, use_cache=False
+            ).logits[0]
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"model family {family}: its attention cannot take the RiM mask ({error})") from error
+    seen = batch.layout.attended
+    if len(seen) < model.config.num_hidden_layers:
+        raise ModelError(
+            f"model family {family}: {len(seen)} of {model.config.num_hidden_layers} layers use an attention that can "
+            "take the RiM mask; the family is not supported"
+        )
+    use_plain_attention(model)
+    worst = 0.0
+    for readout in readouts:
+        plain = question + block * readout.block + readout.target[:-1]
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([plain]), use_cache=False).logits[0, -len(readout.target) :]
+        rows = [i for i, (b, label) in enumerate(zip(row.block, row.label, strict=True)) if label >= 0 and b == readout.block]
+        worst = max(worst, float((packed[rows] - expected).abs().max() / expected.abs().max().clamp_min(1.0)))
+    if not worst < 1e-3:
+        raise ModelError(
+            f"model family {family}: a packed row differs from its unrolled runs (largest logit difference {worst:.1e}); "
+            "the family is not supported"
+        )
+    return worst

@@ -1,0 +1,328 @@
+"""The command line. Imports what a command needs when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rim_dist import __version__
+from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, ConfigError, RimError
+
+if TYPE_CHECKING:
+    from rim_dist.data.sources import Sample
+
+_EXIT_STATUS = """exit status:
+  0  done
+  1  failed; starting again would not help
+  2  what was given is wrong: recipe, file, option
+  75 saved and stopped, or lost a peer: start the same command again"""
+
+
+def _example(*lines: str) -> str:
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines) + "\n\n" + _EXIT_STATUS
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rim-dist",
+        description="Train language models to reason in memory blocks (RiM), export and evaluate them.",
+        epilog=_EXIT_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"rim_dist {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, *examples: str, under: argparse._SubParsersAction = commands
+    ) -> argparse.ArgumentParser:
+        sub = under.add_parser(
+            name, help=text, description=text, epilog=_example(*examples), formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    def recipe_arguments(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("recipe", help="YAML recipe (docs/configuration.md lists every field)")
+        sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="fields to override")
+
+    train = command(
+        "train",
+        _train,
+        "Train a recipe through its stages; goes on by itself where an earlier start stopped.",
+        "rim-dist train recipes/demo.yaml run.seed=1",
+        "deepspeed --num_gpus 8 --module rim_dist train recipes/gsm8k-aug-llama-3.2-1b.yaml",
+        "torchrun --nproc_per_node 8 -m rim_dist train recipes/gsm8k-aug-gpt2.yaml",
+        "srun --ntasks-per-node 8 python -m rim_dist train recipes/gsm8k-aug-llama-3.2-3b.yaml",
+    )
+    train.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+    recipe_arguments(train)
+
+    recipe_arguments(
+        command(
+            "prefetch",
+            _prefetch,
+            "Fetch a recipe's model and data and tokenise the data, on a machine with internet, before compute nodes need them.",
+            "rim-dist prefetch recipes/gsm8k-aug-llama-3.2-1b.yaml data.cache_dir=/scratch/tokenised",
+        )
+    )
+    data = command(
+        "data",
+        _data,
+        "Show what a recipe's data becomes: counts, lengths, skipped rows, and samples drawn row by row.",
+        "rim-dist data recipes/demo.yaml --show 2",
+        "rim-dist data recipes/gsm8k-smollm2-135m.yaml data.path=train.jsonl",
+    )
+    data.add_argument("--show", type=int, default=0, metavar="N", help="draw the rows of the first N samples of each stage")
+    recipe_arguments(data)
+
+    def export_arguments(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("checkpoint", help="a checkpoint folder, or a run's folder (its newest checkpoint)")
+        sub.add_argument("out_dir", help="folder to write; must not hold anything else")
+
+    export_arguments(
+        command(
+            "export",
+            _export,
+            "Write a checkpoint as a plain HF folder (short for `convert to-hf`).",
+            "rim-dist export runs/demo exported/",
+        )
+    )
+    convert = commands.add_parser("convert", help="Convert checkpoints.", description="Convert checkpoints.")
+    verbs = convert.add_subparsers(dest="verb", required=True, metavar="VERB")
+    export_arguments(
+        command(
+            "to-hf", _export, "Write a checkpoint as a plain HF folder.", "rim-dist convert to-hf runs/demo exported/", under=verbs
+        )
+    )
+    generate = command(
+        "generate",
+        _generate,
+        "Answer questions with an exported folder; without a question, one a line from standard input.",
+        'rim-dist generate runs/demo/hf "From the attic take red blue pink."',
+        "rim-dist generate runs/demo/hf --every-block < questions.txt",
+    )
+    generate.add_argument("hf_dir", help="an exported folder (any HF causal LM folder works)")
+    generate.add_argument("question", nargs="?", help="the question")
+    generate.add_argument("--blocks", type=int, metavar="K", help="memory blocks (default: as trained)")
+    generate.add_argument("--every-block", action="store_true", help="the answer after every block")
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of an answer (256)")
+
+    evaluate = command(
+        "evaluate",
+        _evaluate,
+        "Accuracy after every block and latency of an exported folder.",
+        "rim-dist evaluate runs/demo/hf synthetic:1 --samples 512",
+        "rim-dist evaluate exported/ gsm8k/test.jsonl --output report/",
+    )
+    evaluate.add_argument("hf_dir", help="an exported folder (any HF causal LM folder works)")
+    evaluate.add_argument("data", help="a file of questions, or synthetic[:SEED]")
+    evaluate.add_argument("--output", metavar="DIR", help="write evaluation.json and answers.jsonl here")
+    evaluate.add_argument(
+        "--format",
+        default="auto",
+        choices=["auto", "gsm8k", "gsm8k_aug", "gsm_hard", "prosqa", "jsonl", "parquet"],
+        help="format of the file (auto)",
+    )
+    evaluate.add_argument("--samples", type=int, default=264, metavar="N", help="questions to ask (264)")
+    evaluate.add_argument("--blocks", type=int, metavar="K", help="memory blocks (default: as trained)")
+    evaluate.add_argument("--batch", type=int, default=64, metavar="N", help="questions answered together (64)")
+    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens of an answer (32; 512 for chains of thought)")
+    evaluate.add_argument("--timed", type=int, default=32, metavar="N", help="questions timed one by one (32)")
+    return parser
+
+
+# ---- commands ----------------------------------------------------------------------------------------------
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from rim_dist.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from rim_dist.parallel.launch import join, leave
+    from rim_dist.training.trainer import Trainer, finished_state, prepare_run
+
+    foundation, data = prepare_run(recipe)
+    if (state := finished_state(recipe)) is not None:
+        _say(f"{recipe.folder}: finished after {state.step} steps ({state.samples} samples); nothing to do", first_only=True)
+        return EXIT_DONE
+    process = join(recipe.parallel.timeout_seconds)
+    Trainer(recipe, process, foundation, data).run()
+    leave()
+    return EXIT_DONE
+
+
+def _prefetch(arguments: argparse.Namespace) -> int:
+    from rim_dist.config import load_recipe
+    from rim_dist.model import fetch_weights
+    from rim_dist.training.trainer import prepare_run
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    foundation, data = prepare_run(recipe)
+    fetch_weights(recipe, foundation)
+    print(f"model: {foundation.source or 'from scratch'}; data: {data.report.used} of {data.report.rows} rows")
+    return EXIT_DONE
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from rim_dist.config import load_recipe
+    from rim_dist.data.show import show_data
+
+    if arguments.show < 0:
+        raise ConfigError(f"--show: {arguments.show} is not allowed; allowed: 0 or more")
+    show_data(load_recipe(arguments.recipe, arguments.overrides), arguments.show)
+    return EXIT_DONE
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from rim_dist.checkpoint.hf_export import export_checkpoint
+
+    print(export_checkpoint(arguments.checkpoint, arguments.out_dir))
+    return EXIT_DONE
+
+
+def _blocks(given: int | None, trained: int) -> int:
+    """The block budget of a command: the trained one unless given. Raises ConfigError if it makes no sense."""
+    if given is None:
+        return trained
+    if trained == 0:
+        raise ConfigError(f"--blocks: {given} is not allowed; this model has no memory blocks")
+    if given < 1:
+        raise ConfigError(f"--blocks: {given} is not allowed; allowed: 1 or more")
+    return given
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from rim_dist.evaluation.evaluate import block_answers, open_export
+    from rim_dist.evaluation.generation import Decoding, answer_questions
+
+    _at_least_one("--max-new-tokens", arguments.max_new_tokens)
+    export = open_export(arguments.hf_dir)
+    blocks = _blocks(arguments.blocks, export.blocks)
+    if arguments.every_block and not blocks:
+        raise ConfigError("--every-block: this model has no memory blocks")
+    questions = [arguments.question] if arguments.question is not None else (line.strip() for line in sys.stdin)
+    decoding = Decoding(arguments.max_new_tokens)
+    asked = 0
+    for question in questions:
+        if not question.strip():
+            continue
+        asked += 1
+        if arguments.every_block:
+            for k, text in enumerate(block_answers(export.model, export.tokenizer, [question], blocks, decoding)[0], 1):
+                print(f"block {k}: {text}", flush=True)
+        else:
+            print(answer_questions(export.model, export.tokenizer, [question], blocks or None, decoding)[0], flush=True)
+    if not asked:
+        raise ConfigError("question: there is none; give one, or one a line on standard input")
+    return EXIT_DONE
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name}: {value} is not allowed; allowed: 1 or more")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from rim_dist.config import ColumnsSection
+    from rim_dist.evaluation.evaluate import COT_FACTOR, evaluate_export, evaluation_samples, open_export, write_evaluation
+    from rim_dist.evaluation.generation import Decoding
+    from rim_dist.evaluation.table import print_evaluation
+
+    for name in ("samples", "batch", "timed"):
+        _at_least_one(f"--{name}", getattr(arguments, name))
+    export = open_export(arguments.hf_dir)
+    blocks = _blocks(arguments.blocks, export.blocks)
+    samples: list[Sample] = evaluation_samples(
+        arguments.data, arguments.format, arguments.samples, ColumnsSection(), export.synthetic_steps
+    )
+    limit = arguments.max_new_tokens or 32 * (COT_FACTOR if export.method == "cot" else 1)
+    result = evaluate_export(export, samples, blocks, Decoding(limit, arguments.batch), arguments.timed)
+    print_evaluation(result, arguments.hf_dir)
+    if arguments.output:
+        try:
+            write_evaluation(result, Path(arguments.output), {"model": arguments.hf_dir, "data": arguments.data})
+        except OSError as error:
+            raise ConfigError(f"--output: {arguments.output} cannot be written ({error.strerror})") from None
+    else:
+        figures = {k: v for k, v in vars(result).items() if k != "answers"}
+        print(json.dumps(figures))
+    return EXIT_DONE
+
+
+# ---- the way out -------------------------------------------------------------------------------------------
+
+
+def _say(text: str, first_only: bool = False) -> None:
+    if first_only and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return
+    print(text, file=sys.stderr, flush=True)
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    """Whether an error says that another rank went away (gloo and NCCL word it differently)."""
+    text = str(error).lower()
+    signs = (
+        "connection closed by peer",
+        "connection reset by peer",
+        "connection refused",
+        "broken pipe",
+        "timed out",
+        "timeout",
+        "remote process exited",
+        "likely closed",
+        "recvbytes failed",
+    )
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def _end_of_rank(status: int) -> int:
+    """With other ranks around, leave at once: waiting in a destructor for a collective would hang them all."""
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    # Threads that spin while they wait take a shared core from those that work: a step became 25 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*")
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except RimError as error:
+        _say(f"rim-dist: {error}")
+        return _end_of_rank(error.exit_status)
+    except KeyboardInterrupt:
+        _say("rim-dist: interrupted")
+        return _end_of_rank(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        rank = os.environ.get("RANK", "0")
+        if _lost_a_peer(error):
+            _say(f"rim-dist: rank {rank}: lost a peer ({str(error).splitlines()[0]}); start the same command again")
+            return _end_of_rank(EXIT_TRY_AGAIN)
+        traceback.print_exc()
+        _say(f"rim-dist: rank {rank}: failed; this is a bug or a fault of the machine")
+        return _end_of_rank(EXIT_FAILED)
+
+
+__all__ = ["EXIT_USAGE", "build_parser", "main"]

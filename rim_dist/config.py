@@ -1,0 +1,462 @@
+"""The recipe: every setting of a run, validated before anything is allocated or written.
+
+A recipe is a YAML file with the sections below; `section.key=value` on the command line overrides
+a field. Validation is pure: it opens no process group and writes no file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, model_validator
+
+from rim_dist.errors import ConfigError
+
+Method = Literal["rim", "direct", "cot"]
+StageName = Literal["stage1", "stage2"]
+STAGE_NAMES: tuple[StageName, StageName] = ("stage1", "stage2")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class RunSection(Section):
+    """What the run is called and where it writes. A run writes only under `OUTPUT_DIR/NAME/`."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's folder.")
+    output_dir: str = Field("runs", min_length=1, description="Folder that holds the run's folder.")
+    seed: StrictInt = Field(0, ge=0, description="Seeds initial weights, data order and dropout.")
+
+
+class LoraSection(Section):
+    """Low-rank adapters (peft). The paper uses rank 128 and does not state the rest."""
+
+    rank: StrictInt = Field(128, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(256.0, gt=0, description="Scale: updates are multiplied by alpha / rank.")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="Module names that get adapters, or `all-linear` (every linear layer but the head)."
+    )
+
+
+class ModelSection(Section):
+    """The language model: an existing one (`init_from`) or a new one (`config`)."""
+
+    init_from: str | None = Field(
+        None,
+        description="HF folder, hub id, or a rim_dist checkpoint (or run) folder whose weights the run starts from.",
+    )
+    config: dict[str, Any] | None = Field(
+        None, description="For training from scratch: `model_type` and the fields of that transformers config."
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="HF folder, hub id, SentencePiece `.model` file, or `synthetic` (the tokenizer of the embedded "
+        "task). Default: the one beside `init_from`.",
+    )
+    revision: str | None = Field(None, description="Hub revision of `init_from`.")
+    trust_remote_code: StrictBool = Field(False, description="Run Python code that comes with the model.")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Precision of forward and backward; the optimizer always keeps fp32 weights."
+    )
+    attention: Literal["auto", "dense"] = Field(
+        "auto", description="How the RiM visibility is computed. `dense` builds the mask of every row; `auto` is `dense`."
+    )
+    activation_checkpointing: StrictBool = Field(
+        False, description="Recompute each layer in the backward pass instead of keeping its activations."
+    )
+    lora: LoraSection | None = Field(
+        None, description="Train adapters and the memory rows only. Null: full fine-tuning."
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSection:
+        if (self.init_from is None) == (self.config is None):
+            raise ValueError("give exactly one of init_from (an existing model) and config (from scratch)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs model_type, for example llama")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("a model from scratch needs tokenizer")
+        if self.lora is not None and self.config is not None:
+            raise ValueError("lora needs init_from: adapters on random weights train nothing useful")
+        return self
+
+
+class MemorySection(Section):
+    """The memory blocks: `[begin, memory x tokens_per_block, end]`, repeated."""
+
+    blocks: StrictInt = Field(
+        8, ge=0, description="K: blocks of every sample in stage 2, and of the exported prompt. Stage 1 uses a block a step."
+    )
+    tokens_per_block: StrictInt = Field(2, ge=0, description="M: memory tokens between begin and end of a block.")
+    begin_token: str = Field("<|mem_begin|>", min_length=1, description="Opens a block. A token the vocabulary has is reused.")
+    memory_token: str = Field("<|mem|>", min_length=1, description="The memory token. A token the vocabulary has is reused.")
+    end_token: str = Field("<|mem_end|>", min_length=1, description="Closes a block. A token the vocabulary has is reused.")
+    initialise: Literal["auto", "mean", "keep"] = Field(
+        "auto",
+        description="Start of the memory rows: `mean` of the old rows with a little seeded noise, `keep` what the model "
+        "has; `auto` is `mean` for added rows and `keep` for reused ones.",
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> MemorySection:
+        if len({self.begin_token, self.memory_token, self.end_token}) != 3:
+            raise ValueError("begin_token, memory_token and end_token must differ")
+        return self
+
+
+class ColumnsSection(Section):
+    """Names of the columns of a JSONL, Parquet or hub source."""
+
+    question: str = Field("question", description="Column of the question (text).")
+    steps: str | None = Field("steps", description="Column of the steps (a list of texts, or one text with a step a line).")
+    answer: str = Field("answer", description="Column of the answer (text or number).")
+
+
+class SyntheticSection(Section):
+    """The embedded task: walks through a house with a fixed map (docs/synthetic.md)."""
+
+    samples: StrictInt = Field(100_000, ge=1, description="Problems in the training set.")
+    min_steps: StrictInt = Field(1, ge=1, description="Shortest walk.")
+    max_steps: StrictInt = Field(5, ge=1, description="Longest walk; evaluation asks only for this one.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SyntheticSection:
+        if self.min_steps > self.max_steps:
+            raise ValueError(f"min_steps {self.min_steps} is above max_steps {self.max_steps}")
+        return self
+
+
+class DataSection(Section):
+    """Where samples (question, steps, answer) come from and what is done with bad ones."""
+
+    source: Literal["synthetic", "gsm8k", "gsm8k_aug", "gsm_hard", "prosqa", "jsonl", "parquet", "hub"] = Field(
+        "synthetic",
+        description="`gsm8k`: its own JSONL; `gsm8k_aug`: text lines `question||<<..>> <<..>> #### answer`; `jsonl`, "
+        "`parquet`: named columns; `hub`: a data set id; `synthetic`: the embedded task.",
+    )
+    path: str | None = Field(None, description="File of the source (all but synthetic and hub).")
+    id: str | None = Field(None, description="Data set id on the hub.")
+    config_name: str | None = Field(None, description="Configuration of the hub data set.")
+    split: str = Field("train", description="Split of the hub data set.")
+    revision: str | None = Field(None, description="Revision of the hub data set.")
+    layout: Literal["columns", "gsm8k", "gsm8k_aug"] = Field(
+        "columns",
+        description="How a hub row is read: `columns`, `gsm8k` (steps and answer inside the answer column), or "
+        "`gsm8k_aug` (a `text` column with the text format).",
+    )
+    columns: ColumnsSection = Field(default_factory=ColumnsSection, description="Column names.")
+    streaming: StrictBool = Field(
+        False, description="Read a hub, JSONL or Parquet source as a stream; totals and epochs are then unknown."
+    )
+    shuffle_buffer: StrictInt = Field(10_000, ge=1, description="Samples in the seeded shuffle buffer of a stream.")
+    limit: StrictInt | None = Field(None, ge=1, description="Use only the first so many rows.")
+    on_bad_sample: Literal["refuse", "skip"] = Field(
+        "refuse", description="A row that cannot be used ends the command, or is skipped and counted with its reason."
+    )
+    max_tokens: StrictInt | None = Field(
+        None,
+        ge=1,
+        description="Longest plain sequence (question, blocks, target) in tokens; longer samples are bad samples. "
+        "Default: the model's positions.",
+    )
+    step_format: str = Field("{step}", description="Target text of a step.")
+    answer_format: str = Field("#### {answer}", description="Target text of the answer.")
+    synthetic: SyntheticSection = Field(default_factory=SyntheticSection, description="The embedded task.")
+    cache_dir: str | None = Field(
+        None, description="Folder for tokenised data, shared between runs. Default: `data/` in the run's folder."
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> DataSection:
+        if self.source not in ("synthetic", "hub") and self.path is None:
+            raise ValueError(f"source {self.source} needs path")
+        if self.source == "hub" and self.id is None:
+            raise ValueError("source hub needs id")
+        if self.streaming and self.source not in ("hub", "jsonl", "parquet"):
+            raise ValueError(f"streaming is for hub, jsonl and parquet, not {self.source}")
+        for name, value in (("step_format", self.step_format), ("answer_format", self.answer_format)):
+            field = "{step}" if name == "step_format" else "{answer}"
+            if field not in value:
+                raise ValueError(f"{name} {value!r} must contain {field}")
+        return self
+
+
+class StageSection(Section):
+    """One stage: its length and its optimisation. Both samples and epochs empty or 0: the stage is left out."""
+
+    samples: StrictInt | None = Field(None, ge=0, description="Samples the stage consumes (instead of epochs).")
+    epochs: float | None = Field(None, ge=0, description="Passes over the data (instead of samples).")
+    learning_rate: float = Field(1e-4, gt=0, description="Learning rate after warm-up.")
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="Learning rate after warm-up: constant, or down to 0 by a cosine or a line."
+    )
+    warmup_fraction: float = Field(0.04, ge=0, lt=1, description="Share of the stage's steps in which the rate rises linearly.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Every dropout of the model (attention, residual, embedding, LoRA) in this stage."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> StageSection:
+        if self.samples is not None and self.epochs is not None:
+            raise ValueError("give samples or epochs, not both")
+        return self
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.samples or self.epochs)
+
+
+class Stage1Section(StageSection):
+    """Grounding: a block for each step; readout t predicts step t + 1, the last one the answer."""
+
+    max_steps: StrictInt = Field(13, ge=1, description="Most steps of a sample.")
+    longer: Literal["skip", "truncate"] = Field(
+        "skip", description="Samples with more steps are left out (and counted), or keep their first max_steps steps."
+    )
+    targets: Literal["next_step", "same_step"] = Field(
+        "next_step",
+        description="`next_step`: T blocks, target(t) = step t + 1, the last one the answer. `same_step`: T + 1 blocks, "
+        "target(t) = step t, the last one the answer. Open in the paper's digests.",
+    )
+    weights: Literal["relative", "absolute", "constant"] = Field(
+        "relative",
+        description="lambda of the t-th of T targets at share u of the stage: `relative` max(0, 1 - u T / t), `absolute` "
+        "max(0, 1 - u max_steps / t), `constant` 1. The answer always weighs 1. Open in the paper's digests.",
+    )
+
+
+class Stage2Section(StageSection):
+    """Refinement: K blocks for every sample; every readout predicts the answer."""
+
+    weights: Literal["linear", "constant"] = Field(
+        "linear", description="alpha of block k: `linear` 2k / (K (K + 1)), `constant` 1 / K."
+    )
+
+
+class CurriculumSection(Section):
+    """The stages. `direct` and `cot` go through the same stages with their own target."""
+
+    stage1: Stage1Section = Field(default_factory=Stage1Section, description="Grounding.")
+    stage2: Stage2Section = Field(default_factory=Stage2Section, description="Refinement.")
+    normalisation: Literal["weight", "sample"] = Field(
+        "weight",
+        description="The loss of an optimizer step is the weighted sum over tokens divided by the total `weight` of its "
+        "tokens, or by its number of samples (the paper's formula as written).",
+    )
+
+    def stage(self, name: StageName) -> Stage1Section | Stage2Section:
+        return self.stage1 if name == "stage1" else self.stage2
+
+
+class OptimizerSection(Section):
+    """AdamW and the batch."""
+
+    global_batch: StrictInt = Field(128, ge=1, description="Samples of an optimizer step, over all ranks.")
+    micro_batch: StrictInt = Field(16, ge=1, description="Most samples a rank runs in one forward pass. No effect on the result.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second decay.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay (matrices only, not norms and biases).")
+    gradient_clipping: float = Field(1.0, ge=0, description="Largest gradient norm; 0 switches clipping off.")
+
+
+class ParallelSection(Section):
+    """How the model is spread over ranks."""
+
+    zero_stage: StrictInt = Field(3, ge=0, le=3, description="DeepSpeed ZeRO stage.")
+    offload: StrictBool = Field(False, description="ZeRO-3 with optimizer and parameters in CPU memory.")
+    tensor: StrictInt = Field(1, ge=1, le=1, description="Tensor parallel degree (this version: 1).")
+    sequence: StrictInt = Field(1, ge=1, le=1, description="Sequence parallel degree (this version: 1).")
+    deepspeed_config: str | None = Field(
+        None, description="A DeepSpeed JSON of your own instead of `ds_configs/`; keys the trainer owns are refused."
+    )
+    timeout_seconds: float = Field(1800.0, gt=0, description="A collective that takes longer ends the run.")
+
+    @model_validator(mode="after")
+    def _offload_needs_zero3(self) -> ParallelSection:
+        if self.offload and self.zero_stage != 3:
+            raise ValueError(f"offload needs zero_stage 3, not {self.zero_stage}")
+        return self
+
+
+class CheckpointSection(Section):
+    """When the state is saved, and how much of it is kept."""
+
+    every_steps: StrictInt = Field(500, ge=0, description="Save after so many optimizer steps; 0: only at the end of a stage.")
+    keep: StrictInt = Field(2, ge=1, description="Complete checkpoints that are kept.")
+
+
+class EvaluationSection(Section):
+    """Accuracy during training, generated exactly as an unmodified server would."""
+
+    every_steps: StrictInt = Field(0, ge=0, description="Evaluate after so many optimizer steps; 0: only at the end.")
+    at_end: StrictBool = Field(True, description="Evaluate after the last step.")
+    samples: StrictInt = Field(264, ge=1, description="Questions to ask (the first ones of the data).")
+    batch: StrictInt = Field(64, ge=1, description="Questions answered together.")
+    data: str | None = Field(
+        None,
+        description="File of the evaluation questions, or `synthetic[:SEED]`. Default: `synthetic` for synthetic "
+        "training data, none otherwise.",
+    )
+    format: Literal["auto", "gsm8k", "gsm8k_aug", "gsm_hard", "prosqa", "jsonl", "parquet"] = Field(
+        "auto", description="Format of the evaluation file; `auto` recognises it."
+    )
+    max_new_tokens: StrictInt = Field(32, ge=1, description="Most tokens of an answer (chains of thought: 16 times as many).")
+
+
+class LoggingSection(Section):
+    """What is reported besides `metrics.jsonl`, which is always written."""
+
+    every_steps: StrictInt = Field(10, ge=1, description="Print a progress line after so many steps (not on a terminal).")
+    wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases.")
+    wandb_project: str = Field("rim_dist", description="Project of the W&B run.")
+    tensorboard: StrictBool = Field(False, description="Write TensorBoard events (needs the tensorboard package).")
+    profile: tuple[StrictInt, StrictInt] | None = Field(
+        None, description="[FIRST, LAST] optimizer steps to record with torch.profiler, written to `report/`."
+    )
+
+
+class Recipe(Section):
+    """A complete run."""
+
+    method: Method = Field("rim", description="`rim`, or a baseline: `direct` (answer at once), `cot` (chain of thought).")
+    run: RunSection = Field(default_factory=RunSection, description="Name and place.")
+    model: ModelSection = Field(description="The model.")
+    memory: MemorySection = Field(default_factory=MemorySection, description="The memory blocks.")
+    data: DataSection = Field(default_factory=DataSection, description="The data.")
+    curriculum: CurriculumSection = Field(default_factory=CurriculumSection, description="The stages.")
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="Optimizer and batch.")
+    parallel: ParallelSection = Field(default_factory=ParallelSection, description="ZeRO and parallel degrees.")
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="Saving.")
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Evaluation.")
+    logging: LoggingSection = Field(default_factory=LoggingSection, description="Logging.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.method == "rim":
+            for name in ("blocks", "tokens_per_block"):
+                if getattr(self.memory, name) == 0:
+                    raise ValueError(f"memory.{name}: 0 is not allowed with method rim; allowed: 1 or more")
+        if not (self.curriculum.stage1.enabled or self.curriculum.stage2.enabled):
+            raise ValueError("curriculum: no stage has samples or epochs; there is nothing to train")
+        if self.data.streaming:
+            for name in STAGE_NAMES:
+                if self.curriculum.stage(name).epochs:
+                    raise ValueError(f"curriculum.{name}.epochs: a stream has no known length; give samples")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder: all that the run writes is below it."""
+        return Path(self.run.output_dir) / self.run.name
+
+
+def nested_section(annotation: Any) -> type[Section] | None:
+    """The section class behind a field's annotation (also inside an optional), or None."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for option in typing.get_args(annotation):
+            if (section := nested_section(option)) is not None:
+                return section
+    return None
+
+
+def field_names(section: type[Section] = Recipe, prefix: str = "") -> list[str]:
+    """Dotted names of all fields, sections included."""
+    names = []
+    for name, field in section.model_fields.items():
+        names.append(prefix + name)
+        nested = nested_section(field.annotation)
+        if nested is not None:
+            names.extend(field_names(nested, f"{prefix}{name}."))
+    return names
+
+
+def _nearest(path: str) -> str:
+    """The known field closest to an unknown dotted name: the same section first, then a same-named field elsewhere."""
+    names = field_names()
+    parent, _, leaf = path.rpartition(".")
+    siblings = [n for n in names if n.rpartition(".")[0] == parent]
+    match = difflib.get_close_matches(path, siblings, n=1, cutoff=0.6)
+    if not match:
+        match = [n for n in names if n.rpartition(".")[2] == leaf][:1] or difflib.get_close_matches(path, names, n=1, cutoff=0.4)
+    if match:
+        return f"; did you mean {match[0]}?"
+    return f"; known here: {', '.join(siblings)}" if siblings else ""
+
+
+def _describe(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"] if not str(part).startswith("function-"))
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown key{_nearest(path)}"
+    if error["type"] == "missing":
+        return f"{path}: is required"
+    if error["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: {error['input']!r} is not allowed; {message[0].lower()}{message[1:]}"
+
+
+def _assign(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write section.key=value")
+    if key not in field_names() and not key.startswith("model.config."):
+        raise ConfigError(f"{key}: unknown key{_nearest(key)}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: {text!r} is not a YAML value") from error
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key}: {parent} is not a section")
+        node = child
+    node[leaf] = value
+
+
+def validate_recipe(tree: Any, origin: str) -> Recipe:
+    """Check a parsed recipe. `origin` names it in messages. Raises ConfigError, a line per wrong field."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{origin}: a recipe is a mapping of sections, not {type(tree).__name__}")
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = sorted({_describe(e) for e in error.errors()})
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe, apply `section.key=value` overrides and validate the result."""
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        raise ConfigError(f"{path}: the recipe is empty")
+    if isinstance(tree, dict):
+        for override in overrides:
+            _assign(tree, override)
+    return validate_recipe(tree, str(path))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The fully resolved recipe as YAML; `load_recipe` of it gives the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,127 @@
+"""From samples to token ids: prompts through the chat template, targets as plain text with end-of-text."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from rim_dist.config import Recipe
+from rim_dist.data.sources import BadSample, Sample, source_name
+from rim_dist.errors import DataError
+from rim_dist.memory import MemoryTokens, prompt_ids
+from rim_dist.objective.curriculum import longest_sequence
+
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """Token ids of one sample; steps and answer end with the end-of-text token. `line` is its line in the source."""
+
+    question: list[int]
+    steps: list[list[int]]
+    answer: list[int]
+    line: int
+
+
+@dataclass
+class DataReport:
+    """What became of the rows of a source: used + skipped = rows."""
+
+    rows: int = 0
+    used: int = 0
+    truncated: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    steps: Counter[int] = field(default_factory=Counter)
+
+    def skip(self, bad: BadSample, name: str) -> None:
+        self.skipped[bad.reason] += 1
+        self.examples.setdefault(bad.reason, f"{name}:{bad.line}" + (f" ({bad.detail})" if bad.detail else ""))
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "rows": self.rows,
+            "used": self.used,
+            "truncated": self.truncated,
+            "skipped": dict(self.skipped),
+            "examples": self.examples,
+            "steps": {str(k): v for k, v in sorted(self.steps.items())},
+        }
+
+    @staticmethod
+    def from_json(tree: dict) -> DataReport:
+        return DataReport(
+            tree["rows"],
+            tree["used"],
+            tree["truncated"],
+            Counter(tree["skipped"]),
+            dict(tree["examples"]),
+            Counter({int(k): v for k, v in tree["steps"].items()}),
+        )
+
+
+def encode(
+    recipe: Recipe,
+    rows: Iterable[Sample | BadSample],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: MemoryTokens,
+    positions: int,
+    report: DataReport,
+) -> Iterator[EncodedSample]:
+    """Token ids of every usable row, in order; `report` counts the rest with reasons.
+
+    `positions` is the longest sequence the model takes. Raises DataError, with file and line, at the first bad row if
+    `data.on_bad_sample` is `refuse`. Samples with too many steps follow `curriculum.stage1.longer`.
+    """
+    name = source_name(recipe.data)
+    stage1 = recipe.curriculum.stage1
+
+    def reject(bad: BadSample) -> None:
+        if recipe.data.on_bad_sample == "refuse":
+            detail = f" ({bad.detail})" if bad.detail else ""
+            raise DataError(
+                f"{name}:{bad.line}: {bad.reason}{detail}; correct the row or set data.on_bad_sample=skip to leave such rows out"
+            )
+        report.skip(bad, name)
+
+    iterator = iter(rows)
+    while chunk := list(itertools.islice(iterator, _CHUNK)):
+        report.rows += len(chunk)
+        good: list[Sample] = []
+        for row in chunk:
+            if isinstance(row, BadSample):
+                reject(row)
+            elif len(row.steps) > stage1.max_steps and stage1.longer == "skip":
+                report.skip(BadSample(row.line, f"more than curriculum.stage1.max_steps={stage1.max_steps} steps"), name)
+            else:
+                good.append(row)
+        questions = prompt_ids(tokenizer, [s.question for s in good], blocks=0)
+        targets = [
+            [*(recipe.data.step_format.format(step=t) for t in s.steps), recipe.data.answer_format.format(answer=s.answer)]
+            for s in good
+        ]
+        texts = [text for sample_targets in targets for text in sample_targets]
+        encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        for sample, question, sample_targets in zip(good, questions, targets, strict=True):
+            *steps, answer = [[*next(encoded), tokenizer.eos_token_id] for _ in sample_targets]
+            if len(steps) > stage1.max_steps:
+                steps = steps[: stage1.max_steps]
+                report.truncated += 1
+            if any(i in tokens.ids for ids in (question, *steps, answer) for i in ids):
+                reject(BadSample(sample.line, "the text contains a memory token"))
+                continue
+            longest = longest_sequence(
+                recipe.method, recipe.curriculum, recipe.memory.blocks, len(tokens.block), len(question), [*map(len, steps)], len(answer)
+            )
+            limit = min(positions, recipe.data.max_tokens or positions)
+            if longest > limit:
+                reject(BadSample(sample.line, f"longer than {limit} tokens", f"{longest} tokens"))
+                continue
+            report.used += 1
+            report.steps[len(steps)] += 1
+            yield EncodedSample(question, steps, answer, sample.line)

@@ -1,0 +1,95 @@
+"""Global batches: a fixed list of samples, dealt to ranks and cut into micro-batches.
+
+Which samples an optimizer step sees depends on the seed and the step alone. How they are spread over ranks and
+micro-batches changes nothing but rounding, since the loss is divided once by the weight of the whole step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rim_dist.config import Recipe, StageName
+from rim_dist.data.encoding import EncodedSample
+from rim_dist.data.prepared import SampleStream
+from rim_dist.data.rows import Batch, Row, collate
+from rim_dist.memory import MemoryTokens
+from rim_dist.objective.curriculum import sample_row
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of the run in steps: `first_sample` is its start in the run's sample stream."""
+
+    name: StageName
+    samples: int
+    steps: int
+    first_sample: int
+    first_step: int
+
+
+def plan_stages(recipe: Recipe, epoch_samples: int) -> list[StagePlan]:
+    """The enabled stages with their lengths; an epoch has `epoch_samples` samples."""
+    plans: list[StagePlan] = []
+    sample = step = 0
+    for name in ("stage1", "stage2"):
+        stage = recipe.curriculum.stage(name)
+        if not stage.enabled:
+            continue
+        samples = stage.samples or max(1, round((stage.epochs or 0.0) * epoch_samples))
+        steps = -(-samples // recipe.optimizer.global_batch)
+        plans.append(StagePlan(name, samples, steps, sample, step))
+        sample, step = sample + samples, step + steps
+    return plans
+
+
+@dataclass
+class RankShare:
+    """A rank's part of one optimizer step: its micro-batches and the loss weight of its rows."""
+
+    micro_batches: list[Batch]
+    weight: float
+    samples: list[EncodedSample]
+
+
+class BatchLoader:
+    """Builds the micro-batches of this rank for any step of any stage."""
+
+    def __init__(self, recipe: Recipe, data: SampleStream, tokens: MemoryTokens, rank: int, ranks: int) -> None:
+        self._recipe, self._data, self._tokens = recipe, data, tokens
+        self._rank, self._ranks = rank, ranks
+
+    def step_samples(self, stage: StagePlan, step: int) -> list[EncodedSample]:
+        """The samples of the whole global batch of a stage's step (the last one of a stage may be smaller)."""
+        start = step * self._recipe.optimizer.global_batch
+        stop = min(start + self._recipe.optimizer.global_batch, stage.samples)
+        return self._data.samples(stage.first_sample + start, stage.first_sample + stop)
+
+    def row(self, stage: StagePlan, step: int, sample: EncodedSample) -> Row:
+        share = step * self._recipe.optimizer.global_batch / stage.samples
+        return sample_row(
+            self._recipe.method,
+            stage.name,
+            self._recipe.curriculum,
+            self._recipe.memory.blocks,
+            self._tokens.block,
+            sample.question,
+            sample.steps,
+            sample.answer,
+            share,
+        )
+
+    def share(self, stage: StagePlan, step: int) -> RankShare:
+        """This rank's micro-batches: as many on every rank, of similar lengths, a weightless row filling an empty place."""
+        samples = self.step_samples(stage, step)
+        rows = [(self.row(stage, step, sample), sample) for sample in samples]
+        # Longest first, dealt in turns: ranks get like lengths, and a micro-batch's rows need little padding.
+        rows.sort(key=lambda pair: -len(pair[0]))
+        mine = rows[self._rank :: self._ranks]
+        per_rank = -(-len(rows) // self._ranks)
+        micro = self._recipe.optimizer.micro_batch
+        count = -(-per_rank // micro)
+        batches = []
+        for i in range(count):
+            part = [row for row, _ in mine[i * micro : (i + 1) * micro]]
+            batches.append(collate(part or [rows[-1][0].without_weight()]))
+        return RankShare(batches, sum(row.total_weight for row, _ in mine), [sample for _, sample in mine])

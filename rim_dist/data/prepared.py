@@ -1,0 +1,187 @@
+"""Tokenised data: encoded once by one process, kept on disk, read memory-mapped; or streamed.
+
+Both kinds answer one question: which samples stand at positions [start, stop) of the run's sample stream. The answer
+depends on the seed alone, never on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+import rim_dist
+from rim_dist.config import Recipe
+from rim_dist.data.encoding import DataReport, EncodedSample, encode
+from rim_dist.data.sources import read_source, source_name
+from rim_dist.errors import DataError
+from rim_dist.memory import MemoryTokens
+
+
+class SampleStream(Protocol):
+    """Samples by their position in the run's stream."""
+
+    report: DataReport
+
+    def samples(self, start: int, stop: int) -> list[EncodedSample]:
+        """The samples at positions start .. stop - 1."""
+
+    def __len__(self) -> int:
+        """Samples of one epoch; 0 if unknown (a stream)."""
+
+
+class PreparedData:
+    """Memory-mapped samples in a folder written by `prepare`, visited in a new seeded order each epoch."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.report = DataReport.from_json(meta["report"])
+        self._tokens = numpy.load(folder / "tokens.npy", mmap_mode="r")
+        self._ends = numpy.load(folder / "segment_ends.npy", mmap_mode="r")
+        self._first = numpy.load(folder / "first_segment.npy", mmap_mode="r")
+        self._lines = numpy.load(folder / "lines.npy", mmap_mode="r")
+        self._seed = seed
+        self._order: tuple[int, numpy.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> EncodedSample:
+        first, last = int(self._first[index]), int(self._first[index + 1])
+        ends = self._ends[first : last + 1].tolist()  # the entry before a segment's end is its start
+        flat = self._tokens[ends[0] : ends[-1]].tolist()
+        pieces = [flat[a - ends[0] : b - ends[0]] for a, b in zip(ends, ends[1:], strict=False)]
+        return EncodedSample(pieces[0], pieces[1:-1], pieces[-1], int(self._lines[index]))
+
+    def samples(self, start: int, stop: int) -> list[EncodedSample]:
+        return [self[self.index_at(position)] for position in range(start, stop)]
+
+    def index_at(self, position: int) -> int:
+        """Index in the data of the sample at a stream position: a permutation of the data for each epoch."""
+        epoch, offset = divmod(position, len(self))
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, numpy.random.default_rng([self._seed, epoch]).permutation(len(self)))
+        return int(self._order[1][offset])
+
+
+class StreamedData:
+    """A source read as it comes through a seeded shuffle buffer; going back starts it again from the beginning."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTokens, positions: int) -> None:
+        self.report = DataReport()
+        self._arguments = (tokenizer, tokens, positions)
+        self._recipe = recipe
+        self._position = 0
+        self._iterator = self._forever()
+
+    def __len__(self) -> int:
+        return 0
+
+    def samples(self, start: int, stop: int) -> list[EncodedSample]:
+        if start < self._position:
+            self.report, self._position, self._iterator = DataReport(), 0, self._forever()
+        while self._position < start:
+            next(self._iterator)
+            self._position += 1
+        self._position = max(self._position, stop)
+        return [next(self._iterator) for _ in range(start, stop)]
+
+    def _forever(self) -> Iterator[EncodedSample]:
+        epoch = 0
+        while True:
+            generator = numpy.random.default_rng([self._recipe.run.seed, epoch])
+            buffer: list[EncodedSample] = []
+            count = 0
+            rows = read_source(self._recipe.data, self._recipe.run.seed)
+            for sample in encode(self._recipe, rows, *self._arguments, self.report):
+                count += 1
+                if len(buffer) < self._recipe.data.shuffle_buffer:
+                    buffer.append(sample)
+                    continue
+                chosen = int(generator.integers(len(buffer)))
+                yield buffer[chosen]
+                buffer[chosen] = sample
+            if not count:
+                raise DataError(f"{source_name(self._recipe.data)}: no usable sample in the data")
+            for chosen in generator.permutation(len(buffer)).tolist():
+                yield buffer[chosen]
+            epoch += 1
+
+
+def _digest_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: int) -> str:
+    """A name for the tokenised data: changes when anything that decides a token or a rejected row changes."""
+    data = recipe.data
+    source_file = Path(data.path) if data.path else None
+    parts = {
+        "version": rim_dist.__version__,
+        "data": data.model_dump(mode="json", exclude={"cache_dir", "path"}),
+        "file": _digest_file(source_file) if source_file and source_file.is_file() else None,
+        "seed": recipe.run.seed if data.source == "synthetic" else None,
+        "method": recipe.method,
+        "memory": recipe.memory.model_dump(mode="json", exclude={"initialise"}),
+        "stage1": [recipe.curriculum.stage1.enabled, recipe.curriculum.stage1.max_steps, recipe.curriculum.stage1.longer, recipe.curriculum.stage1.targets],
+        "stage2": recipe.curriculum.stage2.enabled,
+        "positions": positions,
+        "template": tokenizer.chat_template,
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "probe": tokenizer("From 3 to 48/2=24, then: été\n  end.")["input_ids"],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def prepare(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTokens, positions: int, folder: Path
+) -> PreparedData:
+    """Encode the recipe's data into `folder` (once: a later call, or another process, finds it) and open it.
+
+    Safe for any number of processes at once: a file lock lets one of them build, the others wait for it, however long
+    it takes, outside of any collective. Raises DataError if no row is usable.
+    """
+    target = folder / fingerprint(recipe, tokenizer, positions)
+    if not (target / "meta.json").is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / "lock"):
+                if not (target / "meta.json").is_file():
+                    _build(recipe, tokenizer, tokens, positions, target)
+        except OSError as error:
+            raise DataError(f"{folder}: tokenised data cannot be written ({error.strerror or error})") from None
+    return PreparedData(target, recipe.run.seed)
+
+
+def _build(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTokens, positions: int, target: Path
+) -> None:
+    flat, ends, first, lines = array("i"), array("q", [0]), array("q", [0]), array("q")
+    report = DataReport()
+    rows = read_source(recipe.data, recipe.run.seed)
+    for sample in encode(recipe, rows, tokenizer, tokens, positions, report):
+        for piece in (sample.question, *sample.steps, sample.answer):
+            flat.extend(piece)
+            ends.append(len(flat))
+        first.append(len(ends) - 1)
+        lines.append(sample.line)
+    if not lines:
+        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in report.skipped.items()) or "it has no rows"
+        raise DataError(f"{source_name(recipe.data)}: no usable sample in the data ({reasons})")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for name, values in (("tokens", flat), ("segment_ends", ends), ("first_segment", first), ("lines", lines)):
+        numpy.save(partial / f"{name}.npy", numpy.frombuffer(values, dtype=numpy.dtype(values.typecode)))
+    (partial / "meta.json").write_text(json.dumps({"report": report.to_json()}, indent=1), encoding="utf-8")
+    os.replace(partial, target)

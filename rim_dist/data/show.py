@@ -1,0 +1,82 @@
+"""`rim-dist data`: what the data becomes, so that a person can see the method."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rim_dist.attention.visibility import KIND_NAMES
+from rim_dist.config import Recipe
+from rim_dist.data.encoding import DataReport
+from rim_dist.data.loader import BatchLoader, plan_stages
+from rim_dist.data.prepared import PreparedData, SampleStream, StreamedData, prepare
+from rim_dist.data.rows import IGNORE, Row
+from rim_dist.data.sources import source_name
+from rim_dist.model import Foundation, lay_foundation
+
+_STREAM_LOOK = 1000
+
+
+def show_data(recipe: Recipe, samples: int) -> None:
+    """Print counts, step histogram and lengths of a recipe's data, and `samples` samples of each stage row by row."""
+    foundation = lay_foundation(recipe)
+    console = Console(highlight=False, soft_wrap=True)
+    arguments = (recipe, foundation.tokenizer, foundation.tokens, foundation.positions)
+    with tempfile.TemporaryDirectory() as scratch:
+        data: SampleStream
+        if recipe.data.streaming:
+            data = StreamedData(*arguments)
+            data.samples(0, _STREAM_LOOK)
+            console.print(f"a stream: the first {_STREAM_LOOK} samples")
+        else:
+            folder = Path(recipe.data.cache_dir) if recipe.data.cache_dir else Path(scratch)
+            data = prepare(*arguments, folder)
+        _print_report(console, recipe, data.report)
+        loader = BatchLoader(recipe, data, foundation.tokens, 0, 1)
+        for plan in plan_stages(recipe, len(data)):
+            if isinstance(data, PreparedData):
+                _print_lengths(console, plan.name, [len(loader.row(plan, 0, data[i])) for i in range(min(len(data), 2000))])
+            console.print(f"{plan.name}: {plan.steps} optimizer steps, {plan.samples} samples")
+            for number, sample in enumerate(data.samples(plan.first_sample, plan.first_sample + samples), 1):
+                title = f"{plan.name}, sample {number} ({source_name(recipe.data)}:{sample.line})"
+                _print_row(console, foundation, loader.row(plan, 0, sample), title)
+
+
+def _print_report(console: Console, recipe: Recipe, report: DataReport) -> None:
+    console.print(f"{source_name(recipe.data)}: {report.rows} rows, {report.used} used, {sum(report.skipped.values())} left out")
+    for reason, count in report.skipped.most_common():
+        console.print(f"  left out: {count} x {reason}; first {report.examples[reason]}")
+    if report.truncated:
+        console.print(f"  cut to {recipe.curriculum.stage1.max_steps} steps: {report.truncated}")
+    largest = max(report.steps.values(), default=1)
+    console.print("steps  samples")
+    for steps, count in sorted(report.steps.items()):
+        console.print(f"{steps:5d}  {count:7d}  {'#' * round(40 * count / largest)}")
+
+
+def _print_lengths(console: Console, stage: str, lengths: Sequence[int]) -> None:
+    ordered = sorted(lengths)
+    console.print(
+        f"{stage}: row length in tokens over {len(ordered)} samples: min {ordered[0]}, median {ordered[len(ordered) // 2]}, "
+        f"95% {ordered[int(len(ordered) * 0.95)]}, max {ordered[-1]}"
+    )
+
+
+def _print_row(console: Console, foundation: Foundation, row: Row, title: str) -> None:
+    table = Table(title=title)
+    for name in ("#", "token", "kind", "block", "position", "target", "weight"):
+        table.add_column(name, justify="left" if name in ("token", "kind", "target") else "right")
+
+    def text(token: int) -> str:
+        return repr(foundation.tokenizer.decode([token]))[1:-1] if token != IGNORE else ""
+
+    for i, token in enumerate(row.input_ids):
+        label = row.label[i]
+        kind, block = KIND_NAMES[row.kind[i]], str(row.block[i] or "")
+        weight = f"{row.weight[i]:.3f}" if label != IGNORE else ""
+        table.add_row(str(i), text(token), kind, block, str(row.position[i]), text(label), weight)
+    console.print(table)

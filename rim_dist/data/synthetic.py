@@ -1,0 +1,122 @@
+"""The embedded task: walks through a house with a fixed map. docs/synthetic.md says what was tried and why.
+
+"From the attic take red blue pink." Each door colour is a fixed permutation of the rooms; a step is the room behind a
+door, the answer the last room. The map is the same for everyone, so that it can be learned; an answer needs as many
+look-ups in a row as the question has doors, which a small model cannot do in one pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy
+from transformers import LlamaTokenizer, PreTrainedTokenizerBase
+
+ROOMS = ("kitchen", "hall", "attic", "garden", "cellar")
+DOORS = ("red", "blue", "pink", "green", "white", "black", "brown", "grey")
+_MAP_SEED = 1
+_HELD_OUT_SHARE = 8  # one problem in so many is never trained on
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A walk: the question, the rooms passed, and where it ends."""
+
+    question: str
+    steps: tuple[str, ...]
+    answer: str
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the problem is kept for evaluation: by a hash of its text, so that no seed can mix the sets."""
+        digest = hashlib.sha256(self.question.encode()).digest()
+        return int.from_bytes(digest[:8], "big") % _HELD_OUT_SHARE == 0
+
+
+@functools.cache
+def house_map() -> tuple[tuple[int, ...], ...]:
+    """`[door][room] -> room`: a different permutation (never the identity) for each door."""
+    generator = numpy.random.default_rng(_MAP_SEED)
+    maps: list[tuple[int, ...]] = []
+    while len(maps) < len(DOORS):
+        candidate = tuple(generator.permutation(len(ROOMS)).tolist())
+        if candidate != tuple(range(len(ROOMS))) and candidate not in maps:
+            maps.append(candidate)
+    return tuple(maps)
+
+
+class SyntheticTask:
+    """Problems with `min_steps` .. `max_steps` doors, each length equally often in training."""
+
+    def __init__(self, min_steps: int, max_steps: int) -> None:
+        self._min, self._max = min_steps, max_steps
+
+    def training(self, count: int, seed: int) -> Iterator[Problem]:
+        """`count` problems that are not held out, drawn from the seed (repetitions possible)."""
+        return self._draw(count, numpy.random.default_rng([seed, 0]), self._min, held_out=False)
+
+    def held_out(self, count: int, seed: int) -> Iterator[Problem]:
+        """`count` held-out problems of the longest length, drawn from the seed."""
+        return self._draw(count, numpy.random.default_rng([seed, 1]), self._max, held_out=True)
+
+    def _draw(self, count: int, generator: numpy.random.Generator, shortest: int, held_out: bool) -> Iterator[Problem]:
+        while count:
+            doors = generator.integers(0, len(DOORS), int(generator.integers(shortest, self._max + 1))).tolist()
+            problem = walk(int(generator.integers(len(ROOMS))), doors)
+            if problem.held_out == held_out:
+                count -= 1
+                yield problem
+
+
+def walk(room: int, doors: list[int]) -> Problem:
+    """The problem of starting in a room and taking doors (both as numbers)."""
+    question = f"From the {ROOMS[room]} take {' '.join(DOORS[door] for door in doors)}."
+    passed = []
+    for door in doors:
+        room = house_map()[door][room]
+        passed.append(ROOMS[room])
+    return Problem(question, tuple(passed), passed[-1])
+
+
+@functools.cache
+def _sentencepiece_model() -> bytes:
+    """A SentencePiece model trained on the task's own texts: a token a word. Deterministic."""
+    import sentencepiece
+
+    texts = [
+        text
+        for problem in SyntheticTask(1, 8).training(4000, seed=0)
+        for text in (problem.question, " ".join(problem.steps), f"#### {problem.answer}")
+    ]
+    model = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=128,
+        hard_vocab_limit=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        num_threads=1,
+        minloglevel=2,
+        normalization_rule_name="identity",
+    )
+    return model.getvalue()
+
+
+def synthetic_tokenizer() -> PreTrainedTokenizerBase:
+    """The task's tokenizer. Its chat template is the question as it stands, after BOS."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.model"
+        path.write_bytes(_sentencepiece_model())
+        tokenizer = LlamaTokenizer.from_pretrained(folder, vocab_file=str(path), pad_token="<pad>")
+    tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return tokenizer

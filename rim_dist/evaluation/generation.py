@@ -1,0 +1,95 @@
+"""Answers from a model, generated as an unmodified server does: the prompt with its blocks, then greedy decoding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from rim_dist.memory import prompt_ids
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are generated. `synced_ranks`: every rank runs as many steps as the slowest (ZeRO-3 gathers)."""
+
+    max_new_tokens: int
+    batch: int = 64
+    synced_ranks: bool = False
+
+
+def generation_config(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None = None) -> GenerationConfig:
+    """Greedy decoding to the end-of-text token; a tokenizer without a pad token pads with end-of-text, masked."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad,
+    )
+
+
+def generate_ids(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], decoding: Decoding
+) -> list[list[int]]:
+    """New token ids of each prompt, without the end-of-text token. Prompts are padded on the left and masked."""
+    config = generation_config(tokenizer, decoding.max_new_tokens)
+    device = next(model.parameters()).device
+    answers: list[list[int]] = []
+    for start in range(0, len(prompts), decoding.batch):
+        part = prompts[start : start + decoding.batch]
+        length = max(map(len, part))
+        ids = torch.tensor([[config.pad_token_id] * (length - len(p)) + list(p) for p in part], device=device)
+        mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in part], device=device)
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=decoding.synced_ranks
+            )
+        for row in output[:, length:].tolist():
+            end = row.index(config.eos_token_id) if config.eos_token_id in row else len(row)
+            answers.append(row[:end])
+    return answers
+
+
+def answer_questions(
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: list[str], blocks: int | None, decoding: Decoding
+) -> list[str]:
+    """Answer texts after `blocks` memory blocks (None: as many as the chat template appends)."""
+    answers = generate_ids(model, tokenizer, prompt_ids(tokenizer, questions, blocks), decoding)
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one question alone: to the first token, to the whole answer; and the tokens it took."""
+
+    first_token_seconds: float
+    answer_seconds: float
+    new_tokens: int
+
+
+def measure_latency(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], max_new_tokens: int
+) -> Latency:
+    """Time one prompt at batch size 1, prefill included (TTFT: until the first new token is known)."""
+
+    def timed(limit: int) -> tuple[float, int]:
+        _synchronise()
+        start = time.perf_counter()
+        tokens = len(generate_ids(model, tokenizer, [prompt], Decoding(limit, batch=1))[0])
+        _synchronise()
+        return time.perf_counter() - start, tokens
+
+    first, _ = timed(1)
+    whole, tokens = timed(max_new_tokens)
+    return Latency(first, whole, tokens)
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

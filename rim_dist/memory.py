@@ -1,0 +1,123 @@
+"""Memory blocks as real vocabulary rows: tokens, embedding rows and the chat template that appends them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rim_dist.config import MemorySection
+from rim_dist.errors import ModelError
+
+# For models without a chat template: the messages as they are, a line each. BOS comes once, from the template.
+_MINIMAL_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class MemoryTokens:
+    """Ids of the memory tokens, and how many of them were not in the tokenizer before."""
+
+    begin: int
+    memory: int
+    end: int
+    tokens_per_block: int
+    added: tuple[int, ...]
+
+    @property
+    def block(self) -> list[int]:
+        """Token ids of one block: `[begin, memory x M, end]`."""
+        return [self.begin, *[self.memory] * self.tokens_per_block, self.end]
+
+    @property
+    def ids(self) -> tuple[int, int, int]:
+        return (self.begin, self.memory, self.end)
+
+
+def block_text(memory: MemorySection) -> str:
+    """The text of one block, as the chat template appends it."""
+    return memory.begin_token + memory.memory_token * memory.tokens_per_block + memory.end_token
+
+
+def add_memory_tokens(tokenizer: PreTrainedTokenizerBase, memory: MemorySection) -> MemoryTokens:
+    """Give the tokenizer the memory tokens (reusing those it has) and return their ids.
+
+    Raises ModelError if a reused name is not one token of its own.
+    """
+    names = [memory.begin_token, memory.memory_token, memory.end_token]
+    vocabulary = tokenizer.get_vocab()
+    missing = [name for name in names if name not in vocabulary]
+    # Also for reused names: it makes sure that their text is always split off as one token.
+    tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
+    ids = tokenizer.convert_tokens_to_ids(names)
+    encoded = tokenizer(block_text(memory), add_special_tokens=False)["input_ids"]
+    tokens = MemoryTokens(ids[0], ids[1], ids[2], memory.tokens_per_block, tuple(tokenizer.convert_tokens_to_ids(missing)))
+    if encoded != tokens.block:
+        raise ModelError(f"memory: the tokenizer reads {block_text(memory)!r} as {encoded}, not as {tokens.block}")
+    return tokens
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, memory: MemorySection, blocks: int) -> None:
+    """Make the chat template append `blocks` memory blocks after the last assistant header.
+
+    The number of blocks of one request can be set with the template argument `rim_blocks`; training renders with 0. Nothing
+    is appended without a generation prompt. `blocks` 0 leaves the model's own template as it is.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        bos = "{{ bos_token }}" if tokenizer.bos_token and getattr(tokenizer, "add_bos_token", False) else ""
+        template = bos + _MINIMAL_TEMPLATE
+    if blocks:
+        text = block_text(memory).replace("\\", "\\\\").replace("'", "\\'")
+        # Jinja drops one newline at the very end of a template; it must not come back by something following it.
+        template = template.removesuffix("\n") + (
+            "{% if add_generation_prompt %}{% for _ in range(rim_blocks if rim_blocks is defined else "
+            f"{blocks}) %}}{{{{ '{text}' }}}}{{% endfor %}}{{% endif %}}"
+        )
+    tokenizer.chat_template = template
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, questions: list[str], blocks: int | None = None) -> list[list[int]]:
+    """Token ids of the prompts of single-turn questions; `blocks` overrides the template's own number."""
+    extra = {} if blocks is None else {"rim_blocks": blocks}
+    texts = [
+        str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False, **extra
+            )
+        )
+        for question in questions
+    ]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def prepare_embeddings(model: PreTrainedModel, tokens: MemoryTokens, initialise: str, seed: int) -> None:
+    """Make room for the memory rows in embedding and head, and set where they start from.
+
+    `initialise`: see `MemorySection`. The mean of the old rows plus a hundredth of their spread in noise: blocks start
+    as near-neutral inputs that differ from each other. The noise is drawn from `seed` alone.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(tokens.ids) >= rows:
+        model.resize_token_embeddings(max(tokens.ids) + 1, mean_resizing=False)
+    chosen = list(tokens.ids) if initialise == "mean" else list(tokens.added) if initialise == "auto" else []
+    if not chosen:
+        return
+    old = [i for i in range(rows) if i not in set(chosen)]
+    matrices = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not matrices[0]:
+        matrices.append(head.weight)
+        if getattr(head, "bias", None) is not None:
+            matrices.append(head.bias)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for matrix in matrices:
+            known = matrix[old].float()
+            noise = torch.randn((len(chosen), *known.shape[1:]), generator=generator) * known.std(dim=0) * 0.01
+            matrix[chosen] = (known.mean(dim=0) + noise).to(matrix.dtype)

@@ -1,0 +1,213 @@
+"""Building what is trained: tokenizer, model, memory rows, adapters; everything refused before it costs anything."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rim_dist.attention.probe import probe_family, set_dropout
+from rim_dist.attention.registration import use_rim_attention
+from rim_dist.checkpoint.store import find_checkpoint
+from rim_dist.config import Recipe
+from rim_dist.data.synthetic import synthetic_tokenizer
+from rim_dist.errors import ConfigError, ModelError, RimError
+from rim_dist.memory import MemoryTokens, add_memory_tokens, prepare_embeddings, set_chat_template
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Foundation:
+    """What a run is built on, before any weight exists."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tokens: MemoryTokens
+    config: PretrainedConfig
+    source: Path | str | None  # where weights come from; None: from scratch
+    checkpoint: Path | None  # a rim_dist checkpoint to take weights from, instead of an HF folder
+
+    @property
+    def positions(self) -> int:
+        """Longest sequence the model takes; a large number where the family has no limit."""
+        return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A tokenizer from an HF folder, a hub id, a SentencePiece `.model` file, or `synthetic`."""
+    if name == "synthetic":
+        return synthetic_tokenizer()
+    try:
+        if name.endswith(".model"):
+            if not Path(name).is_file():
+                raise ModelError(f"model.tokenizer: {name}: no such file")
+            return LlamaTokenizer.from_pretrained(str(Path(name).parent), vocab_file=name)
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except RimError:
+        raise
+    except Exception as error:
+        raise ModelError(f"model.tokenizer: {name!r} cannot be loaded ({_first_line(error)})") from error
+
+
+def _scratch_config(recipe: Recipe, vocabulary: int) -> PretrainedConfig:
+    fields = dict(recipe.model.config or {})
+    model_type = fields.pop("model_type")
+    try:
+        known = set(AutoConfig.for_model(model_type).to_dict())
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ConfigError(f"model.config: {model_type} has no field {', '.join(unknown)}")
+        return AutoConfig.for_model(model_type, **{"vocab_size": vocabulary, **fields})
+    except RimError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"model.config: {_first_line(error)}") from error
+
+
+def lay_foundation(recipe: Recipe) -> Foundation:
+    """Tokenizer and model configuration with all their checks; builds no weights.
+
+    Raises ModelError or ConfigError: unknown model, no end-of-text token, a family that cannot take the RiM mask,
+    blocks beyond the model's positions.
+    """
+    section = recipe.model
+    checkpoint = None
+    source: Path | str | None = section.init_from
+    if section.init_from is not None:
+        folder = Path(section.init_from)
+        if (folder / "hf" / "config.json").is_file():
+            source = folder / "hf"  # a finished run
+        elif folder.is_dir() and not (folder / "config.json").is_file():
+            checkpoint = find_checkpoint(folder)
+            source = checkpoint / "model"
+        elif not folder.exists() and (section.init_from.startswith((".", "/", "~")) or section.init_from.count("/") != 1):
+            raise ModelError(f"model.init_from: {section.init_from}: no such folder (a hub id has the form owner/name)")
+    tokenizer = load_tokenizer(section.tokenizer or str(source), section.revision, section.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ModelError("model.tokenizer: the tokenizer has no end-of-text token, so no answer could ever end")
+    tokens = add_memory_tokens(tokenizer, recipe.memory)
+    set_chat_template(tokenizer, recipe.memory, recipe.memory.blocks if recipe.method == "rim" else 0)
+    if source is None:
+        config = _scratch_config(recipe, len(tokenizer))
+    else:
+        try:
+            config = AutoConfig.from_pretrained(source, revision=section.revision, trust_remote_code=section.trust_remote_code)
+        except Exception as error:
+            raise ModelError(f"model.init_from: {section.init_from!r} cannot be loaded ({_first_line(error)})") from error
+    foundation = Foundation(tokenizer, tokens, config, source, checkpoint)
+    if recipe.method == "rim":
+        _check_positions(recipe, foundation)
+    probe_family(config, section.trust_remote_code)
+    return foundation
+
+
+def _check_positions(recipe: Recipe, foundation: Foundation) -> None:
+    size = len(foundation.tokens.block)
+    needed = recipe.memory.blocks * size
+    if needed >= foundation.positions:
+        raise ConfigError(
+            f"memory.blocks: {recipe.memory.blocks} blocks of {size} tokens need {needed} positions; the model has "
+            f"{foundation.positions}, so at most {(foundation.positions - 1) // size} blocks fit"
+        )
+
+
+def build_model(recipe: Recipe, foundation: Foundation) -> PreTrainedModel:
+    """The model in fp32 with memory rows (and adapters), the RiM attention selected, all dropouts 0.
+
+    From the seed and the source alone: every rank builds the same weights.
+    """
+    section = recipe.model
+    torch.manual_seed(recipe.run.seed)
+    if foundation.checkpoint is not None:
+        from rim_dist.checkpoint.hf_export import load_trained_model
+
+        model = load_trained_model(foundation.checkpoint)
+    elif foundation.source is None:
+        model = AutoModelForCausalLM.from_config(foundation.config, trust_remote_code=section.trust_remote_code)
+    else:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                foundation.source, revision=section.revision, trust_remote_code=section.trust_remote_code, dtype=torch.float32
+            )
+        except Exception as error:
+            raise ModelError(f"model.init_from: {section.init_from!r} cannot be loaded ({_first_line(error)})") from error
+    prepare_embeddings(model, foundation.tokens, recipe.memory.initialise, recipe.run.seed)
+    set_dropout(model, 0.0)
+    use_rim_attention(model)
+    if section.lora is not None:
+        model = add_adapters(model, recipe, foundation.tokens)
+    if section.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if section.lora is not None:
+            model.enable_input_require_grads()
+    return model
+
+
+def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: MemoryTokens) -> Any:
+    """Wrap the model with peft: adapters and the memory rows train, everything else is frozen."""
+    import peft
+
+    lora = recipe.model.lora
+    assert lora is not None
+    modules = {name: module for name, module in model.named_modules()}
+    rows: dict[str, list[int]] = {}
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        name = next(name for name, module in modules.items() if module is part).rpartition(".")[2]
+        rows[name] = list(tokens.ids)
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        rows = dict([next(iter(rows.items()))])  # a tied head follows the embedding
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        # peft leaves out a dropout of 0 for good; the trainer sets the real value at each stage.
+        lora_dropout=max(recipe.curriculum.stage1.dropout, recipe.curriculum.stage2.dropout),
+        target_modules=lora.target_modules,
+        trainable_token_indices=rows,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"model.lora.target_modules: {lora.target_modules!r}: {_first_line(error)}") from None
+
+
+def fetch_weights(recipe: Recipe, foundation: Foundation) -> None:
+    """Bring the model's weights onto this machine if they are on the hub; nothing to do for a folder or from scratch."""
+    if foundation.source is None or Path(foundation.source).exists():
+        return
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(str(foundation.source), revision=recipe.model.revision, ignore_patterns=["*.pth", "*.bin", "*.gguf", "*.onnx"])
+    except Exception as error:
+        raise ModelError(f"model.init_from: {foundation.source} cannot be fetched ({_first_line(error)})") from error
+
+
+def bare_model(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside peft's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,return-value]
+
+
+def keeps_logits(model: PreTrainedModel) -> bool:
+    """Whether the model's forward can compute logits at chosen positions only."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -1,0 +1,104 @@
+"""Joining the other ranks: one description of the process, whatever launcher started it."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+from dataclasses import dataclass
+
+from rim_dist.errors import ConfigError
+
+_MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among the ranks. `device` is the torch device of its model."""
+
+    rank: int
+    ranks: int
+    local_rank: int
+    device: str
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _set_environment_from_slurm() -> None:
+    """Map srun's variables to torch's. The port follows from the job id, so that all ranks agree on it."""
+    environment = os.environ
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+    if int(environment.get("SLURM_STEP_NUM_NODES", "1")) == 1:
+        environment.setdefault("MASTER_ADDR", "127.0.0.1")
+    elif "MASTER_ADDR" not in environment:
+        raise ConfigError(
+            "MASTER_ADDR is not set: on several nodes export the head node's address before srun, for example "
+            'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+        )
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def started_by_launcher() -> bool:
+    """Whether a launcher (deepspeed, torchrun, mpirun, srun) started this process."""
+    names = ("RANK", "SLURM_STEP_NUM_TASKS", *_MPI_VARIABLES)
+    return any(name in os.environ for name in names)
+
+
+def join(timeout_seconds: float) -> Process:
+    """Initialise torch.distributed through DeepSpeed for any launcher, also for a single process.
+
+    deepspeed, torchrun: their variables. srun: SLURM's, mapped. mpirun: discovered by DeepSpeed with mpi4py. The import
+    of deepspeed happens here: it is slow and needs DS_ACCELERATOR set before.
+    """
+    import torch
+
+    environment = os.environ
+    cuda = torch.cuda.is_available()
+    environment.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    if "RANK" not in environment:
+        if int(environment.get("SLURM_STEP_NUM_TASKS", "0")) > 0 and "SLURM_PROCID" in environment:
+            _set_environment_from_slurm()
+        elif not any(name in environment for name in _MPI_VARIABLES):
+            environment.update(
+                RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
+            )
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    import deepspeed
+
+    deepspeed.init_distributed(
+        dist_backend="nccl" if cuda else "gloo",
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+        verbose=False,
+    )
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
+    ranks = torch.distributed.get_world_size()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    elif ranks > 1 and "OMP_NUM_THREADS" not in environment:
+        # Ranks that each use every core slow each other down many times over.
+        local_ranks = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or ranks)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    return Process(
+        torch.distributed.get_rank(), ranks, local_rank, f"cuda:{local_rank}" if cuda else "cpu"
+    )
+
+
+def leave() -> None:
+    """Close the process group at the regular end of a command."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,103 @@
+"""The DeepSpeed configuration of a run: a file of `ds_configs/` (or the user's own) completed from the recipe."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from rim_dist.config import Recipe
+from rim_dist.errors import ConfigError
+
+# What the trainer decides itself; a user's JSON that sets one would silently train something else.
+OWNED_KEYS = {
+    "train_batch_size": "optimizer.global_batch",
+    "train_micro_batch_size_per_gpu": "optimizer.micro_batch",
+    "gradient_accumulation_steps": "optimizer.global_batch and optimizer.micro_batch",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "optimizer": "the optimizer section",
+    "scheduler": "the schedule of each stage",
+    "bf16": "model.dtype",
+    "bfloat16": "model.dtype",
+    "tensor_parallel": "parallel.tensor",
+    "sequence_parallel_size": "parallel.sequence",
+    "wandb": "logging.wandb",
+    "tensorboard": "logging.tensorboard",
+}
+
+
+def shipped_config(recipe: Recipe) -> str:
+    """Name of the file in `ds_configs/` that fits the recipe."""
+    return f"zero{recipe.parallel.zero_stage}{'-offload' if recipe.parallel.offload else ''}.json"
+
+
+def _shipped_folder() -> Traversable:
+    """`ds_configs/`: beside the package in a checkout, inside it in an installed wheel."""
+    beside = Path(__file__).parents[2] / "ds_configs"
+    return beside if beside.is_dir() else resources.files("rim_dist") / "ds_configs"
+
+
+def _read(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    own = recipe.parallel.deepspeed_config
+    if own is None:
+        name = shipped_config(recipe)
+        return name, json.loads(_shipped_folder().joinpath(name).read_text(encoding="utf-8"))
+    try:
+        tree = json.loads(Path(own).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"parallel.deepspeed_config: {own}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"parallel.deepspeed_config: {own}: not a JSON file ({error})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"parallel.deepspeed_config: {own}: a DeepSpeed configuration is a JSON object")
+    for key, setting in OWNED_KEYS.items():
+        if tree.get(key, "auto") != "auto":
+            raise ConfigError(f"parallel.deepspeed_config: {own}: {key} belongs to the trainer; set {setting} in the recipe")
+    if isinstance(fp16 := tree.get("fp16"), dict) and fp16.get("enabled", "auto") != "auto":
+        raise ConfigError(f"parallel.deepspeed_config: {own}: fp16.enabled belongs to the trainer; set model.dtype in the recipe")
+    stage = tree.get("zero_optimization", {}).get("stage", "auto")
+    if stage not in ("auto", recipe.parallel.zero_stage):
+        raise ConfigError(
+            f"parallel.deepspeed_config: {own}: zero_optimization.stage is {stage!r}, parallel.zero_stage is "
+            f"{recipe.parallel.zero_stage}; make them equal"
+        )
+    return own, tree
+
+
+def compose(recipe: Recipe, hidden_size: int) -> dict[str, Any]:
+    """The complete DeepSpeed configuration. Pure: reads the JSON, checks it, fills in what the recipe decides.
+
+    `hidden_size` resolves sizes given as "auto". Raises ConfigError for a file that cannot be used.
+    """
+    name, tree = _read(recipe)
+    tree = {key: value for key, value in tree.items() if key not in OWNED_KEYS}
+    zero = tree.setdefault("zero_optimization", {})
+    sizes = {
+        "reduce_bucket_size": max(1_000_000, hidden_size * hidden_size),
+        "stage3_prefetch_bucket_size": max(1_000_000, hidden_size * hidden_size * 9 // 10),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    for key, size in sizes.items():
+        if zero.get(key) == "auto":
+            zero[key] = size
+    zero["stage"] = recipe.parallel.zero_stage
+    if recipe.model.dtype == "bf16":
+        tree["bf16"] = {"enabled": True}
+    fp16 = tree.pop("fp16", {})
+    if recipe.model.dtype == "fp16":
+        tree["fp16"] = {**fp16, "enabled": True}
+    # The trainer forms micro-batches of its own, so that the engine's idea of accumulation and batch is always 1; the
+    # loss is already normalised over the global batch.
+    tree.update(
+        train_micro_batch_size_per_gpu=1,
+        gradient_accumulation_steps=1,
+        gradient_clipping=recipe.optimizer.gradient_clipping,  # DeepSpeed's default is 1.0, not off
+        steps_per_print=1_000_000_000,
+        zero_allow_untested_optimizer=True,
+    )
+    left = [key for key, value in {**tree, **zero}.items() if value == "auto"]
+    if left:
+        raise ConfigError(f"parallel.deepspeed_config: {name}: the trainer has no value for {', '.join(left)}: \"auto\"")
+    return tree

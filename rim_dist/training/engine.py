@@ -1,0 +1,188 @@
+"""The DeepSpeed engine as the trainer uses it: one step of weighted sums, a reset at the stage switch, exact state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rim_dist.attention.probe import set_dropout
+from rim_dist.checkpoint.store import ENGINE
+from rim_dist.config import OptimizerSection, Recipe
+from rim_dist.data.rows import Batch
+from rim_dist.errors import CheckpointError
+from rim_dist.model import bare_model, keeps_logits
+from rim_dist.objective.loss import ReadoutLoss, readout_loss, supervised_columns
+from rim_dist.parallel.launch import Process
+
+
+@contextmanager
+def restricted_loading() -> Iterator[None]:
+    """DeepSpeed reads its shards with pickle's full powers; in this context torch reads tensors and plain data only."""
+    from collections import OrderedDict
+
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    allowed = [OrderedDict, DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals(allowed):
+            yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters; weight decay on matrices only."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not weight_decay:
+        return [{"params": trainable, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, section: OptimizerSection, offload: bool) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, section.weight_decay)
+    settings: dict[str, Any] = {"lr": 0.0, "betas": (section.beta1, section.beta2), "eps": section.eps}
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    return torch.optim.AdamW(groups, fused=torch.cuda.is_available() or None, **settings)
+
+
+class Engine:
+    """A model under DeepSpeed. All losses are sums that the caller normalises over the whole optimizer step."""
+
+    def __init__(self, recipe: Recipe, model: nn.Module, ds_config: dict[str, Any], process: Process) -> None:
+        import deepspeed
+
+        self._process = process
+        self._blocks = max(recipe.memory.blocks, recipe.curriculum.stage1.max_steps + 1)
+        self._keeps_logits = keeps_logits(bare_model(model))
+        self._cost = _Cost(model)
+        offload = "offload_optimizer" in ds_config["zero_optimization"]
+        optimizer = build_optimizer(model, recipe.optimizer, offload)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
+        )
+        self._zero_stage = ds_config["zero_optimization"]["stage"]
+        self.operations = 0.0
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    @property
+    def blocks(self) -> int:
+        """Highest block number a loss can be reported for."""
+        return self._blocks
+
+    def forward_backward(self, batch: Batch, scale: float, last: bool) -> ReadoutLoss:
+        """Add the gradient of `scale` x the weighted loss sum of a micro-batch.
+
+        The engine averages gradients over its data ranks; that is undone here, so that the result is the gradient of the
+        sum over all ranks. `last`: the last micro-batch before `step`.
+        """
+        batch = batch.to(self._process.device)
+        self._engine.train()
+        self._engine.set_gradient_accumulation_boundary(last)
+        columns = supervised_columns(batch)
+        extra = {"logits_to_keep": columns} if self._keeps_logits else {}
+        logits = self._engine(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            rim_layout=batch.layout,
+            use_cache=False,
+            **extra,
+        ).logits
+        if not self._keeps_logits:
+            logits = logits[:, columns]
+        loss = readout_loss(logits, batch, columns, self._blocks)
+        self._engine.backward(loss.weighted_sum * (scale * self._process.ranks))
+        rows, length = batch.input_ids.shape
+        self.operations += self._cost.operations(rows, length, logits.shape[0] * logits.shape[1])
+        return loss
+
+    def step(self, learning_rate: float) -> float:
+        """Update the parameters; returns the gradient norm before clipping (0 if fp16 skipped the step)."""
+        for group in self._inner_optimizer().param_groups:
+            group["lr"] = learning_rate
+        norm = None
+        if self._zero_stage == 0:  # plain data parallelism keeps no norm unless it clips
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        self._engine.step()
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self._engine.optimizer
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        return optimizer
+
+    def begin_stage(self, dropout: float) -> None:
+        """Forget the optimizer's moments and step count, as a new optimizer would, and set the stage's dropout."""
+        for state in self._inner_optimizer().state.values():
+            for name, value in state.items():
+                if torch.is_tensor(value):
+                    value.zero_()
+                elif isinstance(value, int | float):
+                    state[name] = 0
+        self.set_dropout(dropout)
+
+    def set_dropout(self, dropout: float) -> None:
+        set_dropout(self.module, dropout)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's shards below `folder`. Collective."""
+        self._engine.save_checkpoint(str(folder), tag=ENGINE, save_latest=False)
+
+    def load(self, checkpoint: Path) -> None:
+        """Read what `save` wrote, bit for bit, at the same number of ranks. Collective."""
+        with restricted_loading():
+            path, _ = self._engine.load_checkpoint(str(checkpoint), tag=ENGINE)
+        if path is None:
+            raise CheckpointError(f"{checkpoint}: the engine's shards cannot be read")
+
+
+class _Cost:
+    """Floating-point operations of forward and backward, counted from what is run (padding and masked pairs included)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        bare = bare_model(model)
+        head = bare.get_output_embeddings()
+        embeddings = {id(bare.get_input_embeddings().weight), id(head.weight)}
+        frozen = trainable = 0
+        for parameter in model.parameters():
+            if parameter.ndim < 2 or id(parameter) in embeddings:
+                continue
+            if parameter.requires_grad:
+                trainable += parameter.numel()
+            else:
+                frozen += parameter.numel()
+        # A frozen matrix needs no gradient of its own: two passes instead of three.
+        self._per_token = 6.0 * trainable + 4.0 * frozen
+        self._per_logit = (6.0 if head.weight.requires_grad else 4.0) * head.weight.numel()
+        config = bare.config
+        width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        self._per_pair = 12.0 * config.num_hidden_layers * width
+
+    def operations(self, rows: int, length: int, logits: int) -> float:
+        """Of `rows` rows of `length` tokens with `logits` rows of logits: 6 a weight and token, 12 a pair and channel."""
+        return rows * length * (self._per_token + length * self._per_pair) + logits * self._per_logit

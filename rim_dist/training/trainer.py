@@ -1,0 +1,409 @@
+"""A run from its recipe to its export: both stages, resumable at every step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rim_dist.attention.registration import use_plain_attention, use_rim_attention
+from rim_dist.checkpoint import store
+from rim_dist.checkpoint.hf_export import export_checkpoint
+from rim_dist.checkpoint.store import TrainingState
+from rim_dist.config import Recipe, dump_recipe, load_recipe
+from rim_dist.data.loader import BatchLoader, RankShare, StagePlan, plan_stages
+from rim_dist.data.prepared import SampleStream, StreamedData, prepare
+from rim_dist.data.sources import Sample, source_name
+from rim_dist.errors import CheckpointError, ConfigError, Stopped, TrainingError
+from rim_dist.evaluation.evaluate import COT_FACTOR, block_answers, recipe_samples, score, write_evaluation
+from rim_dist.evaluation.generation import Decoding, generation_config
+from rim_dist.model import Foundation, bare_model, build_model, lay_foundation
+from rim_dist.parallel.launch import Process
+from rim_dist.parallel.zero import compose
+from rim_dist.training.engine import Engine
+from rim_dist.training.hardware import peak_memory_bytes, peak_operations
+from rim_dist.training.metrics import Metrics, MetricsLog, draw_curves, read_metrics
+from rim_dist.training.progress import ProgressReport
+from rim_dist.training.schedule import learning_rate
+from rim_dist.training.signals import StopRequest
+
+# Fields that may change between two starts of the same run: they do not change what is trained.
+_FREE_FIELDS = ("logging", "checkpoint", "evaluation", "run.output_dir", "parallel.timeout_seconds", "data.cache_dir")
+
+
+def _difference(old: Any, new: Any, path: str = "") -> list[str]:
+    if any(path == free or path.startswith(free + ".") for free in _FREE_FIELDS):
+        return []
+    if isinstance(old, dict) and isinstance(new, dict) and path != "model.config":
+        return [d for k in old.keys() | new.keys() for d in _difference(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))]
+    return [] if old == new else [f"{path}: {old!r} there, {new!r} here"]
+
+
+def check_run_folder(recipe: Recipe) -> None:
+    """Refuse a folder that cannot be written or that holds a run with another recipe. Writes nothing."""
+    folder = recipe.folder
+    ancestor = folder
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise ConfigError(f"run.output_dir: {ancestor} is not a writable folder")
+    if (folder / "recipe.yaml").is_file():
+        differences = _difference(load_recipe(folder / "recipe.yaml").model_dump(mode="json"), recipe.model_dump(mode="json"))
+        if differences:
+            raise ConfigError(
+                f"{folder} holds a run with another recipe ({'; '.join(sorted(differences)[:5])}); "
+                "choose another run.name, or remove the folder to start over"
+            )
+    elif folder.is_dir() and any(p.name not in ("data", "logs") for p in folder.iterdir()):
+        raise ConfigError(f"{folder}: not empty and not a run of rim_dist; choose another run.name")
+
+
+def finished_state(recipe: Recipe) -> TrainingState | None:
+    """The final state of a run that is already complete, export included; None if there is something left to do."""
+    found = store.complete_checkpoints(recipe.folder / "checkpoints")
+    if found and (recipe.folder / "hf" / "rim_dist.json").is_file():
+        state = store.read_state(found[-1])
+        return state if state.finished else None
+    return None
+
+
+def open_data(recipe: Recipe, foundation: Foundation) -> SampleStream:
+    """The run's data: prepared (cached on disk) or streamed."""
+    if recipe.data.streaming:
+        return StreamedData(recipe, foundation.tokenizer, foundation.tokens, foundation.positions)
+    folder = Path(recipe.data.cache_dir) if recipe.data.cache_dir else recipe.folder / "data"
+    return prepare(recipe, foundation.tokenizer, foundation.tokens, foundation.positions, folder)
+
+
+class Trainer:
+    """Owns the loop. Everything that needs other ranks happens in the same order on every rank."""
+
+    def __init__(self, recipe: Recipe, process: Process, foundation: Foundation, data: SampleStream) -> None:
+        if recipe.optimizer.global_batch < process.ranks:
+            raise ConfigError(
+                f"optimizer.global_batch: {recipe.optimizer.global_batch} samples cannot be spread over {process.ranks} "
+                f"data ranks; allowed: {process.ranks} or more"
+            )
+        self._recipe, self._process, self._foundation, self._data = recipe, process, foundation, data
+        self._folder = recipe.folder
+        self._checkpoints = recipe.folder / "checkpoints"
+        self._plans = plan_stages(recipe, len(data))
+        self._total_steps = sum(plan.steps for plan in self._plans)
+        self._questions = recipe_samples(recipe)
+        self._ds_config = compose(recipe, foundation.hidden_size)
+        self._peak = peak_operations(recipe.model.dtype)
+        self._saved_step = -1
+
+    # ---- the run -------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train what is left of the run, then evaluate, export and draw. Raises Stopped after a signal."""
+        resume = self._find_resume()
+        if self._process.is_first:
+            self._write_run_folder()
+        self._engine = Engine(self._recipe, build_model(self._recipe, self._foundation), self._ds_config, self._process)
+        state = TrainingState(self._plans[0].name, 0, 0, 0, 0.0, self._process.ranks)
+        if resume is not None:
+            state = self._load(resume)
+        self._log = self._progress = None
+        if self._process.is_first:
+            resolved = self._recipe.model_dump(mode="json")
+            self._log = MetricsLog(self._folder, self._recipe.logging, state.step, state.finished, resolved)
+            self._progress = ProgressReport(self._total_steps, state.step, self._recipe.logging.every_steps)
+            self._announce(state, resume)
+        self._stop = StopRequest()
+        try:
+            with self._profiler() as self._profile:
+                for plan in self._plans:
+                    if state.step < plan.first_step + plan.steps:
+                        state = self._run_stage(plan, state)
+            if self._recipe.evaluation.at_end:
+                self._evaluate(state, report=True)
+        finally:
+            self._stop.close()
+            if self._progress is not None:
+                self._progress.close()
+            if self._log is not None:
+                self._log.close()
+        if self._process.is_first:
+            self._finish()
+        dist.barrier()
+
+    def _run_stage(self, plan: StagePlan, state: TrainingState) -> TrainingState:
+        stage = self._recipe.curriculum.stage(plan.name)
+        loader = BatchLoader(self._recipe, self._data, self._foundation.tokens, self._process.rank, self._process.ranks)
+        first = state.step - plan.first_step
+        if first == 0:
+            self._engine.begin_stage(stage.dropout)
+        else:
+            self._engine.set_dropout(stage.dropout)
+        for step in range(first, plan.steps):
+            started = time.perf_counter()
+            state, line, stop = self._step(loader, plan, step)
+            seconds = time.perf_counter() - started
+            if self._log is not None and self._progress is not None:
+                self._complete(line, seconds)
+                self._log.write(line)
+                self._progress.step(line)
+            if self._profile is not None:
+                self._profile.step()
+            last = step == plan.steps - 1
+            every = self._recipe.checkpoint.every_steps
+            if self._recipe.evaluation.every_steps and state.step % self._recipe.evaluation.every_steps == 0 and not stop:
+                if state.step < self._total_steps or not self._recipe.evaluation.at_end:
+                    self._evaluate(state, report=False)
+            if last or stop or (every and state.step % every == 0):
+                self._save(state)
+            if stop and state.step < self._total_steps:
+                raise Stopped(f"stopped by a signal after step {state.step}, saved; start the same command again to go on")
+        return state
+
+    def _step(self, loader: BatchLoader, plan: StagePlan, step: int) -> tuple[TrainingState, Metrics, bool]:
+        stage = self._recipe.curriculum.stage(plan.name)
+        share = loader.share(plan, step)
+        batch_samples = min(self._recipe.optimizer.global_batch, plan.samples - step * self._recipe.optimizer.global_batch)
+        # The weight of the whole step is known before the first forward; the wish to stop travels with it.
+        known = self._sum([share.weight, float(self._stop.requested)])
+        divisor = known[0] if self._recipe.curriculum.normalisation == "weight" else float(batch_samples)
+        # Dropout depends on the seed, the step and the rank alone: there is no random state to save.
+        torch.manual_seed(hash((self._recipe.run.seed, plan.first_step + step, self._process.rank)) % 2**63)
+        sums = torch.zeros(2 + 2 * (self._engine.blocks + 1), dtype=torch.float64)
+        operations = self._engine.operations
+        finite = []
+        for number, batch in enumerate(share.micro_batches):
+            loss = self._engine.forward_backward(batch, 1.0 / divisor, last=number == len(share.micro_batches) - 1)
+            value = float(loss.weighted_sum.detach())
+            finite.append(math.isfinite(value))
+            sums[0] += value
+            sums[1] += batch.tokens
+            sums[2:] += torch.cat([loss.block_sums, loss.block_counts]).double().cpu()
+        totals = self._sum([*sums.tolist(), self._engine.operations - operations])
+        loss_value = totals[0] / divisor
+        if not math.isfinite(loss_value):
+            self._refuse_loss(plan, step, share, finite)
+        rate = learning_rate(stage, step, plan.steps)
+        norm = self._engine.step(rate)
+        self._operations += totals[-1]
+        half = self._engine.blocks + 1
+        block_sums, block_counts = totals[2 : 2 + half], totals[2 + half : 2 + 2 * half]
+        by_block = [s / c if c else None for s, c in zip(block_sums, block_counts, strict=True)][1:]
+        while by_block and by_block[-1] is None:
+            by_block.pop()
+        done = step + 1
+        state = TrainingState(
+            plan.name,
+            done,
+            plan.first_step + done,
+            plan.first_sample + min(done * self._recipe.optimizer.global_batch, plan.samples),
+            self._operations,
+            self._process.ranks,
+            finished=plan is self._plans[-1] and done == plan.steps,
+        )
+        line: Metrics = {
+            "kind": "train",
+            "stage": plan.name,
+            "step": state.step,
+            "samples": state.samples,
+            "loss": loss_value,
+            "block_loss": by_block,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "batch_samples": batch_samples,
+            "tokens": int(totals[1]),
+            "operations": self._operations,
+        }
+        return state, line, known[1] > 0
+
+    def _complete(self, line: Metrics, seconds: float) -> None:
+        operations = line["operations"] - self._logged_operations
+        self._logged_operations = line["operations"]
+        line["seconds"] = seconds
+        line["samples_per_second"] = line["batch_samples"] / seconds
+        line["tokens_per_second"] = line["tokens"] / seconds
+        line["memory_bytes"] = peak_memory_bytes()
+        if self._peak:
+            line["mfu"] = operations / seconds / (self._peak * self._process.ranks)
+
+    def _sum(self, values: list[float]) -> list[float]:
+        """Sum of each value over all ranks."""
+        if self._process.ranks == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self._process.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def _refuse_loss(self, plan: StagePlan, step: int, share: RankShare, finite: list[bool]) -> None:
+        micro = self._recipe.optimizer.micro_batch
+        bad = [s.line for i, ok in enumerate(finite) if not ok for s in share.samples[i * micro : (i + 1) * micro]]
+        gathered: list[Any] = [None] * self._process.ranks
+        dist.all_gather_object(gathered, bad)
+        lines = sorted({line for part in gathered for line in part})
+        raise TrainingError(
+            f"the loss is not finite in {plan.name}, step {plan.first_step + step + 1}; samples (lines of "
+            f"{source_name(self._recipe.data)}): {', '.join(map(str, lines))}. The last checkpoint is intact; lower the "
+            "learning rate, or look at these samples with `rim-dist data`"
+        )
+
+    # ---- state ---------------------------------------------------------------------------------------
+
+    def _find_resume(self) -> Path | None:
+        """The newest complete checkpoint of this run, the same on every rank."""
+        found: list[Any] = [None]
+        if self._process.is_first:
+            complete = store.complete_checkpoints(self._checkpoints)
+            found[0] = str(complete[-1]) if complete else None
+        dist.broadcast_object_list(found, src=0)
+        return Path(found[0]) if found[0] else None
+
+    def _load(self, checkpoint: Path) -> TrainingState:
+        state = store.read_state(checkpoint)
+        if state.ranks != self._process.ranks:
+            raise CheckpointError(
+                f"{checkpoint}: saved by {state.ranks} ranks, this run has {self._process.ranks}; start it with {state.ranks}"
+            )
+        self._engine.load(checkpoint)
+        self._operations = self._logged_operations = state.operations
+        self._saved_step = state.step
+        return state
+
+    _operations = 0.0
+    _logged_operations = 0.0
+
+    def _save(self, state: TrainingState) -> None:
+        if state.step == self._saved_step:
+            return
+        partial = store.partial_folder(self._checkpoints, state.step)
+        try:
+            if self._process.is_first:
+                store.start_writing(self._checkpoints, state.step)
+            dist.barrier()
+            self._engine.save(partial)
+            if self._process.is_first:
+                model = partial / store.MODEL
+                bare_model(self._engine.module).config.save_pretrained(model)
+                generation_config(self._foundation.tokenizer).save_pretrained(model)
+                self._foundation.tokenizer.save_pretrained(model)
+            dist.barrier()
+            if self._process.is_first:
+                store.announce(partial, state, dump_recipe(self._recipe))
+                store.retain(self._checkpoints, self._recipe.checkpoint.keep)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise TrainingError(
+                f"{self._checkpoints}: the checkpoint of step {state.step} cannot be written ({error.strerror or error}); "
+                "the last complete one is kept; make room and start the same command again"
+            ) from error
+        dist.barrier()
+        self._saved_step = state.step
+
+    def _write_run_folder(self) -> None:
+        import json
+
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            store.write_atomically(self._folder / "ds_config.json", json.dumps(self._ds_config, indent=1) + "\n")
+            store.write_atomically(self._folder / "recipe.yaml", dump_recipe(self._recipe))
+        except OSError as error:
+            raise ConfigError(f"{self._folder}: cannot be written ({error.strerror or error})") from None
+
+    # ---- evaluation and reports ------------------------------------------------------------------------
+
+    def _evaluate(self, state: TrainingState, report: bool) -> None:
+        """Accuracy after every block on the recipe's questions, dealt over the ranks, decoded as a server would."""
+        if not self._questions:
+            return
+        recipe, process = self._recipe, self._process
+        mine = self._questions[process.rank :: process.ranks]
+        count = -(-len(self._questions) // process.ranks)
+        asked = mine + self._questions[:1] * (count - len(mine))  # as many on every rank
+        blocks = recipe.memory.blocks if recipe.method == "rim" else 0
+        limit = recipe.evaluation.max_new_tokens * (COT_FACTOR if recipe.method == "cot" else 1)
+        decoding = Decoding(limit, recipe.evaluation.batch, synced_ranks=process.ranks > 1)
+        model = self._engine.module
+        model.eval()
+        use_plain_attention(bare_model(model))
+        texts = block_answers(model, self._foundation.tokenizer, [s.question for s in asked], blocks, decoding)
+        use_rim_attention(bare_model(model))
+        gathered: list[Any] = [None] * process.ranks
+        dist.all_gather_object(gathered, list(zip(mine, texts, strict=False)))
+        if not process.is_first or self._log is None or self._progress is None:
+            return
+        pairs: list[tuple[Sample, list[str]]] = [pair for part in gathered for pair in part]
+        result = score([s for s, _ in pairs], [t for _, t in pairs])
+        line = {
+            "kind": "evaluation",
+            "stage": state.stage,
+            "step": state.step,
+            "samples": state.samples,
+            "questions": result.questions,
+            "accuracy": result.accuracy,
+            "block_accuracy": result.per_block,
+            "any_block_accuracy": result.any_block,
+            "operations": state.operations,
+        }
+        self._log.write(line)
+        by_block = " ".join(f"{100 * a:.1f}" for a in result.per_block)
+        self._progress.say(f"step {state.step}: accuracy {100 * result.accuracy:.1f}% of {result.questions} (by block: {by_block})")
+        if report:
+            write_evaluation(result, self._folder / "report", {"run": recipe.run.name, "step": state.step})
+
+    def _announce(self, state: TrainingState, resume: Path | None) -> None:
+        assert self._progress is not None
+        report = self._data.report
+        if len(self._data):
+            skipped = f", {sum(report.skipped.values())} left out" if report.skipped else ""
+            self._progress.say(f"data: {report.used} of {report.rows} rows used{skipped}")
+        stages = ", ".join(f"{plan.name} {plan.steps} steps ({plan.samples} samples)" for plan in self._plans)
+        self._progress.say(
+            f"{self._recipe.run.name}: method {self._recipe.method}, {stages}; ZeRO-{self._recipe.parallel.zero_stage} on "
+            f"{self._process.ranks} rank(s) of {self._process.device.partition(':')[0]}, {self._recipe.model.dtype}; "
+            "attention dense"
+        )
+        if resume is not None:
+            self._progress.say(f"resumed from {resume} ({state.stage}, step {state.step})")
+
+    @contextlib.contextmanager
+    def _profiler(self) -> Iterator[Any]:
+        window = self._recipe.logging.profile
+        if window is None or not self._process.is_first:
+            yield None
+            return
+        first, last = window
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        folder = self._folder / "report"
+        folder.mkdir(parents=True, exist_ok=True)
+        with torch.profiler.profile(
+            activities=activities,
+            schedule=torch.profiler.schedule(wait=max(0, first - 1), warmup=0, active=last - first + 1, repeat=1),
+            on_trace_ready=lambda profile: profile.export_chrome_trace(str(folder / "profile.json")),
+        ) as profile:
+            yield profile
+
+    def _finish(self) -> None:
+        """First rank: the export, from the last checkpoint by the same code as `rim-dist export`, and the curves."""
+        try:
+            export_checkpoint(self._checkpoints, self._folder / "hf")
+            draw_curves(read_metrics(self._folder / "metrics.jsonl"), self._folder / "report" / "curves.png")
+        except OSError as error:
+            raise TrainingError(f"{self._folder}: the report cannot be written ({error.strerror or error})") from error
+        print(f"done: {self._folder / 'hf'} is a plain HF folder", file=sys.stderr, flush=True)
+
+
+def prepare_run(recipe: Recipe) -> tuple[Foundation, SampleStream]:
+    """All checks and the data of a run, before any process group or weight exists."""
+    check_run_folder(recipe)
+    compose(recipe, 1)
+    foundation = lay_foundation(recipe)
+    recipe_samples(recipe)
+    return foundation, open_data(recipe, foundation)
