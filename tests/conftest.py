@@ -1,0 +1,90 @@
+"""Shared pieces: a small recipe, a real tiny base model, real data where there is any."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+# One thread a process: several multi-rank tests share two cores, and equal threads mean equal rounding.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+TINY_MODEL = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": True,
+}
+
+FIXTURE_ROWS = [
+    '{"question": "Tom has 3 bags of 4 nuts and eats 2. How many are left?", "answer": "3*4=<<3*4=12>>12\\n12-2=<<12-2=10>>10\\n#### 10"}',
+    '{"question": "A pen costs 2 and a book 5. What do 2 pens and a book cost?", "answer": "<<2*2=4>>4\\n<<4+5=9>>9\\n#### 9"}',
+    '{"question": "What is left of 1,000 after paying 250?", "answer": "<<1000-250=750>>750\\n#### 750"}',
+    '{"question": "How many days are in a week?", "answer": "Seven.\\n#### 7"}',
+]
+
+
+def tiny_recipe(folder: Path, **sections: object) -> dict:
+    """A recipe of seconds: from scratch, the embedded task, a few steps a stage. Sections given replace fields."""
+    recipe: dict = {
+        "method": "rim",
+        "run": {"name": "tiny", "output_dir": str(folder), "seed": 0},
+        "model": {"config": dict(TINY_MODEL), "tokenizer": "synthetic"},
+        "memory": {"blocks": 3, "tokens_per_block": 2},
+        "data": {"source": "synthetic", "synthetic": {"samples": 200, "min_steps": 1, "max_steps": 4}},
+        "curriculum": {
+            "stage1": {"samples": 64, "learning_rate": 1e-3, "max_steps": 4},
+            "stage2": {"samples": 64, "learning_rate": 5e-4},
+        },
+        "optimizer": {"global_batch": 16, "micro_batch": 8},
+        "parallel": {"zero_stage": 1, "timeout_seconds": 120},
+        "checkpoint": {"every_steps": 3},
+        "evaluation": {"samples": 8, "max_new_tokens": 3},
+    }
+    for name, value in sections.items():
+        if isinstance(value, dict):
+            recipe[name] = {**recipe[name], **value}
+        else:
+            recipe[name] = value
+    return recipe
+
+
+def write_recipe(path: Path, recipe: dict) -> Path:
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Callable[..., Path]:
+    """Write a tiny recipe with the given sections and return its path; runs go to the test's folder."""
+
+    def make(**sections: object) -> Path:
+        return write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tmp_path / "runs", **sections))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def gsm8k(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GSM8K's train.jsonl from RIM_DIST_DATA, or a small file of the project's own in its format."""
+    if folder := os.environ.get("RIM_DIST_DATA"):
+        return Path(folder) / "gsm8k" / "train.jsonl"
+    print("no data: RIM_DIST_DATA is not set; using the project's own fixture")
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("\n".join(FIXTURE_ROWS * 5) + "\n", encoding="utf-8")
+    return path

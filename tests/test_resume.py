@@ -1,0 +1,172 @@
+"""Killed at any moment, or asked to stop: the run goes on and ends bit for bit where one never stopped does."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_recipe, write_recipe
+from ranks import ROOT, command, environment, run
+from safetensors.torch import load_file
+
+from rim_dist.checkpoint.hf_export import trained_weights
+from rim_dist.checkpoint.store import complete_checkpoints, find_checkpoint, read_state
+from rim_dist.training.metrics import read_metrics
+
+
+def long_recipe(folder: Path, name: str) -> dict:
+    """Some hundred short steps over both stages, dropout on, a checkpoint every seven steps."""
+    return tiny_recipe(
+        folder,
+        run={"name": name},
+        curriculum={
+            "stage1": {"samples": 1608, "learning_rate": 1e-3, "max_steps": 4, "dropout": 0.1},
+            "stage2": {"samples": 1600, "learning_rate": 5e-4, "dropout": 0.2},
+        },
+        model={"config": {**tiny_recipe(folder)["model"]["config"], "attention_dropout": 0.1}},
+        data={"synthetic": {"samples": 700, "min_steps": 1, "max_steps": 4}},
+        parallel={"zero_stage": 3},
+        checkpoint={"every_steps": 7},
+        evaluation={"every_steps": 40},
+    )
+
+
+def same_weights(a: Path, b: Path) -> None:
+    left, right = load_file(a / "hf" / "model.safetensors"), load_file(b / "hf" / "model.safetensors")
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def steps_of(folder: Path) -> list[tuple[str, int]]:
+    return [(line["kind"], line["step"]) for line in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.mark.timeout(900)
+def test_ten_kills_change_nothing(tmp_path: Path) -> None:
+    whole = write_recipe(tmp_path / "whole.yaml", long_recipe(tmp_path, "whole"))
+    killed = write_recipe(tmp_path / "killed.yaml", long_recipe(tmp_path, "killed"))
+    run("python", 1, ["-m", "rim_dist", "train", str(whole)])
+    pick = random.Random(time.time_ns())
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    moments = []
+    for kill in range(10):
+        process = subprocess.Popen(
+            command("python", 1, ["-m", "rim_dist", "train", str(killed)]),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+        deadline = time.monotonic() + 60
+        # Two kills at any moment of the start, the others once steps are being written again.
+        if kill not in (3, 7):
+            while time.monotonic() < deadline and process.poll() is None:
+                if metrics.exists() and metrics.stat().st_mtime_ns > before + 1:
+                    break
+                time.sleep(0.01)
+        time.sleep(pick.uniform(0, 1.2 if kill not in (3, 7) else 8))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        moments.append(len(steps_of(tmp_path / "killed")))
+        if (tmp_path / "killed" / "hf").exists():
+            break
+    print("lines written at each kill:", moments)
+    run("python", 1, ["-m", "rim_dist", "train", str(killed)])
+    same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert steps_of(tmp_path / "killed") == steps_of(tmp_path / "whole")
+    assert len(moments) > 3  # most kills hit a run that was still going
+
+
+@pytest.mark.timeout(300)
+def test_signal_stops_all_ranks_and_the_run_goes_on(tmp_path: Path) -> None:
+    """Two ranks: SIGTERM to one of them; both finish the step, save and end with 75; then the run is completed."""
+    whole = write_recipe(tmp_path / "whole.yaml", long_recipe(tmp_path, "whole"))
+    stopped = write_recipe(tmp_path / "stopped.yaml", long_recipe(tmp_path, "stopped"))
+    run("torchrun", 2, ["tests/workers/train_many.py", str(whole)])
+    ranks = _start_two_ranks(stopped)
+    _wait_for_steps(tmp_path / "stopped", 12, ranks)
+    ranks[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=60)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [75, 75], outputs
+    assert "stopped by a signal after step" in outputs[0]
+    run("torchrun", 2, ["-m", "rim_dist", "train", str(stopped)])
+    same_weights(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.timeout(300)
+def test_lost_rank_ends_the_other_in_time(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "lost.yaml", long_recipe(tmp_path, "lost"))
+    ranks = _start_two_ranks(recipe)
+    _wait_for_steps(tmp_path / "lost", 12, ranks)
+    ranks[1].kill()
+    output, _ = ranks[0].communicate(timeout=60)
+    assert ranks[0].returncode == 75, output
+    assert "lost a peer" in output
+    assert complete_checkpoints(tmp_path / "lost" / "checkpoints")
+
+
+def _start_two_ranks(recipe: Path) -> list[subprocess.Popen[str]]:
+    from ranks import free_port
+
+    port = str(free_port())
+    processes = []
+    for rank in range(2):
+        variables = environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        processes.append(
+            subprocess.Popen(
+                command("python", 1, ["-m", "rim_dist", "train", str(recipe)]),
+                cwd=ROOT,
+                env=variables,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return processes
+
+
+def _wait_for_steps(folder: Path, steps: int, processes: list[subprocess.Popen[str]]) -> None:
+    deadline = time.monotonic() + 90
+    while len(steps_of(folder)) < steps:
+        assert time.monotonic() < deadline, "no steps"
+        for process in processes:
+            assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(300)
+def test_damaged_and_half_checkpoints_are_passed_over(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """A truncated newest checkpoint and a half-written one: resume takes the last good one and ends the same."""
+    from rim_dist.cli import main
+
+    path = recipe_file(checkpoint={"keep": 5})
+    run("python", 1, ["-m", "rim_dist", "train", str(path)])
+    folder = tmp_path / "runs" / "tiny"
+    reference = trained_weights(find_checkpoint(folder))
+    checkpoints = complete_checkpoints(folder / "checkpoints")
+    assert [read_state(c).step for c in checkpoints] == [3, 4, 6, 8]
+    (folder / "checkpoints" / "step-00000009.partial").mkdir()
+    victim = next((checkpoints[-1] / "engine").glob("*optim_states.pt"))
+    victim.write_bytes(victim.read_bytes()[:100])
+    (checkpoints[-2] / "state.json").unlink()
+    for leftover in ("hf", "report"):
+        subprocess.run(["rm", "-r", str(folder / leftover)], check=True)
+    assert read_state(find_checkpoint(folder)).step == 4
+    output = run("python", 1, ["-m", "rim_dist", "train", str(path)]).stdout
+    assert "resumed from" in output
+    again = trained_weights(find_checkpoint(folder))
+    assert all(torch.equal(reference[name], again[name]) for name in reference)
+    assert json.loads((folder / "checkpoints" / find_checkpoint(folder).name / "state.json").read_text())["finished"]
+    assert main(["train", str(path)]) == 0
+
