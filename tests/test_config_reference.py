@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import config_reference
 import pytest
 
+import config_reference
 from rim_dist.config import field_names
 
 

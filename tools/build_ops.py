@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 
+LOG = Path(sys.prefix) / "build_ops.log"
+
+
 @contextlib.contextmanager
-def quiet() -> Iterator[Path]:
-    """Send what this process and the compiler print to a file; yields its path, which is removed after success."""
-    log = Path(sys.prefix) / "build_ops.log"
+def output_to(path: Path) -> Iterator[None]:
+    """Send what this process and the compilers it starts print to a file."""
     sys.stdout.flush()
     kept = os.dup(1), os.dup(2)
-    with log.open("w") as file:
+    with path.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        yield log
-        log.unlink()
+        yield
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -50,22 +51,26 @@ def load(op: Any) -> None:
         op.load()
 
 
+def reason(error: Exception) -> str:
+    """The line of a failed build that says why, without the compiler's command line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "error: " in line), lines[0])[:200]
+
+
 def build(builder: str) -> None:
     """Build (or find) one op, given by its builder's name in deepspeed.ops.op_builder, and print one line."""
     started = time.monotonic()
     try:
-        with quiet():
+        with output_to(LOG):
             import deepspeed.ops.op_builder as builders
 
             op = getattr(builders, builder)()
             load(op)
         print(f"{op.name}: ready after {time.monotonic() - started:.0f} s", flush=True)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        print(
-            f"{builder.removesuffix('Builder')}: not built ({reason}); details in {Path(sys.prefix) / 'build_ops.log'}",
-            flush=True,
-        )
+        with LOG.open("a") as file:
+            file.write(f"{error}\n")
+        print(f"{builder.removesuffix('Builder')}: not built ({reason(error)}); all of it in {LOG}", flush=True)
 
 
 def main() -> None:
@@ -75,6 +80,7 @@ def main() -> None:
 
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    LOG.unlink(missing_ok=True)
     print("building DeepSpeed's ops (two to three minutes the first time)", flush=True)
     for builder in ["CPUAdamBuilder"] if cuda else ["ShareMemCommBuilder", "CPUAdamBuilder"]:
         build(builder)

@@ -4,6 +4,11 @@
 set -eu
 
 python=${1:-python3}
+case $(pwd) in *' '*)
+    echo "rim_dist: the path $(pwd) has a space in it, where PyTorch cannot link DeepSpeed's ops; move the checkout" >&2
+    exit 2
+esac
+
 missing=""
 compiler=${CXX:-g++}
 

@@ -1,0 +1,174 @@
+"""Recipes: overrides, types, unknown keys and impossible combinations, each with a message that names the field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import write_recipe
+from ranks import ROOT
+
+from rim_dist.cli import main
+from rim_dist.config import dump_recipe, load_recipe, validate_recipe
+from rim_dist.errors import ConfigError
+from rim_dist.parallel.zero import OWNED_KEYS, compose
+
+Make = Callable[..., Path]
+
+
+def test_resolved_recipe_reads_back_the_same(recipe_file: Make, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file())
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+def test_overrides_are_typed(recipe_file: Make) -> None:
+    recipe = load_recipe(
+        recipe_file(), ["curriculum.stage1.learning_rate=3e-4", "run.seed=7", "model.lora=null", "model.config.num_hidden_layers=3"]
+    )
+    assert recipe.curriculum.stage1.learning_rate == 3e-4
+    assert recipe.run.seed == 7
+    assert recipe.model.config is not None
+    assert recipe.model.config["num_hidden_layers"] == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("memory.bloks=3", r"memory.bloks: unknown key; did you mean memory.blocks\?"),
+        ("learning_rate=1", r"did you mean curriculum.stage1.learning_rate\?"),
+        ("run.seed=abc", "run.seed: 'abc' is not allowed"),
+        ("run.seed=true", "run.seed: True is not allowed"),
+        ("optimizer.global_batch=0", "optimizer.global_batch: 0 is not allowed"),
+        ("method=rimm", "method: 'rimm' is not allowed"),
+        ("memory.blocks=0", "memory.blocks: 0 is not allowed with method rim"),
+        ("memory.tokens_per_block=0", "memory.tokens_per_block: 0 is not allowed"),
+        ("memory.end_token=<|mem|>", "must differ"),
+        ("data.source=jsonl", "source jsonl needs path"),
+        ("data.source=hub", "source hub needs id"),
+        ("data.streaming=true", "streaming is for hub"),
+        ("data.answer_format=x", "must contain {answer}"),
+        ("curriculum.stage1.epochs=1", "samples or epochs, not both"),
+        ("parallel.offload=true", "offload needs zero_stage 3"),
+        ("parallel.tensor=2", "parallel.tensor: 2 is not allowed"),
+        ("model.init_from=x", "exactly one of init_from"),
+        ("run.name=a/b", "run.name: 'a/b' is not allowed"),
+        ("nonsense", "write section.key=value"),
+        ("run.seed=[1", "is not a YAML value"),
+        ("run.seed.deeper=1", "unknown key"),
+        ("data.synthetic.min_steps=9", "min_steps 9 is above max_steps 4"),
+    ],
+)
+def test_wrong_values_are_named(recipe_file: Make, capsys: pytest.CaptureFixture[str], override: str, message: str) -> None:
+    import re
+
+    assert main(["train", str(recipe_file()), override]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "the recipe is empty"), ("- 1\n", "a mapping of sections"), ("a: [", "not valid YAML"), ("method: rim\n", "model: is required")],
+)
+def test_broken_recipes(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_missing_recipe_and_no_stage(tmp_path: Path, recipe_file: Make) -> None:
+    with pytest.raises(ConfigError, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="nothing to train"):
+        load_recipe(recipe_file(curriculum={"stage1": {"samples": 0}, "stage2": {"samples": 0}}))
+
+
+def test_baselines_need_no_blocks(recipe_file: Make) -> None:
+    for method in ("direct", "cot"):
+        assert load_recipe(recipe_file(method=method, memory={"blocks": 0})).memory.blocks == 0
+
+
+def test_streams_have_no_epochs(recipe_file: Make) -> None:
+    with pytest.raises(ConfigError, match="a stream has no known length"):
+        load_recipe(
+            recipe_file(data={"source": "jsonl", "path": "x", "streaming": True}, curriculum={"stage1": {"epochs": 1}})
+        )
+
+
+def test_shipped_recipes_are_valid() -> None:
+    recipes = sorted((ROOT / "recipes").glob("*.yaml"))
+    assert {"demo.yaml", "gsm8k-smollm2-135m.yaml", "gsm8k-aug-gpt2.yaml", "gsm8k-aug-llama-3.2-1b.yaml"} <= {p.name for p in recipes}
+    for path in recipes:
+        recipe = load_recipe(path)
+        compose(recipe, 64)
+
+
+def test_shipped_ds_configs_compose_without_auto(recipe_file: Make) -> None:
+    for zero in range(4):
+        tree = compose(load_recipe(recipe_file(parallel={"zero_stage": zero})), 512)
+        assert "auto" not in json.dumps(tree)
+        assert tree["gradient_clipping"] == 1.0
+    offload = compose(load_recipe(recipe_file(parallel={"zero_stage": 3, "offload": True})), 512)
+    assert offload["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    half = compose(load_recipe(recipe_file(model={"dtype": "fp16"})), 512)
+    assert half["fp16"]["enabled"]
+
+
+@pytest.mark.parametrize("key", OWNED_KEYS)
+def test_trainer_owned_keys_are_refused_by_name(recipe_file: Make, tmp_path: Path, key: str) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({key: {"enabled": True}}))
+    with pytest.raises(ConfigError, match=f"{key} belongs to the trainer"):
+        compose(load_recipe(recipe_file(parallel={"deepspeed_config": str(own)})), 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        ("{", "not a JSON file"),
+        ("[]", "is a JSON object"),
+        ('{"zero_optimization": {"stage": 3}}', "zero_optimization.stage is 3, parallel.zero_stage is 1"),
+        ('{"fp16": {"enabled": true}}', "fp16.enabled belongs to the trainer"),
+        ('{"zero_optimization": {"sub_group_size": "auto"}}', "no value for sub_group_size"),
+    ],
+)
+def test_own_deepspeed_config_is_checked(recipe_file: Make, tmp_path: Path, text: str | None, message: str) -> None:
+    own = tmp_path / "own.json"
+    if text is not None:
+        own.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        compose(load_recipe(recipe_file(parallel={"deepspeed_config": str(own)})), 64)
+
+
+def test_own_deepspeed_config_may_use_auto_for_what_the_trainer_owns(recipe_file: Make, tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"train_batch_size": "auto", "zero_optimization": {"stage": 1, "reduce_bucket_size": 5000}}))
+    tree = compose(load_recipe(recipe_file(parallel={"deepspeed_config": str(own)})), 64)
+    assert tree["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 5000}
+    assert "train_batch_size" not in tree
+
+
+def test_recipe_of_another_shape_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not list"):
+        validate_recipe([], "x")
+
+
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["train"], ["export"], ["convert", "to-hf"], ["generate"], ["evaluate"], ["data"], ["prefetch"]):
+        with pytest.raises(SystemExit) as exit_info:
+            main([*command, "--help"])
+        assert exit_info.value.code == 0
+        text = capsys.readouterr().out
+        assert "examples:" in text
+        assert "exit status:" in text
+
+
+def test_no_recipe_is_left_unused(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "r.yaml", {"method": "rim", "model": {"config": {"model_type": "llama"}}})
+    with pytest.raises(ConfigError, match="a model from scratch needs tokenizer"):
+        load_recipe(path)

@@ -1,0 +1,323 @@
+"""Sources, bad rows with file and line, encoding, the tokenised cache, order and batches."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+from conftest import FIXTURE_ROWS
+
+from rim_dist.cli import main
+from rim_dist.config import ColumnsSection, load_recipe
+from rim_dist.data.loader import BatchLoader, plan_stages
+from rim_dist.data.prepared import PreparedData, StreamedData, prepare
+from rim_dist.data.sources import BadSample, Sample, answer_text, read_file, read_source, recognise
+from rim_dist.data.synthetic import SyntheticTask, house_map, walk
+from rim_dist.errors import DataError
+from rim_dist.model import Foundation, lay_foundation
+
+Make = Callable[..., Path]
+
+
+def open_prepared(path: Path, folder: Path) -> tuple[PreparedData, Foundation]:
+    recipe = load_recipe(path)
+    foundation = lay_foundation(recipe)
+    return prepare(recipe, foundation.tokenizer, foundation.tokens, foundation.positions, folder), foundation
+
+
+def rows_of(tmp_path: Path, name: str, text: str | bytes, file_format: str) -> list[Sample | BadSample]:
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return list(read_file(path, file_format, ColumnsSection()))
+
+
+def test_gsm8k(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, "a.jsonl", "\n".join(FIXTURE_ROWS), "gsm8k")
+    assert rows[0] == Sample("Tom has 3 bags of 4 nuts and eats 2. How many are left?", ("3*4=12", "12-2=10"), "10", 1)
+    assert rows[3].steps == ()
+
+
+def test_gsm8k_aug(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, "a.txt", "How many?||<<1+1=2>> <<2*3=6>> #### 1,006\n\nno bars\nq||<<1=1>>\n", "gsm8k_aug")
+    assert rows[0] == Sample("How many?", ("1+1=2", "2*3=6"), "1006", 1)
+    assert [(r.line, r.reason) for r in rows[1:]] == [(3, "no || between question and steps"), (4, "no answer")]
+
+
+def test_bad_rows_carry_line_and_reason(tmp_path: Path) -> None:
+    lines = [
+        b'{"question": "q", "steps": ["a"], "answer": 3.0}',
+        b'{"question": "", "answer": 1}',
+        b'{"question": "q"}',
+        b'{"question": "q", "answer": NaN}',
+        b'{"question": "q", "answer": "inf"}',
+        b'{"question": "q", "answer": null}',
+        b'{"question": "q", "answer": "1"',
+        b'{"question": "\xff", "answer": 1}',
+        b"[1]",
+        b'{"question": "q", "steps": 5, "answer": 1}',
+        b'{"question": "q", "steps": "one\\n two", "answer": " 7 "}',
+        b'{"question": "q", "answer": [1]}',
+    ]
+    rows = rows_of(tmp_path, "a.jsonl", b"\n".join(lines), "jsonl")
+    assert rows[0] == Sample("q", ("a",), "3", 1)
+    assert rows[10] == Sample("q", ("one", "two"), "7", 11)
+    reasons = [(r.line, r.reason) for r in rows if isinstance(r, BadSample)]
+    assert reasons == [
+        (2, "no question"),
+        (3, "missing column"),
+        (4, "non-finite answer"),
+        (5, "non-finite answer"),
+        (6, "no answer"),
+        (7, "not valid JSON"),
+        (8, "not UTF-8"),
+        (9, "not a JSON object"),
+        (10, "steps are not a list of texts"),
+        (12, "answer is list, not text or number"),
+    ]
+
+
+def test_gsm8k_without_marker(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, "a.jsonl", '{"question": "q", "answer": "7"}\n{"question": "q"}', "gsm8k")
+    assert [r.reason for r in rows] == ["no answer", "missing column"]
+
+
+def test_prosqa_gsm_hard_and_parquet(tmp_path: Path) -> None:
+    prosqa = rows_of(tmp_path, "p.json", json.dumps([{"question": "q", "steps": ["s"], "answer": "Tom is a x."}, 3]), "prosqa")
+    assert prosqa[0] == Sample("q", ("s",), "Tom is a x.", 1)
+    assert isinstance(prosqa[1], BadSample)
+    hard = rows_of(tmp_path, "h.jsonl", '{"input": "q", "code": "c", "target": -2.5}', "gsm_hard")
+    assert hard == [Sample("q", (), "-2.5", 1)]
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"question": ["a", None], "steps": [["x"], []], "answer": ["1", "2"]})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    rows = list(read_file(tmp_path / "t.parquet", "parquet", ColumnsSection()))
+    assert rows == [Sample("a", ("x",), "1", 1), BadSample(2, "no question")]
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1nothing")
+    with pytest.raises(DataError, match="not a readable Parquet"):
+        list(read_file(tmp_path / "bad.parquet", "parquet", ColumnsSection()))
+    for text in ("{", '{"a": 1}'):
+        with pytest.raises(DataError, match="not a JSON list"):
+            rows_of(tmp_path, "b.json", text, "prosqa")
+
+
+def test_formats_are_recognised(tmp_path: Path) -> None:
+    texts = {
+        "gsm8k": ("a.jsonl", FIXTURE_ROWS[0]),
+        "gsm8k_aug": ("a.txt", "q||<<1+1=2>> #### 2"),
+        "gsm_hard": ("h.jsonl", '{"input": "q", "target": 1}'),
+        "jsonl": ("j.jsonl", '{"question": "q", "answer": "1"}'),
+        "prosqa": ("p.json", "[{}]"),
+    }
+    for name, (file, text) in texts.items():
+        (tmp_path / file).write_text(text)
+        assert recognise(tmp_path / file) == name
+    assert recognise(tmp_path / "x.parquet") == "parquet"
+    (tmp_path / "e.txt").write_text("\n")
+    (tmp_path / "u.txt").write_text("hello")
+    for file, message in (("e.txt", "empty"), ("u.txt", "not recognised"), ("none", "no such file")):
+        with pytest.raises(DataError, match=message):
+            recognise(tmp_path / file)
+
+
+def test_answers_as_text() -> None:
+    assert [answer_text(v) for v in (3, 3.0, -2.5, 9.28e12, " 7 ")] == ["3", "3", "-2.5", "9280000000000", "7"]
+    for value in (True, None, "", float("nan"), float("inf"), "-inf", []):
+        with pytest.raises(ValueError, match="answer"):
+            answer_text(value)
+
+
+def test_synthetic_walks_are_right_and_sets_do_not_mix() -> None:
+    assert all(sorted(m) == list(range(5)) for m in house_map())
+    training = list(SyntheticTask(1, 5).training(3000, 0))
+    held = list(SyntheticTask(1, 5).held_out(200, 0))
+    assert not {p.question for p in training} & {p.question for p in held}
+    assert {len(p.steps) for p in training} == {1, 2, 3, 4, 5}
+    assert {len(p.steps) for p in held} == {5}
+    assert list(SyntheticTask(1, 5).training(50, 0)) == training[:50]
+    assert list(SyntheticTask(1, 5).training(50, 1)) != training[:50]
+    problem = walk(0, [1, 2])
+    room = house_map()[2][house_map()[1][0]]
+    from rim_dist.data.synthetic import ROOMS
+
+    assert problem.answer == ROOMS[room] == problem.steps[-1]
+
+
+def test_refuse_and_skip(recipe_file: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"question": "a b", "steps": [], "answer": 1}\n{"question": "x"}\n')
+    section = {"source": "jsonl", "path": str(data)}
+    assert main(["data", str(recipe_file(data=section))]) == 2
+    assert f"{data}:2: missing column (answer)" in capsys.readouterr().err
+    assert main(["data", str(recipe_file(data={**section, "on_bad_sample": "skip"})), "--show", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "2 rows, 1 used, 1 left out" in text
+    assert f"1 x missing column; first {data}:2" in text
+
+
+def test_empty_and_unusable_data(recipe_file: Make, tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text("")
+    with pytest.raises(DataError, match="no usable sample in the data .it has no rows"):
+        open_prepared(recipe_file(data={"source": "jsonl", "path": str(data)}), tmp_path / "c")
+    with pytest.raises(DataError, match="no such file"):
+        open_prepared(recipe_file(data={"source": "jsonl", "path": str(tmp_path / "none")}), tmp_path / "c")
+
+
+def test_too_long_too_many_steps_and_memory_text(recipe_file: Make, tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    rows = [
+        {"question": "From the hall take red.", "steps": ["hall"], "answer": "hall"},
+        {"question": "red " * 200, "steps": [], "answer": "hall"},
+        {"question": "From the hall take red.", "steps": ["hall"] * 5, "answer": "hall"},
+        {"question": "From the <|mem|> take red.", "steps": [], "answer": "hall"},
+    ]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    section = {"source": "jsonl", "path": str(data), "on_bad_sample": "skip"}
+    prepared, _ = open_prepared(recipe_file(data=section), tmp_path / "c")
+    report = prepared.report
+    assert (report.rows, report.used) == (4, 1)
+    assert dict(report.skipped) == {
+        "longer than 128 tokens": 1,
+        "more than curriculum.stage1.max_steps=4 steps": 1,
+        "the text contains a memory token": 1,
+    }
+    cut = {"stage1": {"samples": 64, "max_steps": 4, "longer": "truncate"}, "stage2": {"samples": 64}}
+    prepared, _ = open_prepared(recipe_file(data=section, curriculum=cut), tmp_path / "c")
+    assert (prepared.report.used, prepared.report.truncated) == (2, 1)
+    assert len(prepared[1].steps) == 4
+
+
+def test_prepared_data_is_what_was_encoded(recipe_file: Make, tmp_path: Path) -> None:
+    prepared, foundation = open_prepared(recipe_file(), tmp_path / "c")
+    problems = list(SyntheticTask(1, 4).training(200, 0))
+    assert len(prepared) == 200
+    for i in (0, 7, 199):
+        sample = prepared[i]
+        decoded = foundation.tokenizer.decode(sample.question, skip_special_tokens=True)
+        assert decoded == problems[i].question
+        steps = [foundation.tokenizer.decode(s, skip_special_tokens=True) for s in sample.steps]
+        assert tuple(steps) == problems[i].steps
+        assert sample.answer[-1] == foundation.tokenizer.eos_token_id
+        assert sample.line == i + 1
+
+
+def test_every_sample_once_an_epoch_in_a_new_order(recipe_file: Make, tmp_path: Path) -> None:
+    prepared, _ = open_prepared(recipe_file(), tmp_path / "c")
+    epochs = [[prepared.index_at(e * 200 + i) for i in range(200)] for e in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(200))
+    assert epochs[0] != epochs[1]
+
+
+def _build(path: str, folder: str, out: object) -> None:
+    prepared, _ = open_prepared(Path(path), Path(folder))
+    out.put(len(prepared))  # type: ignore[attr-defined]
+
+
+def test_cache_is_built_once_by_many_processes(recipe_file: Make, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=_build, args=(str(recipe_file()), str(tmp_path / "c"), queue)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert [queue.get(timeout=60) for _ in processes] == [200] * 3
+    for process in processes:
+        process.join()
+    assert len([p for p in (tmp_path / "c").iterdir() if p.is_dir()]) == 1
+
+
+def test_cache_in_a_place_that_cannot_be_written(recipe_file: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        open_prepared(recipe_file(), tmp_path / "file")
+
+
+def test_changed_data_is_encoded_again(recipe_file: Make, tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    section = {"source": "jsonl", "path": str(data)}
+    for count in (3, 4):
+        data.write_text('{"question": "red", "answer": "hall"}\n' * count)
+        prepared, _ = open_prepared(recipe_file(data=section), tmp_path / "c")
+        assert len(prepared) == count
+
+
+def test_batches_cover_the_global_batch_on_any_number_of_ranks(recipe_file: Make, tmp_path: Path) -> None:
+    path = recipe_file(
+        optimizer={"global_batch": 10, "micro_batch": 2}, curriculum={"stage1": {"samples": 23, "max_steps": 4}, "stage2": {"samples": 9}}
+    )
+    recipe = load_recipe(path)
+    prepared, foundation = open_prepared(path, tmp_path / "c")
+    plans = plan_stages(recipe, len(prepared))
+    assert [(p.name, p.steps, p.first_sample, p.first_step) for p in plans] == [("stage1", 3, 0, 0), ("stage2", 1, 23, 3)]
+    for plan in plans:
+        for step in range(plan.steps):
+            whole = BatchLoader(recipe, prepared, foundation.tokens, 0, 1).share(plan, step)
+            for ranks in (2, 3, 4):
+                shares = [BatchLoader(recipe, prepared, foundation.tokens, r, ranks).share(plan, step) for r in range(ranks)]
+                assert len({len(s.micro_batches) for s in shares}) == 1  # ZeRO-3 hangs otherwise
+                assert sum(s.weight for s in shares) == pytest.approx(whole.weight)
+                lines = sorted(x.line for s in shares for x in s.samples)
+                assert lines == sorted(x.line for x in whole.samples)
+                total = sum(float(b.weights.sum()) for s in shares for b in s.micro_batches)
+                assert total == pytest.approx(whole.weight, rel=1e-6)
+
+
+def test_stream_is_resumable_by_position(recipe_file: Make, tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text("\n".join(json.dumps({"question": f"red {'blue ' * (i % 7)}", "answer": str(i)}) for i in range(40)))
+    path = recipe_file(data={"source": "jsonl", "path": str(data), "streaming": True, "shuffle_buffer": 8})
+    recipe = load_recipe(path)
+    foundation = lay_foundation(recipe)
+
+    def stream() -> StreamedData:
+        return StreamedData(recipe, foundation.tokenizer, foundation.tokens, foundation.positions)
+
+    first = stream()
+    straight = [s.line for s in first.samples(0, 60)]
+    assert sorted(straight[:40]) == list(range(1, 41))
+    assert straight[:40] != list(range(1, 41))
+    assert [s.line for s in stream().samples(25, 60)] == straight[25:]
+    assert [s.line for s in first.samples(5, 10)] == straight[5:10]  # going back starts the stream again
+    assert len(first) == 0
+    data.write_text("")
+    with pytest.raises(DataError, match="no usable sample"):
+        stream().samples(0, 1)
+
+
+def test_hub_source_reads_through_datasets(recipe_file: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"question": "red", "steps": ["hall"], "answer": "hall <<1>> #### hall"}\n{"text": "q||<<1>> #### 2"}\n')
+    for layout, expected in (("columns", "hall <<1>> #### hall"), ("gsm8k", "hall")):
+        recipe = load_recipe(recipe_file(data={"source": "hub", "id": str(folder), "layout": layout, "streaming": True}))
+        rows = list(read_source(recipe.data, 0))
+        assert rows[0].answer == expected
+    recipe = load_recipe(recipe_file(data={"source": "hub", "id": str(folder), "layout": "gsm8k_aug", "streaming": True}))
+    rows = list(read_source(recipe.data, 0))
+    assert [r.reason if isinstance(r, BadSample) else r.answer for r in rows] == ["missing column", "2"]
+    with pytest.raises(DataError, match="cannot be loaded"):
+        list(read_source(load_recipe(recipe_file(data={"source": "hub", "id": "nobody/nothing"})).data, 0))
+    assert datasets.__version__
+
+
+def test_all_gsm8k_rows_are_accounted_for(gsm8k: Path, recipe_file: Make, tmp_path: Path) -> None:
+    lines = sum(1 for line in gsm8k.open() if line.strip())
+    rows = list(read_file(gsm8k, "gsm8k", ColumnsSection()))
+    assert len(rows) == lines
+    assert not [r for r in rows if isinstance(r, BadSample)]
+    if lines == 7473:
+        assert sum(not r.steps for r in rows) == 95
+    path = recipe_file(data={"source": "gsm8k", "path": str(gsm8k), "on_bad_sample": "skip"})
+    prepared, _ = open_prepared(path, tmp_path / "c")
+    report = prepared.report
+    assert report.rows == lines == report.used + sum(report.skipped.values())
+    assert sum(report.steps.values()) == report.used == len(prepared)
+    assert numpy.all(numpy.diff([prepared[i].line for i in range(len(prepared))]) > 0)
