@@ -61,7 +61,6 @@ def build_parser() -> argparse.ArgumentParser:
         "torchrun --nproc_per_node 8 -m rim_dist train recipes/gsm8k-aug-gpt2.yaml",
         "srun --ntasks-per-node 8 python -m rim_dist train recipes/gsm8k-aug-llama-3.2-3b.yaml",
     )
-    train.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     recipe_arguments(train)
 
     recipe_arguments(
@@ -294,6 +293,11 @@ def _end_of_rank(status: int) -> int:
     return status
 
 
+def _without_local_rank(argv: Sequence[str]) -> list[str]:
+    """The deepspeed launcher puts `--local_rank=N` before the command; LOCAL_RANK says the same."""
+    return [argument for argument in argv if not argument.startswith("--local_rank=")]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     # Threads that spin while they wait take a shared core from those that work: a step became 25 times slower.
@@ -303,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*")
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_args(_without_local_rank(sys.argv[1:] if argv is None else argv))
     try:
         return arguments.run(arguments)
     except RimError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator, model_validator
 
 from rim_dist.errors import ConfigError
 
@@ -235,8 +235,11 @@ class Stage1Section(StageSection):
 class Stage2Section(StageSection):
     """Refinement: K blocks for every sample; every readout predicts the answer."""
 
-    weights: Literal["linear", "constant"] = Field(
-        "linear", description="alpha of block k: `linear` 2k / (K (K + 1)), `constant` 1 / K."
+    weight_power: float = Field(
+        1.0,
+        ge=0,
+        description="p in alpha of block k = k^p / sum of j^p: 1 is the paper's 2k / (K (K + 1)), 0 the same for every block; "
+        "more asks less of early blocks.",
     )
 
 
@@ -261,7 +264,7 @@ class OptimizerSection(Section):
     global_batch: StrictInt = Field(128, ge=1, description="Samples of an optimizer step, over all ranks.")
     micro_batch: StrictInt = Field(16, ge=1, description="Most samples a rank runs in one forward pass. No effect on the result.")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay.")
-    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second decay.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay (matrices only, not norms and biases).")
     gradient_clipping: float = Field(1.0, ge=0, description="Largest gradient norm; 0 switches clipping off.")
@@ -316,6 +319,11 @@ class LoggingSection(Section):
 
     every_steps: StrictInt = Field(10, ge=1, description="Print a progress line after so many steps (not on a terminal).")
     wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases.")
+    @field_validator("wandb", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
     wandb_project: str = Field("rim_dist", description="Project of the W&B run.")
     tensorboard: StrictBool = Field(False, description="Write TensorBoard events (needs the tensorboard package).")
     profile: tuple[StrictInt, StrictInt] | None = Field(

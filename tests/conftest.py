@@ -58,7 +58,7 @@ def tiny_recipe(folder: Path, **sections: object) -> dict:
     }
     for name, value in sections.items():
         if isinstance(value, dict):
-            recipe[name] = {**recipe[name], **value}
+            recipe[name] = {**recipe.get(name, {}), **value}
         else:
             recipe[name] = value
     return recipe

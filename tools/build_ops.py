@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
 LOG = Path(sys.prefix) / "build_ops.log"
 
 
@@ -81,7 +80,7 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     LOG.unlink(missing_ok=True)
-    print("building DeepSpeed's ops (two to three minutes the first time)", flush=True)
+    print("building DeepSpeed's ops (a minute or two the first time)", flush=True)
     for builder in ["CPUAdamBuilder"] if cuda else ["ShareMemCommBuilder", "CPUAdamBuilder"]:
         build(builder)
 

@@ -20,11 +20,10 @@ def stage1_weights(targets: int, share: float, schedule: str, max_steps: int) ->
     return [max(0.0, 1.0 - share * horizon / t) for t in range(1, targets)] + [1.0]
 
 
-def stage2_weights(blocks: int, schedule: str) -> list[float]:
-    """alpha_k for k = 1 .. K: 2k / (K (K + 1)) (`linear`) or 1 / K (`constant`). They add up to 1."""
-    if schedule == "constant":
-        return [1.0 / blocks] * blocks
-    return [2.0 * k / (blocks * (blocks + 1)) for k in range(1, blocks + 1)]
+def stage2_weights(blocks: int, power: float) -> list[float]:
+    """alpha_k = k^power / sum of j^power for k = 1 .. K; power 1 is the paper's 2k / (K (K + 1)). They add up to 1."""
+    parts = [k**power for k in range(1, blocks + 1)]
+    return [part / sum(parts) for part in parts]
 
 
 def sample_row(
@@ -53,7 +52,7 @@ def sample_row(
         weights = stage1_weights(len(targets), share, curriculum.stage1.weights, curriculum.stage1.max_steps)
     else:
         targets = [answer] * blocks
-        weights = stage2_weights(blocks, curriculum.stage2.weights)
+        weights = stage2_weights(blocks, curriculum.stage2.weight_power)
     # A readout of weight 0 has no part in the loss: leaving it out changes nothing but the work.
     readouts = [
         Readout(k, list(target), weight) for k, (target, weight) in enumerate(zip(targets, weights, strict=True), 1) if weight

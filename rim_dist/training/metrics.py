@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def _start_wandb(folder: Path, section: LoggingSection, recipe: dict[str, Any]) 
 
     identity = folder / "wandb_id"  # a resumed run goes on under the same id
     if not identity.is_file():
-        write_atomically(identity, wandb.util.generate_id() + "\n")
+        write_atomically(identity, secrets.token_hex(4) + "\n")
     return wandb.init(
         project=section.wandb_project,
         id=identity.read_text(encoding="utf-8").strip(),

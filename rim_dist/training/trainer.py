@@ -93,6 +93,8 @@ class Trainer:
                 f"optimizer.global_batch: {recipe.optimizer.global_batch} samples cannot be spread over {process.ranks} "
                 f"data ranks; allowed: {process.ranks} or more"
             )
+        if recipe.model.dtype == "fp16" and process.device == "cpu":
+            raise ConfigError("model.dtype: fp16 needs a GPU; on a CPU use fp32 or bf16")
         self._recipe, self._process, self._foundation, self._data = recipe, process, foundation, data
         self._folder = recipe.folder
         self._checkpoints = recipe.folder / "checkpoints"

@@ -1,0 +1,354 @@
+"""Whole runs: both stages, export, answers, evaluation, LoRA, precision, offload, and what stops a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL
+from oracle import train_one_process
+from ranks import ROOT, run
+from safetensors.torch import load_file, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rim_dist.cli import main
+from rim_dist.config import load_recipe
+from rim_dist.data.synthetic import SyntheticTask
+from rim_dist.training.metrics import read_metrics
+
+Make = Callable[..., Path]
+
+
+def train(path: Path, *overrides: str) -> str:
+    return run("python", 1, ["-m", "rim_dist", "train", str(path), *overrides]).stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one finished tiny run."""
+    from conftest import tiny_recipe, write_recipe
+
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = tiny_recipe(
+        folder,
+        evaluation={"samples": 12, "max_new_tokens": 4, "every_steps": 3},
+        logging={"tensorboard": True, "profile": [2, 3], "wandb": "offline"},
+    )
+    train(write_recipe(folder / "r.yaml", recipe))
+    return folder / "tiny"
+
+
+def test_a_run_writes_what_it_should(trained: Path) -> None:
+    assert {p.name for p in trained.iterdir()} == {
+        "recipe.yaml", "ds_config.json", "metrics.jsonl", "checkpoints", "hf", "report", "data", "tensorboard", "wandb", "wandb_id",
+    }  # fmt: skip
+    assert {p.name for p in (trained / "report").iterdir()} >= {"curves.png", "evaluation.json", "answers.jsonl", "profile.json"}
+    assert (trained / "report" / "curves.png").stat().st_size > 10_000
+    lines = read_metrics(trained / "metrics.jsonl")
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert [(line["stage"], line["step"]) for line in steps] == [("stage1", i) for i in range(1, 5)] + [("stage2", i) for i in range(5, 9)]
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [3, 6, 8]
+    assert all(line["grad_norm"] > 0 and line["tokens"] > 0 and line["seconds"] > 0 for line in steps)
+    assert steps[-1]["samples"] == 128
+    assert len(steps[-1]["block_loss"]) == 3
+    assert steps[-1]["operations"] > steps[0]["operations"] > 0
+    assert list((trained / "tensorboard").glob("events*"))
+
+
+def test_second_start_does_nothing(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file() and p.name != "lock"}
+    assert main(["train", str(trained.parent / "r.yaml")]) == 0
+    assert "nothing to do" in capfd.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file() and p.name != "lock"} == before
+
+
+def test_export_answers_as_the_trainer_did(trained: Path) -> None:
+    """Plain transformers, one question at a time, no rim_dist: the tokens of the trainer's own evaluation."""
+    tokenizer = AutoTokenizer.from_pretrained(trained / "hf")
+    model = AutoModelForCausalLM.from_pretrained(trained / "hf")
+    answers = [json.loads(line) for line in (trained / "report" / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == 12
+    for answer in answers:
+        for k, _ in enumerate(answer["answers"], 1):
+            prompt = tokenizer.apply_chat_template(
+                [{"role": "user", "content": answer["question"]}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+                rim_blocks=k,
+            )
+            output = model.generate(**prompt, max_new_tokens=4)
+        text = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert text == answer["text"]
+
+
+def test_export_is_a_plain_folder(trained: Path) -> None:
+    files = {p.name for p in (trained / "hf").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md", "rim_dist.json"} <= files
+    with safe_open(trained / "hf" / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 - tied, stored once
+    config = json.loads((trained / "hf" / "config.json").read_text())
+    assert config["vocab_size"] == 131
+    assert "rim" not in json.dumps(config)
+    assert "curriculum:" in (trained / "hf" / "README.md").read_text()
+
+
+def test_export_command_and_its_other_names(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(trained), str(tmp_path / "a")]) == 0
+    assert main(["convert", "to-hf", str(trained / "checkpoints" / "step-00000008"), str(tmp_path / "b")]) == 0
+    subprocess.run(
+        [os.sys.executable, "tools/convert_checkpoint.py", "to-hf", str(trained), str(tmp_path / "c")], check=True, cwd=ROOT
+    )
+    expected = load_file(trained / "hf" / "model.safetensors")
+    for name in "abc":
+        weights = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(weights[k], expected[k]) for k in expected)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("x")
+    assert main(["export", str(trained), str(tmp_path / "full")]) == 2
+    assert main(["export", str(tmp_path / "none"), str(tmp_path / "d")]) == 2
+    assert main(["export", str(trained), "/proc/nothing"]) == 2
+    error = capsys.readouterr().err
+    assert "already holds something else" in error
+    assert "no such checkpoint" in error
+
+
+def test_generate(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    hf, question = str(trained / "hf"), "From the hall take red blue."
+    assert main(["generate", hf, question]) == 0
+    final = capsys.readouterr().out
+    assert main(["generate", hf, question, "--every-block"]) == 0
+    every = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in every] == ["block 1", "block 2", "block 3"]
+    assert every[-1] == f"block 3: {final.strip()}"
+    assert main(["generate", hf, question, "--blocks", "1"]) == 0
+    assert every[0] == f"block 1: {capsys.readouterr().out.strip()}"
+    monkeypatch.setattr("sys.stdin", iter([question + "\n", "\n", question + "\n"]))
+    assert main(["generate", hf]) == 0
+    assert capsys.readouterr().out == final * 2
+    monkeypatch.setattr("sys.stdin", iter([]))
+    for arguments in (["generate", hf], ["generate", hf, question, "--blocks", "0"], ["generate", str(trained), question]):
+        assert main(arguments) == 2
+    assert main(["generate", hf, question, "--max-new-tokens", "0"]) == 2
+
+
+def test_evaluate(trained: Path, tmp_path: Path, gsm8k: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = str(trained / "hf")
+    assert main(["evaluate", hf, "synthetic", "--samples", "12", "--timed", "4", "--max-new-tokens", "4", "--output", str(tmp_path / "o")]) == 0
+    assert "accuracy, final block" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "o" / "evaluation.json").read_text())
+    own = json.loads((trained / "report" / "evaluation.json").read_text())
+    assert figures["per_block"] == own["per_block"]
+    assert figures["accuracy"] == own["per_block"][-1]
+    assert figures["any_block"] >= figures["accuracy"]
+    assert 0 < figures["latency"]["first_token_seconds"] <= figures["latency"]["answer_seconds"] * 1.5
+    assert len((tmp_path / "o" / "answers.jsonl").read_text().splitlines()) == 12
+    assert main(["evaluate", hf, str(gsm8k), "--samples", "2", "--timed", "1", "--max-new-tokens", "2"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["questions"] == 2
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "q", "answer": "1"}\n{"question": "", "answer": "1"}')
+    for data in ("synthetic:x", str(bad), str(tmp_path / "none")):
+        assert main(["evaluate", hf, data]) == 2
+    assert f"{bad}:2: no question" in capsys.readouterr().err
+    assert main(["evaluate", hf, "synthetic", "--samples", "0"]) == 2
+
+
+def test_training_and_template_ids_are_the_same(trained: Path, gsm8k: Path) -> None:
+    """1,000 questions (fewer without real data): training's question and blocks = apply_chat_template's prompt."""
+    from rim_dist.config import ColumnsSection
+    from rim_dist.data.encoding import DataReport, encode
+    from rim_dist.data.sources import read_file
+    from rim_dist.model import lay_foundation
+
+    recipe = load_recipe(trained / "recipe.yaml", ["data.on_bad_sample=skip", "model.config.max_position_embeddings=100000"])
+    foundation = lay_foundation(recipe)
+    rows = list(read_file(gsm8k, "gsm8k", ColumnsSection()))[:1000]
+    tokenizer = AutoTokenizer.from_pretrained(trained / "hf")
+    lines = {row.line: row for row in rows}
+    encoded = list(encode(recipe, rows, foundation.tokenizer, foundation.tokens, 10**6, DataReport()))
+    assert len(encoded) > 0.8 * len(rows)
+    for sample in encoded:
+        messages = [{"role": "user", "content": lines[sample.line].question}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert prompt == sample.question + foundation.tokens.block * 3
+        assert prompt.count(tokenizer.bos_token_id) == 1
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    assert text.count("<|mem_end|>") == 3
+    assert text.endswith("<|mem_end|>")
+    assert "<|mem" not in tokenizer.apply_chat_template(turns, add_generation_prompt=False, tokenize=False)
+
+
+@pytest.mark.timeout(300)
+def test_starting_from_runs_checkpoints_and_exports(trained: Path, tmp_path: Path, recipe_file: Make) -> None:
+    """A run, its checkpoint and its export are the same start; the trained memory rows are kept."""
+    first = []
+    for name in ("", "checkpoints/step-00000008", "hf"):
+        path = recipe_file(
+            run={"name": f"from-{name.partition('/')[0] or 'run'}"},
+            model={"config": None, "tokenizer": None, "init_from": str(trained / name)},
+            curriculum={"stage1": {"samples": 0}, "stage2": {"samples": 16}},
+        )
+        first.append(train_one_process(load_recipe(path))[0])
+    assert first[0] == first[1] == first[2]
+
+
+@pytest.mark.timeout(300)
+def test_lora_trains_adapters_and_memory_rows_only(trained: Path, tmp_path: Path, recipe_file: Make) -> None:
+    """Under ZeRO-3 on two ranks: old rows and base weights stay, memory rows move, the merged export is plain."""
+    path = recipe_file(
+        run={"name": "lora"},
+        model={"config": None, "tokenizer": None, "init_from": str(trained / "hf"), "lora": {"rank": 4, "alpha": 8}},
+        curriculum={"stage1": {"samples": 48, "max_steps": 4, "learning_rate": 1e-2}, "stage2": {"samples": 48, "learning_rate": 1e-2, "dropout": 0.1}},
+        parallel={"zero_stage": 3},
+    )
+    run("torchrun", 2, ["-m", "rim_dist", "train", str(path)])
+    before, after = (load_file(f / "hf" / "model.safetensors") for f in (trained, tmp_path / "runs" / "lora"))
+    assert before.keys() == after.keys()
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(before[embedding][:-3], after[embedding][:-3])
+    assert (before[embedding][-3:] != after[embedding][-3:]).any(dim=1).all()
+    assert torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+    assert not torch.equal(before["model.layers.0.self_attn.q_proj.weight"], after["model.layers.0.self_attn.q_proj.weight"])
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.zero_stage=3", "parallel.offload=true"],
+        ["parallel.zero_stage=2", "model.dtype=bf16", "logging.wandb=off"],
+        ["parallel.zero_stage=1", "curriculum.normalisation=sample", "curriculum.stage1.weights=absolute"],
+        ["parallel.zero_stage=0", "model.activation_checkpointing=true", "curriculum.stage1.targets=same_step", "optimizer.weight_decay=0.1"],
+        ["method=direct", "curriculum.stage1.schedule=cosine", "curriculum.stage2.schedule=linear"],
+        ["method=cot", "memory.blocks=0", "curriculum.stage2.weight_power=0", "evaluation.max_new_tokens=1"],
+    ],
+    ids=lambda o: " ".join(o[:2]),
+)  # fmt: skip
+def test_other_ways_to_train(recipe_file: Make, tmp_path: Path, overrides: list[str]) -> None:
+    """Each runs through both stages, falls, and exports a model that loads."""
+    train(recipe_file(), "curriculum.stage1.samples=160", *overrides)
+    lines = [m for m in read_metrics(tmp_path / "runs" / "tiny" / "metrics.jsonl") if m["kind"] == "train"]
+    assert len(lines) == 14
+    assert lines[9]["loss"] < lines[0]["loss"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "tiny" / "hf")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.timeout(300)
+def test_mpirun_and_srun_variables(recipe_file: Make, tmp_path: Path) -> None:
+    run("mpirun", 2, ["-m", "rim_dist", "train", str(recipe_file()), "run.name=mpi"])
+    srun = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "77"}
+    run("python", 1, ["-m", "rim_dist", "train", str(recipe_file()), "run.name=slurm"], **srun)
+    several = run("python", 1, ["-m", "rim_dist", "train", str(recipe_file()), "run.name=x"], check=False, **srun, SLURM_STEP_NUM_NODES="2")
+    assert several.returncode == 2
+    assert "MASTER_ADDR is not set" in several.stdout
+    for name in ("mpi", "slurm"):
+        assert (tmp_path / "runs" / name / "hf" / "config.json").is_file()
+
+
+@pytest.mark.timeout(300)
+def test_loss_that_is_not_finite_stops_the_run(trained: Path, tmp_path: Path, recipe_file: Make) -> None:
+    """A model with a NaN for one word: the step and the lines of the samples are named, the checkpoint stays."""
+    broken = tmp_path / "broken"
+    subprocess.run(["cp", "-r", str(trained / "hf"), str(broken)], check=True)
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    tokenizer = AutoTokenizer.from_pretrained(broken)
+    problems = list(SyntheticTask(1, 4).training(200, 0))
+    (word,) = tokenizer("black", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[word] = float("nan")
+    # Untied, so that the NaN is in the input row alone and hits only the samples that have the word.
+    model.config.tie_word_embeddings = False
+    head = trained_head = AutoModelForCausalLM.from_pretrained(trained / "hf").get_output_embeddings().weight.detach().clone()
+    model.lm_head.weight = torch.nn.Parameter(head)
+    assert torch.isfinite(trained_head).all()
+    model.save_pretrained(broken)
+    path = recipe_file(
+        model={"config": None, "tokenizer": None, "init_from": str(broken)}, optimizer={"global_batch": 4, "micro_batch": 1}, checkpoint={"every_steps": 1}
+    )
+    result = run("python", 1, ["-m", "rim_dist", "train", str(path)], check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout
+    assert "the loss is not finite in stage1, step" in result.stdout
+    named = result.stdout.split("): ")[-1].split(". The last")[0]
+    assert named
+    assert all("black" in problems[int(line) - 1].question for line in named.split(", "))
+
+
+@pytest.mark.parametrize(
+    ("sections", "overrides", "message"),
+    [
+        ({"memory": {"blocks": 40}}, [], "memory.blocks: 40 blocks of 4 tokens need 160 positions; the model has 128, so at most 31"),
+        ({"optimizer": {"global_batch": 1}}, [], None),
+        ({"model": {"config": {**TINY_MODEL, "model_type": "bloom"}}}, [], "bloom has no field"),
+        ({"model": {"config": {**TINY_MODEL, "hiden_size": 3}}}, [], "llama has no field hiden_size"),
+        ({"model": {"config": {"model_type": "stablelm"}}}, [], "layout did not reach"),
+        ({"model": {"config": {"model_type": "nothing"}}}, [], "model.config"),
+        ({"model": {"config": None, "init_from": "./nowhere"}}, [], "./nowhere: no such folder"),
+        ({"model": {"config": None, "init_from": "nobody/nothing"}}, [], "cannot be loaded"),
+        ({"model": {"tokenizer": "nowhere.model"}}, [], "nowhere.model: no such file"),
+        ({"evaluation": {"data": "nowhere.jsonl"}}, [], "nowhere.jsonl: no such file"),
+        ({"parallel": {"deepspeed_config": "nowhere.json"}}, [], "nowhere.json: no such file"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    recipe_file: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], sections: dict, overrides: list[str], message: str | None
+) -> None:
+    if message is None:
+        result = run("torchrun", 2, ["-m", "rim_dist", "train", str(recipe_file(**sections))], check=False)
+        assert "optimizer.global_batch: 1 samples cannot be spread over 2 data ranks" in result.stdout
+        return
+    assert main(["train", str(recipe_file(**sections)), *overrides]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_folder_of_another_run_is_refused(trained: Path, tmp_path: Path, recipe_file: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(trained.parent / "r.yaml"), "optimizer.global_batch=8"]) == 2
+    assert "optimizer.global_batch: 16 there, 8 here" in capsys.readouterr().err
+    other = tmp_path / "runs" / "tiny"
+    other.mkdir(parents=True)
+    (other / "thesis.tex").write_text("x")
+    assert main(["train", str(recipe_file())]) == 2
+    assert "not empty and not a run" in capsys.readouterr().err
+    assert main(["train", str(recipe_file()), "run.output_dir=/proc/nothing"]) == 2
+    assert "cannot be written" in capsys.readouterr().err.replace("is not a writable folder", "cannot be written")
+    assert main(["train", str(recipe_file(run={"name": "half"})), "model.dtype=fp16"]) == 2
+    assert "fp16 needs a GPU" in capsys.readouterr().err
+
+
+def test_checkpoint_of_other_ranks_or_another_model(trained: Path, tmp_path: Path) -> None:
+    from rim_dist.checkpoint.hf_export import load_trained_model
+    from rim_dist.checkpoint.store import find_checkpoint
+    from rim_dist.errors import CheckpointError
+
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(trained), str(copy)], check=True)
+    subprocess.run(["rm", "-r", str(copy / "hf")], check=True)
+    recipe = (copy / "recipe.yaml").read_text().replace(f"output_dir: {trained.parent}", f"output_dir: {tmp_path}").replace("name: tiny", "name: copy")
+    (copy / "recipe.yaml").write_text(recipe)
+    result = run("torchrun", 2, ["-m", "rim_dist", "train", str(copy / "recipe.yaml")], check=False)
+    assert "saved by 1 ranks, this run has 2; start it with 1" in result.stdout
+    checkpoint = find_checkpoint(copy)
+    config = json.loads((checkpoint / "model" / "config.json").read_text())
+    (checkpoint / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"tensors missing, first model.layers.2"):
+        load_trained_model(checkpoint)
+    (checkpoint / "model" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"tensors unexpected, first model.layers.1"):
+        load_trained_model(checkpoint)
+
+
+def test_prefetch_fills_the_cache(recipe_file: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe_file(data={"synthetic": {"samples": 50, "max_steps": 4}, "cache_dir": str(tmp_path / "cache")})
+    assert main(["prefetch", str(path)]) == 0
+    assert "data: 50 of 50 rows" in capsys.readouterr().out
+    assert list((tmp_path / "cache").glob("*/tokens.npy"))

@@ -1,0 +1,146 @@
+"""The demonstration: RiM against direct answering, from the same base, on the embedded task, on two CPU cores.
+
+    python tools/demo.py [--seed N]
+
+Four ordinary `rim-dist train` runs under DeepSpeed ZeRO-3 (a small chain-of-thought base from scratch; RiM; direct answering
+at equal samples; direct answering at equal compute), then accuracy and latency of the exports, side by side. Every run goes
+on where it was stopped; a second start only measures again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+QUESTIONS = 512
+
+
+def train(recipe: str, name: str, *overrides: str, background: bool = False) -> subprocess.Popen[bytes]:
+    """Start a run. One thread each: the model is too small for more, and two runs share the machine."""
+    command = [sys.executable, "-m", "rim_dist", "train", f"recipes/{recipe}.yaml", f"run.name={name}", *overrides]
+    print(f"$ rim-dist {' '.join(command[3:])}{'  (in the background)' if background else ''}", flush=True)
+    log = None
+    if background:
+        folder = ROOT / "runs" / name / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        log = (folder / "train.log").open("ab")
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=log)
+
+
+def finish(*runs: subprocess.Popen[bytes]) -> None:
+    """Wait for all; end with the status of the first that failed."""
+    status = [run.wait() for run in runs]
+    if failed := next((s for s in status if s), 0):
+        print("demo: a run did not end well; its last lines say why (background runs: runs/*/logs/train.log)", file=sys.stderr)
+        sys.exit(failed)
+
+
+def last_line(name: str, kind: str) -> dict[str, Any]:
+    from rim_dist.training.metrics import read_metrics
+
+    return [line for line in read_metrics(ROOT / "runs" / name / "metrics.jsonl") if line["kind"] == kind][-1]
+
+
+def measure(name: str, seed: int) -> dict[str, Any]:
+    """Accuracy and latency of a run's export in this process."""
+    from rim_dist.config import ColumnsSection
+    from rim_dist.evaluation.evaluate import evaluate_export, evaluation_samples, open_export
+    from rim_dist.evaluation.generation import Decoding
+
+    export = open_export(ROOT / "runs" / name / "hf")
+    samples = evaluation_samples(f"synthetic:{seed}", "auto", QUESTIONS, ColumnsSection(), export.synthetic_steps)
+    result = evaluate_export(export, samples, export.blocks, Decoding(16, QUESTIONS), timed_questions=50)
+    line = last_line(name, "train")
+    return {
+        "accuracy": result.accuracy,
+        "per_block": result.per_block,
+        "any_block": result.any_block,
+        "latency": result.latency,
+        "samples": line["samples"],
+        "operations": line["operations"],
+        "method": export.method,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data and order (0)")
+    seed = parser.parse_args().seed
+    suffix = "" if seed == 0 else f"-seed{seed}"
+    names = {key: f"demo{part}{suffix}" for key, part in (("base", "-base"), ("rim", ""), ("direct", "-direct"), ("compute", "-direct-compute"))}
+    same = (f"run.seed={seed}", f"model.init_from=runs/{names['base']}")
+
+    finish(train("demo-base", names["base"], f"run.seed={seed}"))
+    direct = train("demo", names["direct"], "method=direct", *same, background=True)
+    finish(train("demo", names["rim"], *same), direct)
+
+    from rim_dist.config import load_recipe
+
+    recipe = load_recipe(ROOT / "recipes" / "demo.yaml")
+    ratio = last_line(names["rim"], "train")["operations"] / last_line(names["direct"], "train")["operations"]
+    batch = recipe.optimizer.global_batch
+    samples = [round((recipe.curriculum.stage(s).samples or 0) * ratio / batch) * batch for s in ("stage1", "stage2")]
+    finish(
+        train(
+            "demo",
+            names["compute"],
+            "method=direct",
+            *same,
+            f"curriculum.stage1.samples={samples[0]}",
+            f"curriculum.stage2.samples={samples[1]}",
+            f"data.synthetic.samples={sum(samples)}",
+        )
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    results = {key: measure(name, seed) for key, name in names.items()}
+    show(results, ROOT / "runs" / names["rim"])
+    (ROOT / "runs" / names["rim"] / "report" / "comparison.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def show(results: dict[str, Any], folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(title=f"{QUESTIONS} held-out walks through 5 doors; guessing gets 20 %")
+    table.add_column("method")
+    for name in ("accuracy %", "samples", "10^12 operations", "TTFT ms", "answer ms", "tokens"):
+        table.add_column(name, justify="right")
+    labels = {
+        "rim": "RiM, final block",
+        "direct": "direct, equal samples",
+        "compute": "direct, equal compute",
+        "base": "base: chain of thought",
+    }
+    for key, label in labels.items():
+        r = results[key]
+        latency = r["latency"]
+        table.add_row(
+            label,
+            f"{100 * r['accuracy']:.1f}",
+            f"{r['samples']:,}",
+            f"{r['operations'] / 1e12:.2f}",
+            f"{1000 * latency['first_token_seconds']:.1f}",
+            f"{1000 * latency['answer_seconds']:.1f}",
+            f"{latency['new_tokens']:.1f}",
+        )
+    console.print(table)
+    blocks = results["rim"]["per_block"]
+    console.print("RiM after block " + ", ".join(f"{k}: {100 * a:.1f} %" for k, a in enumerate(blocks, 1)))
+    margin = 100 * (blocks[-1] - results["direct"]["accuracy"])
+    console.print(f"RiM's final block is {margin:+.1f} points against direct answering at equal samples,")
+    console.print(f"{100 * (blocks[-1] - results['compute']['accuracy']):+.1f} points at equal compute.")
+    console.print(f'Ask it: .venv/bin/rim-dist generate {folder.relative_to(ROOT)}/hf "From the attic take red blue pink." --every-block')
+
+
+if __name__ == "__main__":
+    sys.exit(main())
