@@ -40,7 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(
-        name: str, run: Callable[[argparse.Namespace], int], text: str, *examples: str, under: argparse._SubParsersAction = commands
+        name: str,
+        run: Callable[[argparse.Namespace], int],
+        text: str,
+        *examples: str,
+        under: argparse._SubParsersAction = commands,
     ) -> argparse.ArgumentParser:
         sub = under.add_parser(
             name, help=text, description=text, epilog=_example(*examples), formatter_class=argparse.RawDescriptionHelpFormatter
@@ -67,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         command(
             "prefetch",
             _prefetch,
-            "Fetch a recipe's model and data and tokenise the data, on a machine with internet, before compute nodes need them.",
+            "Fetch a recipe's model and data and tokenise the data, where there is internet, before compute nodes need them.",
             "rim-dist prefetch recipes/gsm8k-aug-llama-3.2-1b.yaml data.cache_dir=/scratch/tokenised",
         )
     )
@@ -97,7 +101,11 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = convert.add_subparsers(dest="verb", required=True, metavar="VERB")
     export_arguments(
         command(
-            "to-hf", _export, "Write a checkpoint as a plain HF folder.", "rim-dist convert to-hf runs/demo exported/", under=verbs
+            "to-hf",
+            _export,
+            "Write a checkpoint as a plain HF folder.",
+            "rim-dist convert to-hf runs/demo exported/",
+            under=verbs,
         )
     )
     generate = command(
@@ -132,7 +140,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--samples", type=int, default=264, metavar="N", help="questions to ask (264)")
     evaluate.add_argument("--blocks", type=int, metavar="K", help="memory blocks (default: as trained)")
     evaluate.add_argument("--batch", type=int, default=64, metavar="N", help="questions answered together (64)")
-    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens of an answer (32; 512 for chains of thought)")
+    evaluate.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="most tokens of an answer (32; 512 for chains of thought)"
+    )
     evaluate.add_argument("--timed", type=int, default=32, metavar="N", help="questions timed one by one (32)")
     return parser
 

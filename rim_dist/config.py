@@ -71,9 +71,7 @@ class ModelSection(Section):
     activation_checkpointing: StrictBool = Field(
         False, description="Recompute each layer in the backward pass instead of keeping its activations."
     )
-    lora: LoraSection | None = Field(
-        None, description="Train adapters and the memory rows only. Null: full fine-tuning."
-    )
+    lora: LoraSection | None = Field(None, description="Train adapters and the memory rows only. Null: full fine-tuning.")
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSection:
@@ -262,7 +260,9 @@ class OptimizerSection(Section):
     """AdamW and the batch."""
 
     global_batch: StrictInt = Field(128, ge=1, description="Samples of an optimizer step, over all ranks.")
-    micro_batch: StrictInt = Field(16, ge=1, description="Most samples a rank runs in one forward pass. No effect on the result.")
+    micro_batch: StrictInt = Field(
+        16, ge=1, description="Most samples a rank runs in one forward pass. No effect on the result."
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay.")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
@@ -319,6 +319,7 @@ class LoggingSection(Section):
 
     every_steps: StrictInt = Field(10, ge=1, description="Print a progress line after so many steps (not on a terminal).")
     wandb: Literal["off", "offline", "online"] = Field("off", description="Weights & Biases.")
+
     @field_validator("wandb", mode="before")
     @classmethod
     def _off_is_a_word(cls, value: Any) -> Any:
@@ -395,7 +396,9 @@ def _nearest(path: str) -> str:
     siblings = [n for n in names if n.rpartition(".")[0] == parent]
     match = difflib.get_close_matches(path, siblings, n=1, cutoff=0.6)
     if not match:
-        match = [n for n in names if n.rpartition(".")[2] == leaf][:1] or difflib.get_close_matches(path, names, n=1, cutoff=0.4)
+        match = [n for n in names if n.rpartition(".")[2] == leaf][:1] or difflib.get_close_matches(
+            path, names, n=1, cutoff=0.4
+        )
     if match:
         return f"; did you mean {match[0]}?"
     return f"; known here: {', '.join(siblings)}" if siblings else ""

@@ -169,7 +169,7 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: MemoryTokens) -
 
     lora = recipe.model.lora
     assert lora is not None
-    modules = {name: module for name, module in model.named_modules()}
+    modules = dict(model.named_modules())
     rows: dict[str, list[int]] = {}
     for part in (model.get_input_embeddings(), model.get_output_embeddings()):
         name = next(name for name, module in modules.items() if module is part).rpartition(".")[2]
@@ -198,14 +198,16 @@ def fetch_weights(recipe: Recipe, foundation: Foundation) -> None:
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot_download(str(foundation.source), revision=recipe.model.revision, ignore_patterns=["*.pth", "*.bin", "*.gguf", "*.onnx"])
+        snapshot_download(
+            str(foundation.source), revision=recipe.model.revision, ignore_patterns=["*.pth", "*.bin", "*.gguf", "*.onnx"]
+        )
     except Exception as error:
         raise ModelError(f"model.init_from: {foundation.source} cannot be fetched ({_first_line(error)})") from error
 
 
 def bare_model(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside peft's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,return-value]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def keeps_logits(model: PreTrainedModel) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -32,10 +33,13 @@ TINY_MODEL = {
 }
 
 FIXTURE_ROWS = [
-    '{"question": "Tom has 3 bags of 4 nuts and eats 2. How many are left?", "answer": "3*4=<<3*4=12>>12\\n12-2=<<12-2=10>>10\\n#### 10"}',
-    '{"question": "A pen costs 2 and a book 5. What do 2 pens and a book cost?", "answer": "<<2*2=4>>4\\n<<4+5=9>>9\\n#### 9"}',
-    '{"question": "What is left of 1,000 after paying 250?", "answer": "<<1000-250=750>>750\\n#### 750"}',
-    '{"question": "How many days are in a week?", "answer": "Seven.\\n#### 7"}',
+    json.dumps({"question": question, "answer": answer})
+    for question, answer in (
+        ("Tom has 3 bags of 4 nuts and eats 2. How many are left?", "3*4=<<3*4=12>>12\n12-2=<<12-2=10>>10\n#### 10"),
+        ("A pen costs 2 and a book 5. What do 2 pens and a book cost?", "<<2*2=4>>4\n<<4+5=9>>9\n#### 9"),
+        ("What is left of 1,000 after paying 250?", "<<1000-250=750>>750\n#### 750"),
+        ("How many days are in a week?", "Seven.\n#### 7"),
+    )
 ]
 
 

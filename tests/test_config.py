@@ -26,7 +26,8 @@ def test_resolved_recipe_reads_back_the_same(recipe_file: Make, tmp_path: Path) 
 
 def test_overrides_are_typed(recipe_file: Make) -> None:
     recipe = load_recipe(
-        recipe_file(), ["curriculum.stage1.learning_rate=3e-4", "run.seed=7", "model.lora=null", "model.config.num_hidden_layers=3"]
+        recipe_file(),
+        ["curriculum.stage1.learning_rate=3e-4", "run.seed=7", "model.lora=null", "model.config.num_hidden_layers=3"],
     )
     assert recipe.curriculum.stage1.learning_rate == 3e-4
     assert recipe.run.seed == 7
@@ -72,7 +73,12 @@ def test_wrong_values_are_named(recipe_file: Make, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "the recipe is empty"), ("- 1\n", "a mapping of sections"), ("a: [", "not valid YAML"), ("method: rim\n", "model: is required")],
+    [
+        ("", "the recipe is empty"),
+        ("- 1\n", "a mapping of sections"),
+        ("a: [", "not valid YAML"),
+        ("method: rim\n", "model: is required"),
+    ],
 )
 def test_broken_recipes(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
@@ -94,14 +100,14 @@ def test_baselines_need_no_blocks(recipe_file: Make) -> None:
 
 def test_streams_have_no_epochs(recipe_file: Make) -> None:
     with pytest.raises(ConfigError, match="a stream has no known length"):
-        load_recipe(
-            recipe_file(data={"source": "jsonl", "path": "x", "streaming": True}, curriculum={"stage1": {"epochs": 1}})
-        )
+        load_recipe(recipe_file(data={"source": "jsonl", "path": "x", "streaming": True}, curriculum={"stage1": {"epochs": 1}}))
 
 
 def test_shipped_recipes_are_valid() -> None:
     recipes = sorted((ROOT / "recipes").glob("*.yaml"))
-    assert {"demo.yaml", "gsm8k-smollm2-135m.yaml", "gsm8k-aug-gpt2.yaml", "gsm8k-aug-llama-3.2-1b.yaml"} <= {p.name for p in recipes}
+    assert {"demo.yaml", "gsm8k-smollm2-135m.yaml", "gsm8k-aug-gpt2.yaml", "gsm8k-aug-llama-3.2-1b.yaml"} <= {
+        p.name for p in recipes
+    }
     for path in recipes:
         recipe = load_recipe(path)
         compose(recipe, 64)

@@ -163,7 +163,7 @@ def test_refuse_and_skip(recipe_file: Make, tmp_path: Path, capsys: pytest.Captu
 def test_empty_and_unusable_data(recipe_file: Make, tmp_path: Path) -> None:
     data = tmp_path / "d.jsonl"
     data.write_text("")
-    with pytest.raises(DataError, match="no usable sample in the data .it has no rows"):
+    with pytest.raises(DataError, match=r"no usable sample in the data \(it has no rows"):
         open_prepared(recipe_file(data={"source": "jsonl", "path": str(data)}), tmp_path / "c")
     with pytest.raises(DataError, match="no such file"):
         open_prepared(recipe_file(data={"source": "jsonl", "path": str(tmp_path / "none")}), tmp_path / "c")
@@ -248,7 +248,8 @@ def test_changed_data_is_encoded_again(recipe_file: Make, tmp_path: Path) -> Non
 
 def test_batches_cover_the_global_batch_on_any_number_of_ranks(recipe_file: Make, tmp_path: Path) -> None:
     path = recipe_file(
-        optimizer={"global_batch": 10, "micro_batch": 2}, curriculum={"stage1": {"samples": 23, "max_steps": 4}, "stage2": {"samples": 9}}
+        optimizer={"global_batch": 10, "micro_batch": 2},
+        curriculum={"stage1": {"samples": 23, "max_steps": 4}, "stage2": {"samples": 9}},
     )
     recipe = load_recipe(path)
     prepared, foundation = open_prepared(path, tmp_path / "c")
@@ -295,7 +296,9 @@ def test_hub_source_reads_through_datasets(recipe_file: Make, tmp_path: Path, mo
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "set"
     folder.mkdir()
-    (folder / "train.jsonl").write_text('{"question": "red", "steps": ["hall"], "answer": "hall <<1>> #### hall"}\n{"text": "q||<<1>> #### 2"}\n')
+    (folder / "train.jsonl").write_text(
+        '{"question": "red", "steps": ["hall"], "answer": "hall <<1>> #### hall"}\n{"text": "q||<<1>> #### 2"}\n'
+    )
     for layout, expected in (("columns", "hall <<1>> #### hall"), ("gsm8k", "hall")):
         recipe = load_recipe(recipe_file(data={"source": "hub", "id": str(folder), "layout": layout, "streaming": True}))
         rows = list(read_source(recipe.data, 0))

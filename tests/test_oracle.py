@@ -41,7 +41,9 @@ FAMILIES = {
     "gemma": transformers.GemmaConfig(**SIZES, head_dim=12),
     "gemma2": transformers.Gemma2Config(**SIZES, head_dim=12, sliding_window=9, attn_logit_softcapping=5.0),
     "gemma3": transformers.Gemma3TextConfig(**SIZES, head_dim=12, sliding_window=9),
-    "qwen3 moe": transformers.Qwen3MoeConfig(**SIZES, head_dim=12, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "qwen3 moe": transformers.Qwen3MoeConfig(
+        **SIZES, head_dim=12, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
 }
 BLOCK = [94, 95, 95, 96]
 Sample = tuple[list[int], int, list[Readout]]
@@ -62,7 +64,9 @@ def random_samples(seed: int) -> list[Sample]:
     samples = []
     for _ in range(3):
         blocks = pick.randint(1, 5)
-        readouts = [Readout(k, tokens(1, 6), pick.uniform(0.1, 1.0)) for k in range(1, blocks + 1) if k == blocks or pick.random() < 0.8]
+        readouts = [
+            Readout(k, tokens(1, 6), pick.uniform(0.1, 1.0)) for k in range(1, blocks + 1) if k == blocks or pick.random() < 0.8
+        ]
         samples.append((tokens(1, 12), blocks, readouts))
     samples.append((tokens(3, 8), 0, [Readout(0, tokens(2, 6), 1.0)]))  # without blocks: a plain target
     return samples
@@ -71,7 +75,11 @@ def random_samples(seed: int) -> list[Sample]:
 def packed_loss(model: transformers.PreTrainedModel, batch: Batch) -> torch.Tensor:
     columns = supervised_columns(batch)
     logits = model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, rim_layout=batch.layout, use_cache=False, logits_to_keep=columns
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        rim_layout=batch.layout,
+        use_cache=False,
+        logits_to_keep=columns,
     ).logits
     return readout_loss(logits, batch, columns, 8).weighted_sum
 
@@ -111,7 +119,9 @@ def test_no_readout_sees_another(family: str) -> None:
             model(input_ids=b.input_ids, position_ids=b.position_ids, rim_layout=b.layout, use_cache=False).logits[0]
             for b in (collate([row]) for row in rows)
         )
-    others = [i for i, (kind, block) in enumerate(zip(rows[0].kind, rows[0].block, strict=True)) if kind != READOUT or block != 2]
+    others = [
+        i for i, (kind, block) in enumerate(zip(rows[0].kind, rows[0].block, strict=True)) if kind != READOUT or block != 2
+    ]
     own = [i for i in range(len(rows[0])) if i not in others]
     difference = float((before[others] - after[others]).abs().max())
     assert difference <= (1e-5 if "moe" in family else 0.0)
@@ -144,7 +154,9 @@ def test_visibility_by_brute_force() -> None:
             elif qkind in (QUESTION, MEMORY):
                 expected = kkind in (QUESTION, MEMORY)
             else:
-                expected = kkind == QUESTION or (kkind == MEMORY and kblock <= qblock) or (kkind == READOUT and kblock == qblock)
+                expected = (
+                    kkind == QUESTION or (kkind == MEMORY and kblock <= qblock) or (kkind == READOUT and kblock == qblock)
+                )
             assert bool(visible(*map(torch.tensor, (*query, *key)))) == expected, (query, key)
 
 

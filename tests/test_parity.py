@@ -39,7 +39,11 @@ def demo_like(folder: Path, stage: str, **parallel: object) -> dict:
         model={"config": dict(DEMO_MODEL)},
         memory={"blocks": 5},
         data={"synthetic": {"samples": 500, "min_steps": 3, "max_steps": 5}},
-        curriculum={"stage1": {"max_steps": 5}, "stage2": {}, stage: {**section, **({"max_steps": 5} if stage == "stage1" else {})}},
+        curriculum={
+            "stage1": {"max_steps": 5},
+            "stage2": {},
+            stage: {**section, **({"max_steps": 5} if stage == "stage1" else {})},
+        },
         optimizer={"global_batch": BATCH, "micro_batch": 3, "gradient_clipping": 1.0},
         parallel={"timeout_seconds": 120, **parallel},
         checkpoint={"every_steps": 0},

@@ -169,4 +169,3 @@ def test_damaged_and_half_checkpoints_are_passed_over(recipe_file: Callable[...,
     assert all(torch.equal(reference[name], again[name]) for name in reference)
     assert json.loads((folder / "checkpoints" / find_checkpoint(folder).name / "state.json").read_text())["finished"]
     assert main(["train", str(path)]) == 0
-

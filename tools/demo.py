@@ -73,7 +73,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, data and order (0)")
     seed = parser.parse_args().seed
     suffix = "" if seed == 0 else f"-seed{seed}"
-    names = {key: f"demo{part}{suffix}" for key, part in (("base", "-base"), ("rim", ""), ("direct", "-direct"), ("compute", "-direct-compute"))}
+    names = {
+        key: f"demo{part}{suffix}"
+        for key, part in (("base", "-base"), ("rim", ""), ("direct", "-direct"), ("compute", "-direct-compute"))
+    }
     same = (f"run.seed={seed}", f"model.init_from=runs/{names['base']}")
 
     finish(train("demo-base", names["base"], f"run.seed={seed}"))
@@ -102,7 +105,9 @@ def main() -> int:
     torch.set_num_threads(1)
     results = {key: measure(name, seed) for key, name in names.items()}
     show(results, ROOT / "runs" / names["rim"])
-    (ROOT / "runs" / names["rim"] / "report" / "comparison.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (ROOT / "runs" / names["rim"] / "report" / "comparison.json").write_text(
+        json.dumps(results, indent=1) + "\n", encoding="utf-8"
+    )
     return 0
 
 
@@ -139,7 +144,9 @@ def show(results: dict[str, Any], folder: Path) -> None:
     margin = 100 * (blocks[-1] - results["direct"]["accuracy"])
     console.print(f"RiM's final block is {margin:+.1f} points against direct answering at equal samples,")
     console.print(f"{100 * (blocks[-1] - results['compute']['accuracy']):+.1f} points at equal compute.")
-    console.print(f'Ask it: .venv/bin/rim-dist generate {folder.relative_to(ROOT)}/hf "From the attic take red blue pink." --every-block')
+    console.print(
+        f'Ask it: .venv/bin/rim-dist generate {folder.relative_to(ROOT)}/hf "From the attic take red blue pink." --every-block'
+    )
 
 
 if __name__ == "__main__":

@@ -75,9 +75,7 @@ def probe_family(config: PretrainedConfig, trust_remote_code: bool = False) -> f
     generator = torch.Generator().manual_seed(0)
     question = torch.randint(0, 64, (5,), generator=generator).tolist()
     block = [60, 61, 61, 62]
-    readouts = [
-        Readout(k, torch.randint(0, 60, (4,), generator=generator).tolist(), 1.0) for k in (1, 2)
-    ]
+    readouts = [Readout(k, torch.randint(0, 60, (4,), generator=generator).tolist(), 1.0) for k in (1, 2)]
     row = build_row(question, block, 2, readouts)
     batch = collate([row])
     try:

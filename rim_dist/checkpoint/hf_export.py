@@ -130,8 +130,8 @@ def _about(recipe: Recipe, state: TrainingState, tokens: MemoryTokens) -> dict[s
 
 def _card(recipe: Recipe, about: dict[str, Any]) -> str:
     blocks = (
-        f"The chat template appends {about['blocks']} memory blocks of {about['tokens_per_block']} + 2 tokens to the prompt; the "
-        "template argument `rim_blocks` changes their number for one request.\n"
+        f"The chat template appends {about['blocks']} memory blocks of {about['tokens_per_block']} + 2 tokens to the prompt; "
+        "the template argument `rim_blocks` changes their number for one request.\n"
         if about["blocks"]
         else "This is a baseline without memory blocks.\n"
     )
@@ -143,8 +143,8 @@ tags: [rim_dist, {recipe.method}]
 
 # {recipe.run.name}
 
-Trained with rim_dist {about['rim_dist']}, method `{recipe.method}`: {about['step']} optimizer steps of
-{about['global_batch']} samples, last stage `{about['stage']}`. Base: `{recipe.model.init_from or 'from scratch'}`.
+Trained with rim_dist {about["rim_dist"]}, method `{recipe.method}`: {about["step"]} optimizer steps of
+{about["global_batch"]} samples, last stage `{about["stage"]}`. Base: `{recipe.model.init_from or "from scratch"}`.
 {blocks}{_LICENCE_NOTE}
 
 ```python

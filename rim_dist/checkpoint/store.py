@@ -1,12 +1,12 @@
 """Checkpoints on disk: written beside, announced by a rename, found again, never half a one.
 
-    checkpoints/step-00000500/
-        engine/        DeepSpeed's shards of parameters and optimizer
-        model/         config, generation config and tokenizer: all an export needs besides the weights
-        recipe.yaml    the fully resolved recipe
-        state.json     stage, step, sample position, ranks, versions
-        manifest.json  every file with its size; written last
-    checkpoints/latest the name of the newest one
+checkpoints/step-00000500/
+    engine/        DeepSpeed's shards of parameters and optimizer
+    model/         config, generation config and tokenizer: all an export needs besides the weights
+    recipe.yaml    the fully resolved recipe
+    state.json     stage, step, sample position, ranks, versions
+    manifest.json  every file with its size; written last
+checkpoints/latest the name of the newest one
 """
 
 from __future__ import annotations

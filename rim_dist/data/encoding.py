@@ -85,7 +85,7 @@ def encode(
         if recipe.data.on_bad_sample == "refuse":
             detail = f" ({bad.detail})" if bad.detail else ""
             raise DataError(
-                f"{name}:{bad.line}: {bad.reason}{detail}; correct the row or set data.on_bad_sample=skip to leave such rows out"
+                f"{name}:{bad.line}: {bad.reason}{detail}; correct it, or leave such rows out with data.on_bad_sample=skip"
             )
         report.skip(bad, name)
 
@@ -116,7 +116,13 @@ def encode(
                 reject(BadSample(sample.line, "the text contains a memory token"))
                 continue
             longest = longest_sequence(
-                recipe.method, recipe.curriculum, recipe.memory.blocks, len(tokens.block), len(question), [*map(len, steps)], len(answer)
+                recipe.method,
+                recipe.curriculum,
+                recipe.memory.blocks,
+                len(tokens.block),
+                len(question),
+                [*map(len, steps)],
+                len(answer),
             )
             limit = min(positions, recipe.data.max_tokens or positions)
             if longest > limit:

@@ -7,6 +7,7 @@ depends on the seed alone, never on the number of ranks.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -59,7 +60,7 @@ class PreparedData:
         first, last = int(self._first[index]), int(self._first[index + 1])
         ends = self._ends[first : last + 1].tolist()  # the entry before a segment's end is its start
         flat = self._tokens[ends[0] : ends[-1]].tolist()
-        pieces = [flat[a - ends[0] : b - ends[0]] for a, b in zip(ends, ends[1:], strict=False)]
+        pieces = [flat[a - ends[0] : b - ends[0]] for a, b in itertools.pairwise(ends)]
         return EncodedSample(pieces[0], pieces[1:-1], pieces[-1], int(self._lines[index]))
 
     def samples(self, start: int, stop: int) -> list[EncodedSample]:
@@ -133,7 +134,12 @@ def fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: i
         "seed": recipe.run.seed if data.source == "synthetic" else None,
         "method": recipe.method,
         "memory": recipe.memory.model_dump(mode="json", exclude={"initialise"}),
-        "stage1": [recipe.curriculum.stage1.enabled, recipe.curriculum.stage1.max_steps, recipe.curriculum.stage1.longer, recipe.curriculum.stage1.targets],
+        "stage1": [
+            recipe.curriculum.stage1.enabled,
+            recipe.curriculum.stage1.max_steps,
+            recipe.curriculum.stage1.longer,
+            recipe.curriculum.stage1.targets,
+        ],
         "stage2": recipe.curriculum.stage2.enabled,
         "positions": positions,
         "template": tokenizer.chat_template,
@@ -163,9 +169,7 @@ def prepare(
     return PreparedData(target, recipe.run.seed)
 
 
-def _build(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTokens, positions: int, target: Path
-) -> None:
+def _build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTokens, positions: int, target: Path) -> None:
     flat, ends, first, lines = array("i"), array("q", [0]), array("q", [0]), array("q")
     report = DataReport()
     rows = read_source(recipe.data, recipe.run.seed)

@@ -47,7 +47,9 @@ def show_data(recipe: Recipe, samples: int) -> None:
 
 
 def _print_report(console: Console, recipe: Recipe, report: DataReport) -> None:
-    console.print(f"{source_name(recipe.data)}: {report.rows} rows, {report.used} used, {sum(report.skipped.values())} left out")
+    console.print(
+        f"{source_name(recipe.data)}: {report.rows} rows, {report.used} used, {sum(report.skipped.values())} left out"
+    )
     for reason, count in report.skipped.most_common():
         console.print(f"  left out: {count} x {reason}; first {report.examples[reason]}")
     if report.truncated:

@@ -73,9 +73,7 @@ class Latency:
     new_tokens: int
 
 
-def measure_latency(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], max_new_tokens: int
-) -> Latency:
+def measure_latency(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], max_new_tokens: int) -> Latency:
     """Time one prompt at batch size 1, prefill included (TTFT: until the first new token is known)."""
 
     def timed(limit: int) -> tuple[float, int]:

@@ -61,7 +61,13 @@ def sample_row(
 
 
 def longest_sequence(
-    method: Method, curriculum: CurriculumSection, blocks: int, block_size: int, question: int, steps: Sequence[int], answer: int
+    method: Method,
+    curriculum: CurriculumSection,
+    blocks: int,
+    block_size: int,
+    question: int,
+    steps: Sequence[int],
+    answer: int,
 ) -> int:
     """Tokens of the longest plain sequence a sample becomes in any stage (lengths in, length out).
 

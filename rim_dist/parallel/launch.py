@@ -5,8 +5,11 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import shutil
 import socket
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from rim_dist.errors import ConfigError
 
@@ -70,9 +73,9 @@ def join(timeout_seconds: float) -> Process:
         if int(environment.get("SLURM_STEP_NUM_TASKS", "0")) > 0 and "SLURM_PROCID" in environment:
             _set_environment_from_slurm()
         elif not any(name in environment for name in _MPI_VARIABLES):
-            environment.update(
-                RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port())
-            )
+            environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    if shutil.which("ninja") is None:  # torch looks for it on PATH when DeepSpeed loads an op; pip put it beside Python
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
@@ -91,9 +94,7 @@ def join(timeout_seconds: float) -> Process:
         # Ranks that each use every core slow each other down many times over.
         local_ranks = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or ranks)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-    return Process(
-        torch.distributed.get_rank(), ranks, local_rank, f"cuda:{local_rank}" if cuda else "cpu"
-    )
+    return Process(torch.distributed.get_rank(), ranks, local_rank, f"cuda:{local_rank}" if cuda else "cpu")
 
 
 def leave() -> None:

@@ -56,7 +56,9 @@ def _read(recipe: Recipe) -> tuple[str, dict[str, Any]]:
         if tree.get(key, "auto") != "auto":
             raise ConfigError(f"parallel.deepspeed_config: {own}: {key} belongs to the trainer; set {setting} in the recipe")
     if isinstance(fp16 := tree.get("fp16"), dict) and fp16.get("enabled", "auto") != "auto":
-        raise ConfigError(f"parallel.deepspeed_config: {own}: fp16.enabled belongs to the trainer; set model.dtype in the recipe")
+        raise ConfigError(
+            f"parallel.deepspeed_config: {own}: fp16.enabled belongs to the trainer; set model.dtype in the recipe"
+        )
     stage = tree.get("zero_optimization", {}).get("stage", "auto")
     if stage not in ("auto", recipe.parallel.zero_stage):
         raise ConfigError(
@@ -99,5 +101,5 @@ def compose(recipe: Recipe, hidden_size: int) -> dict[str, Any]:
     )
     left = [key for key, value in {**tree, **zero}.items() if value == "auto"]
     if left:
-        raise ConfigError(f"parallel.deepspeed_config: {name}: the trainer has no value for {', '.join(left)}: \"auto\"")
+        raise ConfigError(f'parallel.deepspeed_config: {name}: the trainer has no value for {", ".join(left)}: "auto"')
     return tree

@@ -77,9 +77,7 @@ class Engine:
         self._cost = _Cost(model)
         offload = "offload_optimizer" in ds_config["zero_optimization"]
         optimizer = build_optimizer(model, recipe.optimizer, offload)
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
-        )
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
         self._zero_stage = ds_config["zero_optimization"]["stage"]
         self.operations = 0.0
 
@@ -180,7 +178,9 @@ class _Cost:
         self._per_token = 6.0 * trainable + 4.0 * frozen
         self._per_logit = (6.0 if head.weight.requires_grad else 4.0) * head.weight.numel()
         config = bare.config
-        width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        width = config.num_attention_heads * (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         self._per_pair = 12.0 * config.num_hidden_layers * width
 
     def operations(self, rows: int, length: int, logits: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import secrets
@@ -80,7 +81,7 @@ def _start_wandb(folder: Path, section: LoggingSection, recipe: dict[str, Any]) 
         id=identity.read_text(encoding="utf-8").strip(),
         name=folder.name,
         dir=str(folder),
-        mode=section.wandb,
+        mode="online" if section.wandb == "online" else "offline",
         resume="allow",
         config=recipe,
     )
@@ -119,7 +120,7 @@ def draw_curves(lines: Iterable[Metrics], path: Path) -> None:
     rate.set(title="learning rate", xlabel="optimizer step")
     accuracy.plot([e["step"] for e in evaluations], [100 * e["accuracy"] for e in evaluations], marker="o")
     accuracy.set(title="accuracy after the last block (%)", xlabel="optimizer step", ylim=(0, 100))
-    switches = [b["step"] for a, b in zip(train, train[1:], strict=False) if a["stage"] != b["stage"]]
+    switches = [b["step"] for a, b in itertools.pairwise(train) if a["stage"] != b["stage"]]
     for axes in (loss, blocks, rate, accuracy):
         axes.grid(alpha=0.3)
         for step in switches:

@@ -160,9 +160,8 @@ class Trainer:
                 self._profile.step()
             last = step == plan.steps - 1
             every = self._recipe.checkpoint.every_steps
-            if self._recipe.evaluation.every_steps and state.step % self._recipe.evaluation.every_steps == 0 and not stop:
-                if state.step < self._total_steps or not self._recipe.evaluation.at_end:
-                    self._evaluate(state, report=False)
+            if not stop and self._evaluation_is_due(state.step):
+                self._evaluate(state, report=False)
             if last or stop or (every and state.step % every == 0):
                 self._save(state)
             if stop and state.step < self._total_steps:
@@ -354,9 +353,16 @@ class Trainer:
         }
         self._log.write(line)
         by_block = " ".join(f"{100 * a:.1f}" for a in result.per_block)
-        self._progress.say(f"step {state.step}: accuracy {100 * result.accuracy:.1f}% of {result.questions} (by block: {by_block})")
+        self._progress.say(
+            f"step {state.step}: accuracy {100 * result.accuracy:.1f}% of {result.questions} (by block: {by_block})"
+        )
         if report:
             write_evaluation(result, self._folder / "report", {"run": recipe.run.name, "step": state.step})
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        every = self._recipe.evaluation.every_steps
+        done_at_end = step == self._total_steps and self._recipe.evaluation.at_end
+        return bool(every) and step % every == 0 and not done_at_end
 
     def _announce(self, state: TrainingState, resume: Path | None) -> None:
         assert self._progress is not None
