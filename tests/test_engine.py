@@ -1,0 +1,114 @@
+"""The engine in one process: accumulation, the reset at the stage switch, dropout, restricted loading."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL
+
+from rim_dist.config import load_recipe
+from rim_dist.data.loader import BatchLoader, plan_stages
+from rim_dist.model import build_model
+from rim_dist.parallel.launch import Process, join, leave
+from rim_dist.parallel.zero import compose
+from rim_dist.training.engine import Engine, restricted_loading
+from rim_dist.training.trainer import prepare_run
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Process]:
+    before = dict(os.environ)
+    yield join(60)
+    leave()
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+def steps(engine: Engine, loader: BatchLoader, plans: list, stage: int, count: int) -> None:
+    for step in range(count):
+        share = loader.share(plans[stage], step)
+        for i, batch in enumerate(share.micro_batches):
+            engine.forward_backward(batch, 1.0 / share.weight, last=i == len(share.micro_batches) - 1)
+        engine.step(1e-3)
+
+
+def weights(engine: Engine) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_stage_switch_is_a_fresh_optimizer(process: Process, recipe_file: Make, zero: int) -> None:
+    """Steps after `begin_stage` equal, bit for bit, those of a new engine built on the same weights."""
+    recipe = load_recipe(recipe_file(parallel={"zero_stage": zero}, optimizer={"weight_decay": 0.1}))
+    foundation, data = prepare_run(recipe)
+    plans = plan_stages(recipe, len(data))
+    loader = BatchLoader(recipe, data, foundation.tokens, 0, 1)
+    config = compose(recipe, 32)
+    first = Engine(recipe, build_model(recipe, foundation), config, process)
+    steps(first, loader, plans, 0, 3)
+    middle = weights(first)
+    model = build_model(recipe, foundation)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(middle[name])
+    first.begin_stage(0.0)
+    steps(first, loader, plans, 1, 3)
+    second = Engine(recipe, model, config, process)
+    steps(second, loader, plans, 1, 3)
+    for (name, a), b in zip(weights(first).items(), weights(second).values(), strict=True):
+        assert torch.equal(a, b), name
+        assert not torch.equal(a, middle[name]), name
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_accumulation_does_not_change_the_step(process: Process, recipe_file: Make, zero: int) -> None:
+    norms = []
+    for micro in (1, 3, 16):
+        recipe = load_recipe(recipe_file(parallel={"zero_stage": zero}, optimizer={"micro_batch": micro}))
+        foundation, data = prepare_run(recipe)
+        loader = BatchLoader(recipe, data, foundation.tokens, 0, 1)
+        engine = Engine(recipe, build_model(recipe, foundation), compose(recipe, 32), process)
+        share = loader.share(plan_stages(recipe, len(data))[0], 0)
+        for i, batch in enumerate(share.micro_batches):
+            engine.forward_backward(batch, 1.0 / share.weight, last=i == len(share.micro_batches) - 1)
+        norms.append(engine.step(1e-3))
+    assert norms[0] == pytest.approx(norms[2], rel=1e-5)
+    assert norms[1] == pytest.approx(norms[2], rel=1e-5)
+
+
+def test_dropout_of_a_stage_reaches_every_kind(process: Process, recipe_file: Make) -> None:
+    gpt2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    for config in (gpt2, dict(TINY_MODEL)):
+        recipe = load_recipe(recipe_file(model={"config": config}))
+        foundation, data = prepare_run(recipe)
+        engine = Engine(recipe, build_model(recipe, foundation), compose(recipe, 32), process)
+        batch = BatchLoader(recipe, data, foundation.tokens, 0, 1).share(plan_stages(recipe, len(data))[0], 0).micro_batches[0]
+
+        def loss(seed: int, engine: Engine = engine, batch: object = batch) -> float:
+            torch.manual_seed(seed)
+            return float(engine.forward_backward(batch, 1.0, last=True).weighted_sum.detach())  # type: ignore[arg-type]
+
+        engine.begin_stage(0.0)
+        assert loss(0) == loss(1)
+        engine.begin_stage(0.3)
+        assert loss(0) == loss(0)
+        assert loss(0) != loss(1)
+
+
+class _Evil:
+    def __reduce__(self) -> tuple:
+        return (os.system, ("true",))
+
+
+def test_loading_runs_no_code(tmp_path: Path) -> None:
+    torch.save({"x": _Evil()}, tmp_path / "evil.pt")
+    with restricted_loading(), pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        torch.load(tmp_path / "evil.pt", weights_only=False)
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
