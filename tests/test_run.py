@@ -256,8 +256,8 @@ def test_lora_trains_adapters_and_memory_rows_only(trained: Path, tmp_path: Path
     [
         "parallel.zero_stage=3 parallel.offload=true",
         "model.dtype=bf16 parallel.zero_stage=2 logging.wandb=off",
-        "curriculum.normalisation=sample parallel.zero_stage=1 curriculum.stage1.weights=absolute",
-        "model.activation_checkpointing=true parallel.zero_stage=0 curriculum.stage1.targets=same_step optimizer.weight_decay=.1",
+        "curriculum.normalisation=sample optimizer.weight_decay=0.1 curriculum.stage1.weights=absolute",
+        "model.activation_checkpointing=true parallel.zero_stage=0 curriculum.stage1.targets=same_step",
         "method=direct curriculum.stage1.schedule=cosine curriculum.stage2.schedule=linear",
         "method=cot memory.blocks=0 curriculum.stage2.weight_power=0 evaluation.max_new_tokens=1",
     ],

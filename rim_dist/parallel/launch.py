@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rim_dist.errors import ConfigError
+from rim_dist.parallel.ops import skip_shared_memory_op
 
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
@@ -81,6 +82,7 @@ def join(timeout_seconds: float) -> Process:
     logger.setLevel(logging.WARNING)
     import deepspeed
 
+    skip_shared_memory_op()
     deepspeed.init_distributed(
         dist_backend="nccl" if cuda else "gloo",
         timeout=datetime.timedelta(seconds=timeout_seconds),

@@ -19,6 +19,7 @@ from rim_dist.errors import CheckpointError
 from rim_dist.model import bare_model, keeps_logits
 from rim_dist.objective.loss import ReadoutLoss, readout_loss, supervised_columns
 from rim_dist.parallel.launch import Process
+from rim_dist.parallel.ops import load_cpu_adam
 
 
 @contextmanager
@@ -61,6 +62,7 @@ def build_optimizer(model: nn.Module, section: OptimizerSection, offload: bool) 
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        load_cpu_adam()
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     return torch.optim.AdamW(groups, fused=torch.cuda.is_available() or None, **settings)
 
