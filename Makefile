@@ -19,7 +19,7 @@ CONSTRAINTS := $(if $(SPEC),$(VENV)/constraints.txt,constraints.txt)
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
 
-install: $(VENV)/installed  ## Make .venv/ with the package and DeepSpeed's ops
+install: $(VENV)/installed  ## Make .venv/ with the package and DeepSpeed's cpu_adam
 
 install-dev: $(VENV)/installed-dev  ## The same with what tests need
 

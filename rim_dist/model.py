@@ -12,7 +12,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,7 +21,7 @@ from rim_dist.attention.probe import probe_family, set_dropout
 from rim_dist.attention.registration import use_rim_attention
 from rim_dist.checkpoint.store import find_checkpoint
 from rim_dist.config import Recipe
-from rim_dist.data.synthetic import synthetic_tokenizer
+from rim_dist.data.synthetic import sentencepiece_tokenizer, synthetic_tokenizer
 from rim_dist.errors import ConfigError, ModelError, RimError
 from rim_dist.memory import MemoryTokens, add_memory_tokens, prepare_embeddings, set_chat_template
 
@@ -61,7 +60,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         if name.endswith(".model"):
             if not Path(name).is_file():
                 raise ModelError(f"model.tokenizer: {name}: no such file")
-            return LlamaTokenizer.from_pretrained(str(Path(name).parent), vocab_file=name)
+            return sentencepiece_tokenizer(Path(name).read_bytes())
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except RimError:
         raise

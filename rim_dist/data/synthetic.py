@@ -112,11 +112,32 @@ def _sentencepiece_model() -> bytes:
     return model.getvalue()
 
 
+def sentencepiece_tokenizer(model: bytes) -> PreTrainedTokenizerBase:
+    """A tokenizer from a SentencePiece model file's content, with the special tokens that the model itself names.
+
+    Raises ValueError if it is not a SentencePiece model.
+    """
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model)
+    except RuntimeError as error:
+        raise ValueError("not a SentencePiece model") from error
+    ids = {
+        "unk_token": processor.unk_id(),
+        "bos_token": processor.bos_id(),
+        "eos_token": processor.eos_id(),
+        "pad_token": processor.pad_id(),
+    }
+    special = {name: processor.IdToPiece(number) if number >= 0 else None for name, number in ids.items()}
+    with tempfile.TemporaryDirectory() as folder:  # transformers reads from a folder that holds nothing else
+        (Path(folder) / "tokenizer.model").write_bytes(model)
+        return LlamaTokenizer.from_pretrained(folder, **special)
+
+
 def synthetic_tokenizer() -> PreTrainedTokenizerBase:
     """The task's tokenizer. Its chat template is the question as it stands, after BOS."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokenizer.model"
-        path.write_bytes(_sentencepiece_model())
-        tokenizer = LlamaTokenizer.from_pretrained(folder, vocab_file=str(path), pad_token="<pad>")
+    tokenizer = sentencepiece_tokenizer(_sentencepiece_model())
     tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return tokenizer
