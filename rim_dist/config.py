@@ -221,12 +221,12 @@ class Stage1Section(StageSection):
     targets: Literal["next_step", "same_step"] = Field(
         "next_step",
         description="`next_step`: T blocks, target(t) = step t + 1, the last one the answer. `same_step`: T + 1 blocks, "
-        "target(t) = step t, the last one the answer. Open in the paper's digests.",
+        "target(t) = step t, the last one the answer. The paper does not settle this.",
     )
     weights: Literal["relative", "absolute", "constant"] = Field(
         "relative",
         description="lambda of the t-th of T targets at share u of the stage: `relative` max(0, 1 - u T / t), `absolute` "
-        "max(0, 1 - u max_steps / t), `constant` 1. The answer always weighs 1. Open in the paper's digests.",
+        "max(0, 1 - u max_steps / t), `constant` 1. The answer always weighs 1. The paper does not settle this.",
     )
 
 

@@ -4,7 +4,7 @@ checkpoints/step-00000500/
     engine/        DeepSpeed's shards of parameters and optimizer
     model/         config, generation config and tokenizer: all an export needs besides the weights
     recipe.yaml    the fully resolved recipe
-    state.json     stage, step, sample position, ranks, versions
+    state.json     stage, step, sample position, ranks
     manifest.json  every file with its size; written last
 checkpoints/latest the name of the newest one
 """
