@@ -409,3 +409,24 @@ def test_prefetch_fills_the_cache(recipe_file: Make, tmp_path: Path, capsys: pyt
     assert main(["prefetch", str(path)]) == 0
     assert "data: 50 of 50 rows" in capsys.readouterr().out
     assert list((tmp_path / "cache").glob("*/tokens.npy"))
+
+
+def test_sentencepiece_file_as_tokenizer(recipe_file: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bare `.model` file beside other files: its own special tokens, no pad token, which generation says."""
+    import sentencepiece
+
+    from rim_dist.model import lay_foundation
+
+    words = [p.question for p in SyntheticTask(1, 4).training(300, 0)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_prefix=str(tmp_path / "own"), vocab_size=64, hard_vocab_limit=False, minloglevel=2
+    )
+    path = recipe_file(model={"tokenizer": str(tmp_path / "own.model")})
+    tokenizer = lay_foundation(load_recipe(path)).tokenizer
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", None)
+    assert "the tokenizer has no pad token; generation pads with '</s>', masked" in train(path)
+    assert main(["generate", str(tmp_path / "runs" / "tiny" / "hf"), words[0]]) == 0
+    assert "no pad token" in capsys.readouterr().err
+    (tmp_path / "bad.model").write_text("nothing")
+    assert main(["train", str(recipe_file(model={"tokenizer": str(tmp_path / "bad.model")})), "run.name=bad"]) == 2
+    assert "not a SentencePiece model" in capsys.readouterr().err

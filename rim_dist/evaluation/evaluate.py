@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from rim_dist.config import ColumnsSection, Recipe
 from rim_dist.data.sources import BadSample, Sample, read_file, recognise
 from rim_dist.data.synthetic import SyntheticTask
 from rim_dist.errors import CheckpointError, DataError
-from rim_dist.evaluation.generation import Decoding, Latency, answer_questions, measure_latency
+from rim_dist.evaluation.generation import Decoding, Latency, answer_questions, measure_latency, padding_note
 from rim_dist.evaluation.scoring import extract_answer, same_answer
 from rim_dist.memory import prompt_ids
 
@@ -128,6 +129,8 @@ def open_export(folder: str | Path) -> ExportedModel:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     except Exception as error:
         raise CheckpointError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    if note := padding_note(tokenizer):
+        print(note, file=sys.stderr)
     if torch.cuda.is_available():
         model = model.to("cuda")
     return ExportedModel(

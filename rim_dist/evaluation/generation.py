@@ -22,6 +22,13 @@ class Decoding:
     synced_ranks: bool = False
 
 
+def padding_note(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What to tell a user whose tokenizer has no pad token; empty if it has one."""
+    if tokenizer.pad_token_id is not None:
+        return ""
+    return f"note: the tokenizer has no pad token; generation pads with {tokenizer.eos_token!r}, masked"
+
+
 def generation_config(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None = None) -> GenerationConfig:
     """Greedy decoding to the end-of-text token; a tokenizer without a pad token pads with end-of-text, masked."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

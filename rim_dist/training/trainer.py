@@ -25,7 +25,7 @@ from rim_dist.data.prepared import SampleStream, StreamedData, prepare
 from rim_dist.data.sources import Sample, source_name
 from rim_dist.errors import CheckpointError, ConfigError, Stopped, TrainingError
 from rim_dist.evaluation.evaluate import COT_FACTOR, block_answers, recipe_samples, score, write_evaluation
-from rim_dist.evaluation.generation import Decoding, generation_config
+from rim_dist.evaluation.generation import Decoding, generation_config, padding_note
 from rim_dist.model import Foundation, bare_model, build_model, lay_foundation
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.zero import compose
@@ -376,6 +376,8 @@ class Trainer:
             f"{self._process.ranks} rank(s) of {self._process.device.partition(':')[0]}, {self._recipe.model.dtype}; "
             "attention dense"
         )
+        if self._questions and (note := padding_note(self._foundation.tokenizer)):
+            self._progress.say(note)
         if resume is not None:
             self._progress.say(f"resumed from {resume} ({state.stage}, step {state.step})")
 
