@@ -11,9 +11,9 @@ def extract_answer(text: str) -> str:
     Answers are trained as `#### 72`; this is Coconut's rule, and equals the strict filter of lm-evaluation-harness'
     gsm8k on such texts.
     """
-    return (
-        text.rpartition("#")[2].strip().splitlines()[0].replace(",", "").replace("$", "").strip() if text.strip("# \n") else ""
-    )
+    answer = text.rpartition("#")[2].strip()
+    first_line = answer.splitlines()[0] if answer else ""
+    return first_line.replace(",", "").replace("$", "").strip()
 
 
 def _number(text: str) -> Decimal | None:
