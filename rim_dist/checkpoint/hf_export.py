@@ -29,12 +29,17 @@ def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
     from rim_dist.training.engine import restricted_loading
 
+    weights: dict[str, torch.Tensor] = {}
     with restricted_loading():
-        if read_recipe(checkpoint).parallel.zero_stage == 0:
+        zero_stage = read_recipe(checkpoint).parallel.zero_stage
+        if zero_stage < 3:
+            # The module itself is whole here; zero_to_fp32 leaves out frozen parameters with ZeRO-1 in bf16.
             state = torch.load(checkpoint / ENGINE / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
-            return {name: tensor.float() for name, tensor in state["module"].items()}
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE))
+            weights = {name: tensor.float() for name, tensor in state["module"].items()}
+        if zero_stage > 0:
+            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+                weights |= get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE)
+    return weights
 
 
 def load_trained_model(checkpoint: Path) -> PreTrainedModel:
