@@ -229,19 +229,27 @@ def test_starting_from_runs_checkpoints_and_exports(trained: Path, tmp_path: Pat
 
 
 @pytest.mark.timeout(300)
-def test_lora_trains_adapters_and_memory_rows_only(trained: Path, tmp_path: Path, recipe_file: Make) -> None:
-    """Under ZeRO-3 on two ranks: old rows and base weights stay, memory rows move, the merged export is plain."""
+@pytest.mark.parametrize(("zero", "dtype", "ranks"), [(3, "fp32", 2), (1, "bf16", 1)])
+def test_lora_trains_adapters_and_memory_rows_only(
+    trained: Path, tmp_path: Path, recipe_file: Make, zero: int, dtype: str, ranks: int
+) -> None:
+    """Old rows and base weights stay, memory rows move, the merged export is plain."""
+    start = tmp_path / "start"
+    AutoModelForCausalLM.from_pretrained(
+        trained / "hf", dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    ).save_pretrained(start)
+    AutoTokenizer.from_pretrained(trained / "hf").save_pretrained(start)
     path = recipe_file(
         run={"name": "lora"},
-        model={"config": None, "tokenizer": None, "init_from": str(trained / "hf"), "lora": {"rank": 4, "alpha": 8}},
+        model={"config": None, "tokenizer": None, "init_from": str(start), "dtype": dtype, "lora": {"rank": 4, "alpha": 8}},
         curriculum={
             "stage1": {"samples": 48, "max_steps": 4, "learning_rate": 1e-2},
             "stage2": {"samples": 48, "learning_rate": 1e-2, "dropout": 0.1},
         },
-        parallel={"zero_stage": 3},
+        parallel={"zero_stage": zero},
     )
-    run("torchrun", 2, ["-m", "rim_dist", "train", str(path)])
-    before, after = (load_file(f / "hf" / "model.safetensors") for f in (trained, tmp_path / "runs" / "lora"))
+    run("torchrun", ranks, ["-m", "rim_dist", "train", str(path)])
+    before, after = (load_file(f / "model.safetensors") for f in (start, tmp_path / "runs" / "lora" / "hf"))
     assert before.keys() == after.keys()
     embedding = "model.embed_tokens.weight"
     assert torch.equal(before[embedding][:-3], after[embedding][:-3])
