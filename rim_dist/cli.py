@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -334,6 +335,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _lost_a_peer(error):
             _say(f"rim-dist: rank {rank}: lost a peer ({str(error).splitlines()[0]}); start the same command again")
             return _end_of_rank(EXIT_TRY_AGAIN)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" ({error.filename})" if error.filename else ""
+            _say(f"rim-dist: {error.strerror}{where}; what was complete is kept; make room and start the same command again")
+            return _end_of_rank(EXIT_FAILED)
         traceback.print_exc()
         _say(f"rim-dist: rank {rank}: failed; this is a bug or a fault of the machine")
         return _end_of_rank(EXIT_FAILED)

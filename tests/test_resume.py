@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,20 @@ def test_lost_rank_ends_the_other_in_time(tmp_path: Path) -> None:
     assert ranks[0].returncode == 75, output
     assert "lost a peer" in output
     assert complete_checkpoints(tmp_path / "lost" / "checkpoints")
+
+
+@pytest.mark.timeout(300)
+def test_checkpoint_that_cannot_be_written_keeps_the_last(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Writes fail as on a full disk (a limit on file sizes): a message, status 1, no half checkpoint, and the run goes on."""
+    path = recipe_file()
+    limited = ["bash", "-c", f"ulimit -f 64; exec {sys.executable} -m rim_dist train {path}"]
+    result = subprocess.run(limited, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1, result.stderr
+    assert "the checkpoint of step 3 cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list((tmp_path / "runs" / "tiny" / "checkpoints").iterdir())
+    run("python", 1, ["-m", "rim_dist", "train", str(path)])
+    assert (tmp_path / "runs" / "tiny" / "hf" / "config.json").is_file()
 
 
 def _start_two_ranks(recipe: Path) -> list[subprocess.Popen[str]]:

@@ -100,6 +100,7 @@ def main() -> int:
             f"data.synthetic.samples={sum(samples)}",
         )
     )
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import torch
 
     torch.set_num_threads(1)
@@ -115,7 +116,8 @@ def show(results: dict[str, Any], folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 100)
     table = Table(title=f"{QUESTIONS} held-out walks through 5 doors; guessing gets 20 %")
     table.add_column("method")
     for name in ("accuracy %", "samples", "10^12 operations", "TTFT ms", "answer ms", "tokens"):

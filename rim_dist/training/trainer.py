@@ -297,10 +297,15 @@ class Trainer:
             if self._process.is_first:
                 store.announce(partial, state, dump_recipe(self._recipe))
                 store.retain(self._checkpoints, self._recipe.checkpoint.keep)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            # torch.save words a full disk as a RuntimeError of its archive writer.
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise
             shutil.rmtree(partial, ignore_errors=True)
+            why = getattr(error, "strerror", None) or "the file system took only a part of a file"
+            free = shutil.disk_usage(self._folder).free / 2**20
             raise TrainingError(
-                f"{self._checkpoints}: the checkpoint of step {state.step} cannot be written ({error.strerror or error}); "
+                f"{self._checkpoints}: the checkpoint of step {state.step} cannot be written ({why}; {free:.0f} MiB free); "
                 "the last complete one is kept; make room and start the same command again"
             ) from error
         dist.barrier()
