@@ -435,6 +435,16 @@ def test_sentencepiece_file_as_tokenizer(recipe_file: Make, tmp_path: Path, caps
     assert "the tokenizer has no pad token; generation pads with '</s>', masked" in train(path)
     assert main(["generate", str(tmp_path / "runs" / "tiny" / "hf"), words[0]]) == 0
     assert "no pad token" in capsys.readouterr().err
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words),
+        model_prefix=str(tmp_path / "endless"),
+        vocab_size=64,
+        hard_vocab_limit=False,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    assert main(["train", str(recipe_file(model={"tokenizer": str(tmp_path / "endless.model")})), "run.name=bad"]) == 2
+    assert "the tokenizer has no end-of-text token" in capsys.readouterr().err
     (tmp_path / "bad.model").write_text("nothing")
     assert main(["train", str(recipe_file(model={"tokenizer": str(tmp_path / "bad.model")})), "run.name=bad"]) == 2
     assert "not a SentencePiece model" in capsys.readouterr().err
