@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rim_dist import __version__
-from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, ConfigError, RimError
+from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, ConfigError, RimError
 
 if TYPE_CHECKING:
     from rim_dist.data.sources import Sample
@@ -98,7 +98,13 @@ def build_parser() -> argparse.ArgumentParser:
             "rim-dist export runs/demo exported/",
         )
     )
-    convert = commands.add_parser("convert", help="Convert checkpoints.", description="Convert checkpoints.")
+    convert = commands.add_parser(
+        "convert",
+        help="Convert checkpoints.",
+        description="Convert checkpoints.",
+        epilog=_example("rim-dist convert to-hf runs/demo exported/"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verbs = convert.add_subparsers(dest="verb", required=True, metavar="VERB")
     export_arguments(
         command(
@@ -158,10 +164,10 @@ def _train(arguments: argparse.Namespace) -> int:
     from rim_dist.parallel.launch import join, leave
     from rim_dist.training.trainer import Trainer, finished_state, prepare_run
 
-    foundation, data = prepare_run(recipe)
     if (state := finished_state(recipe)) is not None:
         _say(f"{recipe.folder}: finished after {state.step} steps ({state.samples} samples); nothing to do", first_only=True)
         return EXIT_DONE
+    foundation, data = prepare_run(recipe)
     process = join(recipe.parallel.timeout_seconds)
     Trainer(recipe, process, foundation, data).run()
     leave()
@@ -342,6 +348,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         _say(f"rim-dist: rank {rank}: failed; this is a bug or a fault of the machine")
         return _end_of_rank(EXIT_FAILED)
-
-
-__all__ = ["EXIT_USAGE", "build_parser", "main"]

@@ -10,6 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rim_dist.config import MemorySection
 from rim_dist.errors import ModelError
 
+# What the template of a RiM model ends with. A model that starts from a RiM export already has one; it is replaced.
+_BLOCKS = (
+    "{% if add_generation_prompt %}{% for _ in range(rim_blocks if rim_blocks is defined else {K}) %}"
+    "{{ '{BLOCK}' }}{% endfor %}{% endif %}"
+)
+_BLOCKS_START = _BLOCKS.partition("{K}")[0]
+
 # For models without a chat template: the messages as they are, a line each. BOS comes once, from the template.
 _MINIMAL_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
@@ -64,21 +71,20 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, memory: MemorySection,
     """Make the chat template append `blocks` memory blocks after the last assistant header.
 
     The number of blocks of one request can be set with the template argument `rim_blocks`; training renders with 0. Nothing
-    is appended without a generation prompt. `blocks` 0 leaves the model's own template as it is.
+    is appended without a generation prompt. With `blocks` 0 the template is the model's own. What an earlier call appended,
+    also one in the run that the model comes from, is taken off first.
     """
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     if not template:
-        bos = "{{ bos_token }}" if tokenizer.bos_token and getattr(tokenizer, "add_bos_token", False) else ""
-        template = bos + _MINIMAL_TEMPLATE
+        begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        template = ("{{ bos_token }}" if begins else "") + _MINIMAL_TEMPLATE
+    template = template.partition(_BLOCKS_START)[0]
     if blocks:
         text = block_text(memory).replace("\\", "\\\\").replace("'", "\\'")
         # Jinja drops one newline at the very end of a template; it must not come back by something following it.
-        template = template.removesuffix("\n") + (
-            "{% if add_generation_prompt %}{% for _ in range(rim_blocks if rim_blocks is defined else "
-            f"{blocks}) %}}{{{{ '{text}' }}}}{{% endfor %}}{{% endif %}}"
-        )
+        template = template.removesuffix("\n") + _BLOCKS.replace("{K}", str(blocks)).replace("{BLOCK}", text)
     tokenizer.chat_template = template
 
 

@@ -17,15 +17,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rim_dist.attention.probe import probe_family, set_dropout
+from rim_dist.attention.probe import probe_family
 from rim_dist.attention.registration import use_rim_attention
-from rim_dist.checkpoint.store import find_checkpoint
+from rim_dist.checkpoint.store import MODEL, find_checkpoint
 from rim_dist.config import Recipe
 from rim_dist.data.synthetic import sentencepiece_tokenizer, synthetic_tokenizer
 from rim_dist.errors import ConfigError, ModelError, RimError
+from rim_dist.evaluation.generation import model_positions
 from rim_dist.memory import MemoryTokens, add_memory_tokens, prepare_embeddings, set_chat_template
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -40,8 +39,8 @@ class Foundation:
 
     @property
     def positions(self) -> int:
-        """Longest sequence the model takes; a large number where the family has no limit."""
-        return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
+        """Longest sequence the model takes (`model_positions`)."""
+        return model_positions(self.config)
 
     @property
     def hidden_size(self) -> int:
@@ -83,6 +82,12 @@ def _scratch_config(recipe: Recipe, vocabulary: int) -> PretrainedConfig:
         raise ConfigError(f"model.config: {_first_line(error)}") from error
 
 
+def _is_a_path(name: str, recipe: Recipe) -> bool:
+    """Whether a name that does not exist here was meant as a folder: looking for it on the hub would take a minute."""
+    parent = Path(name).parent
+    return name.startswith((".", "/", "~")) or name.count("/") != 1 or parent.exists() or parent == Path(recipe.run.output_dir)
+
+
 def lay_foundation(recipe: Recipe) -> Foundation:
     """Tokenizer and model configuration with all their checks; builds no weights.
 
@@ -98,8 +103,8 @@ def lay_foundation(recipe: Recipe) -> Foundation:
             source = folder / "hf"  # a finished run
         elif folder.is_dir() and not (folder / "config.json").is_file():
             checkpoint = find_checkpoint(folder)
-            source = checkpoint / "model"
-        elif not folder.exists() and (section.init_from.startswith((".", "/", "~")) or section.init_from.count("/") != 1):
+            source = checkpoint / MODEL
+        elif not folder.exists() and _is_a_path(section.init_from, recipe):
             raise ModelError(f"model.init_from: {section.init_from}: no such folder (a hub id has the form owner/name)")
     tokenizer = load_tokenizer(section.tokenizer or str(source), section.revision, section.trust_remote_code)
     if tokenizer.eos_token_id is None:
@@ -160,6 +165,16 @@ def build_model(recipe: Recipe, foundation: Foundation) -> PreTrainedModel:
         if section.lora is not None:
             model.enable_input_require_grads()
     return model
+
+
+def set_dropout(model: torch.nn.Module, probability: float) -> None:
+    """Set every dropout of a model: nn.Dropout modules and attention dropouts kept as numbers."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = probability
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)
 
 
 def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: MemoryTokens) -> Any:

@@ -165,7 +165,16 @@ def test_recipe_of_another_shape_is_refused() -> None:
 
 
 def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["train"], ["export"], ["convert", "to-hf"], ["generate"], ["evaluate"], ["data"], ["prefetch"]):
+    for command in (
+        ["train"],
+        ["export"],
+        ["convert"],
+        ["convert", "to-hf"],
+        ["generate"],
+        ["evaluate"],
+        ["data"],
+        ["prefetch"],
+    ):
         with pytest.raises(SystemExit) as exit_info:
             main([*command, "--help"])
         assert exit_info.value.code == 0
@@ -174,7 +183,7 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
         assert "exit status:" in text
 
 
-def test_no_recipe_is_left_unused(tmp_path: Path) -> None:
+def test_model_from_scratch_needs_a_tokenizer(tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "r.yaml", {"method": "rim", "model": {"config": {"model_type": "llama"}}})
     with pytest.raises(ConfigError, match="a model from scratch needs tokenizer"):
         load_recipe(path)

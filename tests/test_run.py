@@ -150,6 +150,19 @@ def test_generate(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main(["generate", hf, question, "--max-new-tokens", "0"]) == 2
 
 
+def test_prompts_that_do_not_fit_are_refused(
+    trained: Path, tmp_path: Path, recipe_file: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = str(trained / "hf")
+    assert main(["generate", hf, "From the hall take red.", "--blocks", "60"]) == 2
+    assert "question 1: 248 tokens with its memory blocks; the model has 128 positions" in capsys.readouterr().err
+    questions = tmp_path / "long.jsonl"
+    questions.write_text(json.dumps({"question": "red " * 130, "answer": "hall"}))
+    assert main(["train", str(recipe_file(evaluation={"data": str(questions)}))]) == 2
+    assert "the model has 128 positions" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_evaluate(trained: Path, tmp_path: Path, gsm8k: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf = str(trained / "hf")
     assert (
@@ -226,6 +239,40 @@ def test_starting_from_runs_checkpoints_and_exports(trained: Path, tmp_path: Pat
         )
         first.append(train_one_process(load_recipe(path))[0])
     assert first[0] == first[1] == first[2]
+
+
+def test_starting_from_a_rim_model_does_not_add_its_blocks_again(trained: Path, recipe_file: Make) -> None:
+    """K is the new recipe's, at every budget, and a baseline gets none, whatever the start's template appended."""
+    from rim_dist.memory import prompt_ids
+    from rim_dist.model import lay_foundation
+
+    model = {"config": None, "tokenizer": None, "init_from": str(trained)}
+    for method, blocks in (("rim", 2), ("rim", 5), ("direct", 0)):
+        foundation = lay_foundation(load_recipe(recipe_file(method=method, model=model, memory={"blocks": blocks})))
+        for budget, expected in ((None, blocks), (0, 0), (1, 1 if blocks else 0)):
+            (prompt,) = prompt_ids(foundation.tokenizer, ["From the hall take red."], budget)
+            assert prompt.count(foundation.tokens.end) == expected
+
+
+def test_begin_of_text_comes_once_where_the_tokenizer_adds_it() -> None:
+    """Also where only the tokenizer's post-processor adds it, as Llama 3 does."""
+    from tokenizers.processors import TemplateProcessing
+
+    from rim_dist.config import MemorySection
+    from rim_dist.data.synthetic import synthetic_tokenizer
+    from rim_dist.memory import add_memory_tokens, prompt_ids, set_chat_template
+
+    for adds in (True, False):
+        tokenizer = synthetic_tokenizer()
+        tokenizer.chat_template = None
+        single = "<s> $A" if adds else "$A"
+        tokenizer._tokenizer.post_processor = TemplateProcessing(
+            single=single, special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+        add_memory_tokens(tokenizer, MemorySection(blocks=2))
+        set_chat_template(tokenizer, MemorySection(blocks=2), 2)
+        (prompt,) = prompt_ids(tokenizer, ["From the hall take red."])
+        assert prompt.count(tokenizer.bos_token_id) == (1 if adds else 0)
 
 
 @pytest.mark.timeout(300)

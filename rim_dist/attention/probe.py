@@ -48,16 +48,6 @@ def _tiny(config: PretrainedConfig) -> PretrainedConfig:
     return small
 
 
-def set_dropout(model: torch.nn.Module, probability: float) -> None:
-    """Set every dropout of a model: nn.Dropout modules and attention dropouts kept as numbers."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = probability
-        for name in ("attention_dropout", "attn_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, probability)
-
-
 def probe_family(config: PretrainedConfig, trust_remote_code: bool = False) -> float:
     """Largest logit difference between a packed row and its unrolled runs on a tiny model of the family.
 
@@ -71,7 +61,6 @@ def probe_family(config: PretrainedConfig, trust_remote_code: bool = False) -> f
             model = AutoModelForCausalLM.from_config(_tiny(config), trust_remote_code=trust_remote_code).float().eval()
     except Exception as error:
         raise ModelError(f"model family {family}: no small copy could be built to prove the RiM mask ({error})") from error
-    set_dropout(model, 0.0)
     generator = torch.Generator().manual_seed(0)
     question = torch.randint(0, 64, (5,), generator=generator).tolist()
     block = [60, 61, 61, 62]

@@ -20,6 +20,7 @@ from rim_dist.errors import CheckpointError
 from rim_dist.evaluation.generation import generation_config
 from rim_dist.memory import MemoryTokens, add_memory_tokens
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LICENCE_NOTE = "The licence of the base model and of the training data applies; this card does not grant one."
 
 
@@ -47,7 +48,7 @@ def load_trained_model(checkpoint: Path) -> PreTrainedModel:
 
     Raises CheckpointError naming missing, surplus or misshapen tensors.
     """
-    from rim_dist.model import add_adapters
+    from rim_dist.model import add_adapters  # that module starts from checkpoints and so imports this one
 
     recipe = read_recipe(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint / MODEL)
@@ -90,8 +91,7 @@ def export_checkpoint(source: str | Path, out: str | Path) -> Path:
     recipe, state = read_recipe(checkpoint), read_state(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint / MODEL)
     model = load_trained_model(checkpoint)
-    if recipe.model.dtype != "fp32":
-        model = model.to({"bf16": torch.bfloat16, "fp16": torch.float16}[recipe.model.dtype])
+    model = model.to(DTYPES[recipe.model.dtype])
     model.generation_config = generation_config(tokenizer)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

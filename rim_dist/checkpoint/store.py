@@ -53,10 +53,10 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 def _damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint folder; empty if nothing."""
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "it has no manifest.json"
-    for name, size in manifest["files"].items():
+        files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it has no readable manifest.json"
+    for name, size in files.items():
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"

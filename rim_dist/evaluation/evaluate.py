@@ -122,9 +122,9 @@ def open_export(folder: str | Path) -> ExportedModel:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: not an HF model folder (no config.json); `rim-dist export` makes one")
     about: dict[str, Any] = {}
-    if (folder / "rim_dist.json").is_file():
-        about = json.loads((folder / "rim_dist.json").read_text(encoding="utf-8"))
     try:
+        if (folder / "rim_dist.json").is_file():
+            about = json.loads((folder / "rim_dist.json").read_text(encoding="utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     except Exception as error:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from rim_dist.errors import DataError
 from rim_dist.memory import prompt_ids
 
 
@@ -41,16 +42,35 @@ def generation_config(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | 
     )
 
 
+def model_positions(config: Any) -> int:
+    """Longest sequence a model takes; a large number where the family has no limit."""
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], positions: int) -> None:
+    """Raise DataError, naming the first question, if a prompt leaves no position for an answer."""
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) >= positions:
+            raise DataError(
+                f"question {number}: {len(prompt)} tokens with its memory blocks; the model has {positions} positions"
+            )
+
+
 def generate_ids(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], decoding: Decoding
 ) -> list[list[int]]:
-    """New token ids of each prompt, without the end-of-text token. Prompts are padded on the left and masked."""
-    config = generation_config(tokenizer, decoding.max_new_tokens)
+    """New token ids of each prompt, without the end-of-text token. Prompts are padded on the left and masked.
+
+    An answer ends at the model's last position. Raises DataError if a prompt itself does not fit.
+    """
+    positions = model_positions(model.config)
+    check_prompts(prompts, positions)
     device = next(model.parameters()).device
     answers: list[list[int]] = []
     for start in range(0, len(prompts), decoding.batch):
         part = prompts[start : start + decoding.batch]
         length = max(map(len, part))
+        config = generation_config(tokenizer, min(decoding.max_new_tokens, positions - length))
         ids = torch.tensor([[config.pad_token_id] * (length - len(p)) + list(p) for p in part], device=device)
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in part], device=device)
         with torch.no_grad():

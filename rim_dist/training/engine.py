@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from rim_dist.attention.probe import set_dropout
 from rim_dist.checkpoint.store import ENGINE
 from rim_dist.config import OptimizerSection, Recipe
 from rim_dist.data.rows import Batch
 from rim_dist.errors import CheckpointError
-from rim_dist.model import bare_model, keeps_logits
+from rim_dist.model import bare_model, keeps_logits, set_dropout
 from rim_dist.objective.loss import ReadoutLoss, readout_loss, supervised_columns
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.ops import load_cpu_adam

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 
@@ -25,7 +26,8 @@ from rim_dist.data.prepared import SampleStream, StreamedData, prepare
 from rim_dist.data.sources import Sample, source_name
 from rim_dist.errors import CheckpointError, ConfigError, Stopped, TrainingError
 from rim_dist.evaluation.evaluate import COT_FACTOR, block_answers, recipe_samples, score, write_evaluation
-from rim_dist.evaluation.generation import Decoding, generation_config, padding_note
+from rim_dist.evaluation.generation import Decoding, check_prompts, generation_config, padding_note
+from rim_dist.memory import prompt_ids
 from rim_dist.model import Foundation, bare_model, build_model, lay_foundation
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.zero import compose
@@ -68,7 +70,11 @@ def check_run_folder(recipe: Recipe) -> None:
 
 
 def finished_state(recipe: Recipe) -> TrainingState | None:
-    """The final state of a run that is already complete, export included; None if there is something left to do."""
+    """The final state of a run that is already complete, export included; None if there is something left to do.
+
+    Raises ConfigError if the folder holds a run with another recipe.
+    """
+    check_run_folder(recipe)
     found = store.complete_checkpoints(recipe.folder / "checkpoints")
     if found and (recipe.folder / "hf" / "rim_dist.json").is_file():
         state = store.read_state(found[-1])
@@ -104,6 +110,7 @@ class Trainer:
         self._ds_config = compose(recipe, foundation.hidden_size)
         self._peak = peak_operations(recipe.model.dtype)
         self._saved_step = -1
+        self._operations = self._logged_operations = 0.0
 
     # ---- the run -------------------------------------------------------------------------------------
 
@@ -176,7 +183,8 @@ class Trainer:
         known = self._sum([share.weight, float(self._stop.requested)])
         divisor = known[0] if self._recipe.curriculum.normalisation == "weight" else float(batch_samples)
         # Dropout depends on the seed, the step and the rank alone: there is no random state to save.
-        torch.manual_seed(hash((self._recipe.run.seed, plan.first_step + step, self._process.rank)) % 2**63)
+        entropy = numpy.random.SeedSequence([self._recipe.run.seed, plan.first_step + step, self._process.rank])
+        torch.manual_seed(int(entropy.generate_state(1, numpy.uint64)[0] >> 1))
         sums = torch.zeros(2 + 2 * (self._engine.blocks + 1), dtype=torch.float64)
         operations = self._engine.operations
         finite = []
@@ -275,9 +283,6 @@ class Trainer:
         self._operations = self._logged_operations = state.operations
         self._saved_step = state.step
         return state
-
-    _operations = 0.0
-    _logged_operations = 0.0
 
     def _save(self, state: TrainingState) -> None:
         if state.step == self._saved_step:
@@ -420,5 +425,6 @@ def prepare_run(recipe: Recipe) -> tuple[Foundation, SampleStream]:
     check_run_folder(recipe)
     compose(recipe, 1)
     foundation = lay_foundation(recipe)
-    recipe_samples(recipe)
+    questions = [sample.question for sample in recipe_samples(recipe)]
+    check_prompts(prompt_ids(foundation.tokenizer, questions), foundation.positions)
     return foundation, open_data(recipe, foundation)
