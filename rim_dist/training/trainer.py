@@ -149,7 +149,8 @@ class Trainer:
 
     def _run_stage(self, plan: StagePlan, state: TrainingState) -> TrainingState:
         stage = self._recipe.curriculum.stage(plan.name)
-        loader = BatchLoader(self._recipe, self._data, self._foundation.tokens, self._process.rank, self._process.ranks)
+        process, cost = self._process, self._engine.row_cost
+        loader = BatchLoader(self._recipe, self._data, self._foundation.tokens, process.rank, process.ranks, cost)
         first = state.step - plan.first_step
         if first == 0:
             self._engine.begin_stage(stage.dropout)
@@ -185,28 +186,28 @@ class Trainer:
         # Dropout depends on the seed, the step and the rank alone: there is no random state to save.
         entropy = numpy.random.SeedSequence([self._recipe.run.seed, plan.first_step + step, self._process.rank])
         torch.manual_seed(int(entropy.generate_state(1, numpy.uint64)[0] >> 1))
-        sums = torch.zeros(2 + 2 * (self._engine.blocks + 1), dtype=torch.float64)
+        last = len(share.micro_batches) - 1
         operations = self._engine.operations
-        finite = []
-        for number, batch in enumerate(share.micro_batches):
-            loss = self._engine.forward_backward(batch, 1.0 / divisor, last=number == len(share.micro_batches) - 1)
-            value = float(loss.weighted_sum.detach())
-            finite.append(math.isfinite(value))
-            sums[0] += value
-            sums[1] += batch.tokens
-            sums[2:] += torch.cat([loss.block_sums, loss.block_counts]).double().cpu()
-        totals = self._sum([*sums.tolist(), self._engine.operations - operations])
+        losses = [
+            self._engine.forward_backward(batch, 1.0 / divisor, last=number == last)
+            for number, batch in enumerate(share.micro_batches)
+        ]
+        # Read back once a step: a read a micro-batch would hold the device up.
+        values = torch.stack([loss.weighted_sum for loss in losses]).double().tolist()
+        by_block = torch.stack([torch.cat([loss.block_sums, loss.block_counts]) for loss in losses]).double().sum(0).tolist()
+        tokens = float(sum(batch.tokens for batch in share.micro_batches))
+        totals = self._sum([sum(values), tokens, *by_block, self._engine.operations - operations])
         loss_value = totals[0] / divisor
         if not math.isfinite(loss_value):
-            self._refuse_loss(plan, step, share, finite)
+            self._refuse_loss(plan, step, share, values)
         rate = learning_rate(stage, step, plan.steps)
         norm = self._engine.step(rate)
         self._operations += totals[-1]
         half = self._engine.blocks + 1
         block_sums, block_counts = totals[2 : 2 + half], totals[2 + half : 2 + 2 * half]
-        by_block = [s / c if c else None for s, c in zip(block_sums, block_counts, strict=True)][1:]
-        while by_block and by_block[-1] is None:
-            by_block.pop()
+        block_losses = [s / c if c else None for s, c in zip(block_sums, block_counts, strict=True)][1:]
+        while block_losses and block_losses[-1] is None:
+            block_losses.pop()
         done = step + 1
         state = TrainingState(
             plan.name,
@@ -223,11 +224,13 @@ class Trainer:
             "step": state.step,
             "samples": state.samples,
             "loss": loss_value,
-            "block_loss": by_block,
+            "block_loss": block_losses,
             "learning_rate": rate,
             "grad_norm": norm,
             "batch_samples": batch_samples,
             "tokens": int(totals[1]),
+            "packing_efficiency": share.packing.efficiency,
+            "packing_balance": share.packing.balance,
             "operations": self._operations,
         }
         return state, line, known[1] > 0
@@ -250,9 +253,8 @@ class Trainer:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def _refuse_loss(self, plan: StagePlan, step: int, share: RankShare, finite: list[bool]) -> None:
-        micro = self._recipe.optimizer.micro_batch
-        bad = [s.line for i, ok in enumerate(finite) if not ok for s in share.samples[i * micro : (i + 1) * micro]]
+    def _refuse_loss(self, plan: StagePlan, step: int, share: RankShare, losses: list[float]) -> None:
+        bad = [s.line for loss, samples in zip(losses, share.samples, strict=True) if not math.isfinite(loss) for s in samples]
         gathered: list[Any] = [None] * self._process.ranks
         dist.all_gather_object(gathered, bad)
         lines = sorted({line for part in gathered for line in part})
@@ -343,7 +345,7 @@ class Trainer:
         model.eval()
         use_plain_attention(bare_model(model))
         texts = block_answers(model, self._foundation.tokenizer, [s.question for s in asked], blocks, decoding)
-        use_rim_attention(bare_model(model))
+        use_rim_attention(bare_model(model), self._foundation.attention.path)
         gathered: list[Any] = [None] * process.ranks
         dist.all_gather_object(gathered, list(zip(mine, texts, strict=False)))
         if not process.is_first or self._log is None or self._progress is None:
@@ -384,7 +386,7 @@ class Trainer:
         self._progress.say(
             f"{self._recipe.run.name}: method {self._recipe.method}, {stages}; ZeRO-{self._recipe.parallel.zero_stage} on "
             f"{self._process.ranks} rank(s) of {self._process.device.partition(':')[0]}, {self._recipe.model.dtype}; "
-            "attention dense"
+            f"attention {self._foundation.attention.path} ({self._foundation.attention.reason})"
         )
         if self._questions and (note := padding_note(self._foundation.tokenizer)):
             self._progress.say(note)
