@@ -378,6 +378,11 @@ class Recipe(Section):
         return self
 
     @property
+    def exportable(self) -> bool:
+        """Whether an ordinary causal server can run what is trained."""
+        return self.memory.inside_block == "causal"
+
+    @property
     def folder(self) -> Path:
         """The run's folder: all that the run writes is below it."""
         return Path(self.run.output_dir) / self.run.name

@@ -29,7 +29,7 @@ def unrolled_loss(
     total = torch.zeros(())
     for readout in readouts:
         prefix = [*question, *(list(block) * readout.block)]
-        ids = torch.tensor([[*prefix, *readout.target[:-1]]])
+        ids = torch.tensor([[*map(int, prefix), *map(int, readout.target[:-1])]])
         extra = {}
         if bidirectional:
             seen = torch.ones(ids.shape[1], ids.shape[1]).tril().bool()
@@ -37,7 +37,9 @@ def unrolled_loss(
                 seen[start : start + len(block), start : start + len(block)] = True
             extra["attention_mask"] = torch.zeros(1, 1, *seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
         logits = model(input_ids=ids, use_cache=False, **extra).logits[0, len(prefix) - 1 :]
-        total = total + readout.weight * F.cross_entropy(logits.float(), torch.tensor([*readout.target]), reduction="sum")
+        total = total + readout.weight * F.cross_entropy(
+            logits.float(), torch.tensor([*map(int, readout.target)]), reduction="sum"
+        )
     return total
 
 

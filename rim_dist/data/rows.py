@@ -78,11 +78,15 @@ class Targets:
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows: `input_ids` `[1, tokens]`, their places and their targets. Nothing is padding."""
+    """Packed rows: `input_ids` `[1, tokens]`, their places and their targets. Nothing is padding.
+
+    `order[i]` is the number, in what was packed, of the row that is segment i.
+    """
 
     input_ids: torch.Tensor
     layout: RowLayout
     targets: Targets
+    order: tuple[int, ...]
 
     @property
     def position_ids(self) -> torch.Tensor:
@@ -92,8 +96,14 @@ class Batch:
     def tokens(self) -> int:
         return self.input_ids.shape[1]
 
+    def rows_at(self, targets: torch.Tensor) -> list[int]:
+        """Numbers, in what was packed, of the rows with any of the `targets` (boolean, `[targets]`)."""
+        columns = self.targets.column[targets.to(self.targets.column.device)]
+        return [self.order[i] for i in self.layout.queries.segment[0, columns].unique().tolist()]
+
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.input_ids.to(device, non_blocking=True), self.layout.to(device), self.targets.to(device))
+        input_ids = self.input_ids.to(device, non_blocking=True)
+        return Batch(input_ids, self.layout.to(device), self.targets.to(device), self.order)
 
 
 @functools.cache
@@ -160,8 +170,8 @@ def pack(rows: Sequence[Row], block_ids: Sequence[int], bidirectional: bool = Fa
     firsts = numpy.cumsum(times) - times
     offsets = numpy.array(positions, dtype=numpy.int64) - firsts
     position = torch.from_numpy(numpy.arange(start) + numpy.repeat(offsets, times))
-    of_tokens = [spread(values, times).unsqueeze(0) for values in (segments, kinds, blocks)]
-    places = Places(*of_tokens, position.unsqueeze(0))
+    segment_of, kind_of, block_of = (spread(values, times).unsqueeze(0) for values in (segments, kinds, blocks))
+    places = Places(segment_of, kind_of, block_of, position.unsqueeze(0))
 
     repeats = numpy.array(counts, dtype=numpy.int64)
     target_firsts = numpy.cumsum(repeats) - repeats
@@ -177,4 +187,5 @@ def pack(rows: Sequence[Row], block_ids: Sequence[int], bidirectional: bool = Fa
         spread(target_blocks, repeats),
     )
     input_ids = torch.from_numpy(numpy.concatenate(tokens).astype(numpy.int64)).unsqueeze(0)
-    return Batch(input_ids, RowLayout(places, places, tuple(spans), bidirectional), targets)
+    layout = RowLayout(places, places, tuple(spans), bidirectional)
+    return Batch(input_ids, layout, targets, tuple(number for _, number in placed))

@@ -47,10 +47,12 @@ class ReadoutLoss:
     """Sums of one micro-batch, on the model's device.
 
     `weighted_sum` (scalar, with gradient): sum of weight x token loss. `block_sums`, `block_counts` (`[blocks + 1]`, no
-    gradient): unweighted token losses and their number by block; block 0 is a target without blocks.
+    gradient): unweighted token losses and their number by block; block 0 is a target without blocks. `token_losses`
+    `[targets]`: every one, unweighted.
     """
 
     weighted_sum: torch.Tensor
+    token_losses: torch.Tensor
     block_sums: torch.Tensor
     block_counts: torch.Tensor
 
@@ -61,7 +63,7 @@ class ReadoutLoss:
         counts = torch.zeros_like(sums)
         sums.index_add_(0, targets.block, token_losses)
         counts.index_add_(0, targets.block, torch.ones_like(token_losses))
-        return ReadoutLoss(weighted_sum, sums, counts)
+        return ReadoutLoss(weighted_sum, token_losses, sums, counts)
 
 
 def weighted_cross_entropy(

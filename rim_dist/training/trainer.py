@@ -29,6 +29,7 @@ from rim_dist.evaluation.evaluate import COT_FACTOR, block_answers, recipe_sampl
 from rim_dist.evaluation.generation import Decoding, check_prompts, generation_config, padding_note
 from rim_dist.memory import prompt_ids
 from rim_dist.model import Foundation, bare_model, build_model, lay_foundation
+from rim_dist.objective.loss import ReadoutLoss
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.zero import compose
 from rim_dist.training.engine import Engine
@@ -76,7 +77,8 @@ def finished_state(recipe: Recipe) -> TrainingState | None:
     """
     check_run_folder(recipe)
     found = store.complete_checkpoints(recipe.folder / "checkpoints")
-    if found and (recipe.folder / "hf" / "rim_dist.json").is_file():
+    result = recipe.folder / ("hf/rim_dist.json" if recipe.exportable else "report/curves.png")
+    if found and result.is_file():
         state = store.read_state(found[-1])
         return state if state.finished else None
     return None
@@ -199,7 +201,7 @@ class Trainer:
         totals = self._sum([sum(values), tokens, *by_block, self._engine.operations - operations])
         loss_value = totals[0] / divisor
         if not math.isfinite(loss_value):
-            self._refuse_loss(plan, step, share, values)
+            self._refuse_loss(plan, step, share, losses)
         rate = learning_rate(stage, step, plan.steps)
         norm = self._engine.step(rate)
         self._operations += totals[-1]
@@ -253,8 +255,13 @@ class Trainer:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def _refuse_loss(self, plan: StagePlan, step: int, share: RankShare, losses: list[float]) -> None:
-        bad = [s.line for loss, samples in zip(losses, share.samples, strict=True) if not math.isfinite(loss) for s in samples]
+    def _refuse_loss(self, plan: StagePlan, step: int, share: RankShare, losses: list[ReadoutLoss]) -> None:
+        bad = [
+            samples[i].line
+            for loss, batch, samples in zip(losses, share.micro_batches, share.samples, strict=True)
+            for i in batch.rows_at(~loss.token_losses.isfinite())
+            if samples
+        ]
         gathered: list[Any] = [None] * self._process.ranks
         dist.all_gather_object(gathered, bad)
         lines = sorted({line for part in gathered for line in part})
@@ -344,7 +351,8 @@ class Trainer:
         model = self._engine.module
         model.eval()
         use_plain_attention(bare_model(model))
-        texts = block_answers(model, self._foundation.tokenizer, [s.question for s in asked], blocks, decoding)
+        bidirectional = recipe.memory.inside_block == "bidirectional"
+        texts = block_answers(model, self._foundation.tokenizer, [s.question for s in asked], blocks, decoding, bidirectional)
         use_rim_attention(bare_model(model), self._foundation.attention.path)
         gathered: list[Any] = [None] * process.ranks
         dist.all_gather_object(gathered, list(zip(mine, texts, strict=False)))
@@ -415,11 +423,15 @@ class Trainer:
     def _finish(self) -> None:
         """First rank: the export, from the last checkpoint by the same code as `rim-dist export`, and the curves."""
         try:
-            export_checkpoint(self._checkpoints, self._folder / "hf")
+            if self._recipe.exportable:
+                export_checkpoint(self._checkpoints, self._folder / "hf")
             draw_curves(read_metrics(self._folder / "metrics.jsonl"), self._folder / "report" / "curves.png")
         except OSError as error:
             raise TrainingError(f"{self._folder}: the report cannot be written ({error.strerror or error})") from error
-        print(f"done: {self._folder / 'hf'} is a plain HF folder", file=sys.stderr, flush=True)
+        result = f"{self._folder / 'hf'} is a plain HF folder"
+        if not self._recipe.exportable:
+            result = "blocks that are bidirectional inside are not exported: no server runs them"
+        print(f"done: {result}", file=sys.stderr, flush=True)
 
 
 def prepare_run(recipe: Recipe) -> tuple[Foundation, SampleStream]:
