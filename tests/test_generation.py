@@ -22,8 +22,10 @@ NEVER = 93  # an end that these models do not write
 
 
 def lively(family: str) -> Any:
-    """A model whose answers differ from prompt to prompt: weights of the usual spread leave it at one token."""
+    """A model whose answers differ from prompt to prompt: with weights of the usual spread it repeats one token."""
     model = build(family).eval()
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(torch.randn_like(head.weight))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -44,7 +46,7 @@ def test_every_block_from_one_prefix(family: str) -> None:
     prompts = [q + BLOCK * blocks for q in QUESTIONS]
     first = readout_ids(model, tokenizer(NEVER), prompts, len(BLOCK), range(1, blocks + 1), Decoding(6, batch=4))
     answers = [answer for row in first for answer in row]
-    ends = {token: len({(a + [token]).index(token) for a in answers}) for a in answers for token in a}
+    ends = {token: len({[*a, token].index(token) for a in answers}) for a in answers for token in a}
     eos = max(ends, key=lambda token: ends[token])  # a token that ends answers at different lengths
     names = tokenizer(eos)
     got = readout_ids(model, names, prompts, len(BLOCK), range(1, blocks + 1), Decoding(6, batch=3))
