@@ -220,8 +220,9 @@ def main() -> None:
     ]
     text = (
         f"{SAMPLES} samples with GSM8K's lengths, K = 8, {layers} layers of SmolLM2-135M (tied head), fp32, medians of "
-        f"{options.rounds} rounds in turns (M = 64: at most 2, M = 256: 1), after one to warm up.\nOf counts: measured ratio of what the counts of this very batch say, padded (unrolled) "
-        "tokens x (layers + head) / (real tokens x layers + targets x head).\n\n"
+        f"{options.rounds} rounds in turns (M = 64: at most 2, M = 256: 1), after one to warm up.\nOf counts: measured ratio "
+        "of what the counts of this very batch say,\npadded (unrolled) tokens x (layers + head) / (real tokens x layers + "
+        "targets x head).\n\n"
     )
     publish("step-time", "Step time", text + table(head, lines), figures, options.quick or bool(options.only))
 

@@ -319,6 +319,7 @@ def test_lora_trains_adapters_and_memory_rows_only(
         "model.dtype=bf16 parallel.zero_stage=2 logging.wandb=off",
         "curriculum.normalisation=sample optimizer.weight_decay=0.1 curriculum.stage1.weights=absolute",
         "model.activation_checkpointing=true parallel.zero_stage=0 curriculum.stage1.targets=same_step",
+        "model.activation_checkpointing=true model.activation_offload=true model.attention=dense",
         "method=direct curriculum.stage1.schedule=cosine curriculum.stage2.schedule=linear",
         "method=cot memory.blocks=0 curriculum.stage2.weight_power=0 evaluation.max_new_tokens=1",
     ],
@@ -331,6 +332,24 @@ def test_other_ways_to_train(recipe_file: Make, tmp_path: Path, overrides: str) 
     assert lines[9]["loss"] < lines[0]["loss"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "tiny" / "hf")
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.timeout(300)
+def test_bidirectional_blocks_train_and_are_not_exported(
+    recipe_file: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They learn and are evaluated as trained; no folder that a server would run otherwise comes out of it."""
+    path = recipe_file(memory={"inside_block": "bidirectional"})
+    train(path, "curriculum.stage1.samples=160")
+    folder = tmp_path / "runs" / "tiny"
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert lines[9]["loss"] < lines[0]["loss"]
+    assert lines[-1]["kind"] == "evaluation"
+    assert not (folder / "hf").exists()
+    assert main(["train", str(path), "curriculum.stage1.samples=160"]) == 0  # finished: nothing to do
+    assert main(["export", str(folder), str(tmp_path / "out")]) == 2
+    assert "memory.inside_block=bidirectional, which no ordinary server can run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.timeout(300)
