@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -119,6 +120,29 @@ def test_recomputed_layers_give_the_same_gradients(offload: bool) -> None:
         found.append(gradients(model))
     for name, gradient in found[0].items():
         assert torch.equal(gradient, found[1][name]), name
+
+
+@pytest.mark.parametrize("modules", [["lm_head", "q_proj"], ["q_proj"]])
+def test_heads_that_peft_wraps(modules: list[str]) -> None:
+    """Adapters on the head, or trained rows in it: the loss is that of the model's own logits, and so are all gradients."""
+    rows = {} if "lm_head" in modules else {"embed_tokens": [94, 95, 96], "lm_head": [94, 95, 96]}
+    config = peft.LoraConfig(r=2, target_modules=modules, init_lora_weights=False, trainable_token_indices=rows or None)
+    model = peft.get_peft_model(build("Llama"), config)
+    bare = model.get_base_model()
+    use_rim_attention(bare, "split")
+    install_readout_loss(bare)
+    batch = pack_samples(random_samples(1))
+    run_batch(model, batch)[0].backward()
+    got = gradients(model)
+    logits = model(batch.input_ids, position_ids=batch.position_ids, rim_layout=batch.layout, use_cache=False).logits[0]
+    losses = torch.nn.functional.cross_entropy(logits[batch.targets.column], batch.targets.label, reduction="none")
+    (losses * batch.targets.weight).sum().backward()
+    wanted = gradients(model)
+    assert got.keys() == wanted.keys()
+    assert len(wanted) > (6 if rows else 7)
+    largest = max(float(g.abs().max()) for g in wanted.values())
+    for name, gradient in wanted.items():
+        assert float((got[name] - gradient).abs().max()) <= 1e-5 * largest, name
 
 
 def test_packed_rows_are_the_plain_rows() -> None:
