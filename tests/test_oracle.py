@@ -292,7 +292,7 @@ def test_softcap_scale_and_window_by_path(path: str) -> None:
 
 
 def test_the_path_is_chosen_with_a_reason() -> None:
-    llama = FAMILIES["Llama"]
+    llama = transformers.LlamaConfig(hidden_size=64, num_attention_heads=4)
 
     def choose(wanted: str, device: str, config: object = llama, dropout: float = 0.0, **more: object) -> tuple[str, str]:
         choice = choose_path(wanted, device, config, dropout, **{"bidirectional": False, "micro_batch_tokens": 8192, **more})  # type: ignore[arg-type]
@@ -302,6 +302,7 @@ def test_the_path_is_chosen_with_a_reason() -> None:
     assert choose("auto", "cuda", dropout=0.1) == ("split", "flex is out: it has no dropout, and a stage has dropout 0.1")
     assert choose("auto", "cpu") == ("split", "flex is out: it has no backward pass on cpu")
     assert choose("auto", "cpu", micro_batch_tokens=64)[0] == "dense"
+    assert choose("auto", "cuda", FAMILIES["Llama"])[1].endswith("at least 16 channels, llama has 12 here")
     assert choose("dense", "cuda")[0] == "dense"
     for device, dropout in (("cpu", 0.0), ("cuda", 0.2)):
         with pytest.raises(ConfigError, match=r"model.attention: flex cannot be used: .*allowed: auto, split, dense"):

@@ -24,6 +24,8 @@ from rim_dist.errors import ConfigError, ModelError
 
 Path = Literal["dense", "split", "flex"]
 _PATHS: dict[Path, Callable[..., torch.Tensor]] = {"dense": dense_attention, "split": split_attention, "flex": flex_path}
+_DENSE_TOKENS = 256
+_FLEX_CHANNELS = 16
 # Keywords some families pass that change the result and that no path computes.
 _REFUSED = ("s_aux", "position_bias", "head_mask")
 
@@ -103,20 +105,20 @@ def choose_path(
             f"memory.inside_block: bidirectional cannot be combined with the sliding window ({window}) of {config.model_type}; "
             "allowed: causal"
         )
+    channels = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     flex_refused = None
     if dropout > 0:
         flex_refused = f"it has no dropout, and a stage has dropout {dropout:g}"
     elif device_type != "cuda":
         flex_refused = f"it has no backward pass on {device_type}"
+    elif channels < _FLEX_CHANNELS:
+        flex_refused = f"its kernels need heads of at least {_FLEX_CHANNELS} channels, {config.model_type} has {channels} here"
     if wanted == "flex" and flex_refused:
         raise ConfigError(f"model.attention: flex cannot be used: {flex_refused}; allowed: auto, split, dense")
     if wanted != "auto":
         return PathChoice(wanted, "the recipe asks for it")  # type: ignore[arg-type]
-    if micro_batch_tokens <= DENSE_TOKENS:
-        return PathChoice("dense", f"micro-batches of at most {DENSE_TOKENS} tokens")
+    if micro_batch_tokens <= _DENSE_TOKENS:
+        return PathChoice("dense", f"micro-batches of at most {_DENSE_TOKENS} tokens")
     if flex_refused is None:
         return PathChoice("flex", "one kernel for the whole row on cuda")
     return PathChoice("split", f"flex is out: {flex_refused}")
-
-
-DENSE_TOKENS = 256
