@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rim_dist.attention.registration import use_plain_attention, use_rim_attenti
 from rim_dist.checkpoint import store
 from rim_dist.checkpoint.hf_export import export_checkpoint
 from rim_dist.checkpoint.store import TrainingState
-from rim_dist.config import Recipe, dump_recipe, load_recipe
+from rim_dist.config import Recipe, StageName, dump_recipe, load_recipe
 from rim_dist.data.loader import BatchLoader, RankShare, StagePlan, plan_stages
 from rim_dist.data.prepared import SampleStream, StreamedData, prepare
 from rim_dist.data.sources import Sample, source_name
@@ -29,10 +30,12 @@ from rim_dist.evaluation.evaluate import COT_FACTOR, block_answers, recipe_sampl
 from rim_dist.evaluation.generation import Decoding, check_prompts, generation_config, padding_note
 from rim_dist.memory import prompt_ids
 from rim_dist.model import Foundation, bare_model, build_model, lay_foundation
+from rim_dist.parallel.degrees import check_ranks
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.zero import compose
 from rim_dist.training.engine import Engine
 from rim_dist.training.hardware import peak_memory_bytes, peak_operations
+from rim_dist.training.heartbeat import beat
 from rim_dist.training.metrics import Metrics, MetricsLog, draw_curves, read_metrics
 from rim_dist.training.progress import ProgressReport
 from rim_dist.training.schedule import learning_rate
@@ -94,11 +97,7 @@ class Trainer:
     """Owns the loop. Everything that needs other ranks happens in the same order on every rank."""
 
     def __init__(self, recipe: Recipe, process: Process, foundation: Foundation, data: SampleStream) -> None:
-        if recipe.optimizer.global_batch < process.ranks:
-            raise ConfigError(
-                f"optimizer.global_batch: {recipe.optimizer.global_batch} samples cannot be spread over {process.ranks} "
-                f"data ranks; allowed: {process.ranks} or more"
-            )
+        check_ranks(recipe, process.ranks)
         if recipe.model.dtype == "fp16" and process.device == "cpu":
             raise ConfigError("model.dtype: fp16 needs a GPU; on a CPU use fp32 or bf16")
         self._recipe, self._process, self._foundation, self._data = recipe, process, foundation, data
@@ -114,8 +113,11 @@ class Trainer:
 
     # ---- the run -------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Train what is left of the run, then evaluate, export and draw. Raises Stopped after a signal."""
+    def run(self, until: StageName | None = None) -> None:
+        """Train what is left of the run, then evaluate, export and draw. Raises Stopped after a signal.
+
+        `until`: return after this stage, as the run was saved there.
+        """
         resume = self._find_resume()
         if self._process.is_first:
             self._write_run_folder()
@@ -135,7 +137,9 @@ class Trainer:
                 for plan in self._plans:
                     if state.step < plan.first_step + plan.steps:
                         state = self._run_stage(plan, state)
-            if self._recipe.evaluation.at_end:
+                    if plan.name == until:
+                        break
+            if state.finished and self._recipe.evaluation.at_end:
                 self._evaluate(state, report=True)
         finally:
             self._stop.close()
@@ -143,7 +147,7 @@ class Trainer:
                 self._progress.close()
             if self._log is not None:
                 self._log.close()
-        if self._process.is_first:
+        if self._process.is_first and state.finished:
             self._finish()
         dist.barrier()
 
@@ -158,6 +162,7 @@ class Trainer:
         for step in range(first, plan.steps):
             started = time.perf_counter()
             state, line, stop = self._step(loader, plan, step)
+            beat(f"{plan.name} step {state.step}")
             seconds = time.perf_counter() - started
             if self._log is not None and self._progress is not None:
                 self._complete(line, seconds)
@@ -171,6 +176,7 @@ class Trainer:
                 self._evaluate(state, report=False)
             if last or stop or (every and state.step % every == 0):
                 self._save(state)
+                beat(f"saving step {state.step}")
             if stop and state.step < self._total_steps:
                 raise Stopped(f"stopped by a signal after step {state.step}, saved; start the same command again to go on")
         return state
@@ -323,6 +329,8 @@ class Trainer:
             self._folder.mkdir(parents=True, exist_ok=True)
             store.write_atomically(self._folder / "ds_config.json", json.dumps(self._ds_config, indent=1) + "\n")
             store.write_atomically(self._folder / "recipe.yaml", dump_recipe(self._recipe))
+            plan = {"total_steps": self._total_steps, "stages": [asdict(plan) for plan in self._plans]}
+            store.write_atomically(self._folder / "plan.json", json.dumps(plan, indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"{self._folder}: cannot be written ({error.strerror or error})") from None
 
@@ -346,6 +354,7 @@ class Trainer:
         use_rim_attention(bare_model(model))
         gathered: list[Any] = [None] * process.ranks
         dist.all_gather_object(gathered, list(zip(mine, texts, strict=False)))
+        beat(f"evaluation after step {state.step}")
         if not process.is_first or self._log is None or self._progress is None:
             return
         pairs: list[tuple[Sample, list[str]]] = [pair for part in gathered for pair in part]
