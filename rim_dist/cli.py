@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rim_dist import __version__
+from rim_dist.cluster.commands import add_cluster_commands
 from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, ConfigError, RimError
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=int, metavar="N", help="most tokens of an answer (32; 512 for chains of thought)"
     )
     evaluate.add_argument("--timed", type=int, default=32, metavar="N", help="questions timed one by one (32)")
+    add_cluster_commands(command, recipe_arguments)
     return parser
 
 

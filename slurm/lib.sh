@@ -94,7 +94,7 @@ rim_check_nodes() {
 # handlers, and the file `stop` reaches the first rank where no signal does. A rank that ends does not end the step: the
 # others notice, say so in their logs and end by themselves, after --wait seconds they are made to.
 rim_launch() {
-    local step=(--kill-on-bad-exit=0 --wait="${RIM_WAIT_SECONDS:-60}" --unbuffered)
+    local step=(--distribution=block --kill-on-bad-exit=0 --wait="${RIM_WAIT_SECONDS:-60}" --unbuffered)
     local rank=(rim_dist.cluster.rank "$@")
     # shellcheck disable=SC2016  # for the task's shell
     local quiet=(bash -c 'trap "" USR1; exec "$@"' task)
@@ -136,6 +136,9 @@ rim_per_node() {
 
 # ---- the end ---------------------------------------------------------------------------------------------
 
+# What a job does once its run is complete; sweep.sbatch has its own.
+rim_done() { :; }
+
 # What the ranks said about their end: 2 and 1 come before 75, and that before what a launcher made of it.
 rim_status() {
     local given=$1 status
@@ -145,7 +148,7 @@ rim_status() {
             return
         fi
     done
-    if [[ $given -eq 0 || $given -eq 2 && $RIM_LAUNCHER == none ]]; then echo "$given"; else echo 75; fi
+    if [[ $given -eq 0 ]]; then echo 0; else echo 75; fi
 }
 
 # Leave for the next job of a chain, or go back into the queue without the nodes that gave reason to.
@@ -209,7 +212,9 @@ rim_supervise() {
         wait "$launch" && status=0 || status=$?
         if [[ $signalled -eq 0 ]]; then break; fi
     done
-    rim_end "$(rim_status "$status")"
+    status=$(rim_status "$status")
+    if [[ $status -eq 0 ]]; then rim_done || status=$?; fi
+    rim_end "$status"
 }
 
 # The whole of a training job: arguments of `rim-dist train`.

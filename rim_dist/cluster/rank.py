@@ -42,6 +42,7 @@ class Watched:
         environment = dict(os.environ)
         self.place = find_place(environment)
         self.start = Path(environment["RIM_START"]) if environment.get("RIM_START") else None
+        self._stacks = (self.start or Path()) / f"stacks-rank-{self.place.rank:05d}.txt"
         self._limit = 60 * float(environment.get("RIM_HANG_MINUTES") or 20)
         self._first_limit = 60 * float(environment.get("RIM_START_MINUTES") or 60)
         self._secrets = [v.encode() for k, v in environment.items() if is_secret(k) and len(v) >= 8]
@@ -56,7 +57,7 @@ class Watched:
         environment.update(rank_environment(self.place, environment))
         environment[BEAT_VARIABLE] = str(beat_end)
         if self.start is not None:
-            environment[STACKS_VARIABLE] = str(self.start / f"stacks-rank-{self.place.rank:05d}.txt")
+            environment[STACKS_VARIABLE] = str(self._stacks)
         fcntl.fcntl(beat_end, fcntl.F_SETFL, os.O_NONBLOCK)
         with contextlib.suppress(OSError, AttributeError):
             os.sched_setaffinity(0, own_cores(self.place, os.sched_getaffinity(0)))
@@ -160,10 +161,8 @@ class Watched:
         self.child.kill()
 
     def _stack_bytes(self) -> int:
-        if self.start is None:
-            return 0
         try:
-            return (self.start / f"stacks-rank-{self.place.rank:05d}.txt").stat().st_size
+            return self._stacks.stat().st_size
         except OSError:
             return 0
 
@@ -181,6 +180,9 @@ class Watched:
             self._take(0.2)
         if self._rest:
             self._write(self._rest)
+        if not self._stack_bytes() and self.start is not None:
+            with contextlib.suppress(OSError):
+                self._stacks.unlink()
         status, why, suspect = self._ending()
         if status != EXIT_DONE:
             self.say(f"rank {self.place.rank} on {host_name()} ended with {status}: {why}")

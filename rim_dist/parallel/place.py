@@ -36,7 +36,8 @@ def find_place(environment: Mapping[str, str]) -> Place:
     """The place a launcher gave this process; a process alone if there is no launcher."""
     for launcher, names in _NAMES.items():
         if all(name in environment for name in names):
-            return Place(*(int(environment[name]) for name in names), launcher)
+            rank, ranks, local, per_node = (int(environment[name]) for name in names)
+            return Place(rank, ranks, local, per_node, launcher)
     if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
         ranks, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment.get("SLURM_STEP_NUM_NODES", "1"))
         local = int(environment.get("SLURM_LOCALID", "0"))
