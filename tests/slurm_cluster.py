@@ -222,6 +222,10 @@ PartitionName=high Nodes={every} MaxTime=24:00:00 PriorityTier=100 PreemptMode=O
     def start_slurmd(self, node: str) -> None:
         self._spawn(node, self._inside(["slurmd", "-D", "-f", str(self.conf), "-N", node], node))
 
+    def pid(self, node: str) -> int:
+        """The process id of a node's slurmd."""
+        return self._daemons[node].pid
+
     def kill_slurmd(self, node: str) -> None:
         """What the node runs goes on; SLURM finds out when the node does not answer any more."""
         self._end(node, signal.SIGKILL)

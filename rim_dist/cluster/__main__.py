@@ -72,8 +72,8 @@ def _plan(arguments: list[str]) -> int:
             print(f"STAGE={name}")
     data = evaluation.data or ("synthetic" if recipe.data.source == "synthetic" else "")
     print(f"DATA={data}")
-    for name in ("samples", "batch", "max_new_tokens"):
-        print(f"EVALUATE=--{name.replace('_', '-')}={getattr(evaluation, name)}")
+    for field in ("samples", "batch", "max_new_tokens"):
+        print(f"EVALUATE=--{field.replace('_', '-')}={getattr(evaluation, field)}")
     return EXIT_DONE
 
 

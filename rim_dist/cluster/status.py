@@ -132,10 +132,10 @@ def _span(seconds: float | None) -> str:
 def describe(status: RunStatus) -> str:
     """A run in a few lines of text."""
     step = "-" if status.step is None else f"{status.step}/{status.total_steps or '?'}"
+    loss = "-" if status.loss is None else f"{status.loss:.4f}"
     lines = [
         f"{status.name}: {status.state}",
-        f"  {status.stage or '-'}  step {step}  loss {'-' if status.loss is None else f'{status.loss:.4f}'}  "
-        f"ETA {_span(status.eta_seconds)}",
+        f"  {status.stage or '-'}  step {step}  loss {loss}  ETA {_span(status.eta_seconds)}",
         f"  last checkpoint {status.checkpoint or '-'}  restarts {max(0, status.starts - 1)}",
     ]
     if status.last_end is not None:
