@@ -46,7 +46,7 @@ rim_environment() {
     # One task a rank as asked for, or a task a node that starts its ranks.
     RIM_LAUNCHER=${RIM_LAUNCHER:-srun}
     RIM_NODES=${SLURM_JOB_NUM_NODES:-1}
-    RIM_LOCAL_RANKS=${SLURM_NTASKS_PER_NODE:-1}
+    RIM_LOCAL_RANKS=${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-$RIM_NODES} / RIM_NODES))}
     RIM_RANKS=$((RIM_NODES * RIM_LOCAL_RANKS))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
     # The batch host is the first node of the allocation, and rank 0 runs there.
@@ -94,7 +94,7 @@ rim_check_nodes() {
 # handlers, and the file `stop` reaches the first rank where no signal does. A rank that ends does not end the step: the
 # others notice, say so in their logs and end by themselves, after --wait seconds they are made to.
 rim_launch() {
-    local step=(--distribution=block --kill-on-bad-exit=0 --wait="${RIM_WAIT_SECONDS:-60}" --unbuffered)
+    local step=(--distribution=block --kill-on-bad-exit=0 --wait="${RIM_WAIT_SECONDS:-60}")
     local rank=(rim_dist.cluster.rank "$@")
     # shellcheck disable=SC2016  # for the task's shell
     local quiet=(bash -c 'trap "" USR1; exec "$@"' task)
@@ -159,9 +159,10 @@ rim_end() {
         rim_say "ended with $status"
         exit "$status"
     fi
-    state=$(scontrol -o show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*' | head -n 1)
-    if [[ ${state#JobState=} != RUNNING ]]; then
-        rim_say "ended with 75; SLURM has already decided what follows (${state#JobState=})"
+    state=$(scontrol -o show job "$SLURM_JOB_ID" | grep -oE '(JobState|Restarts)=[A-Z_0-9]+' | head -n 2 | tr '\n' ' ')
+    if [[ $state != "JobState=RUNNING Restarts=${SLURM_RESTART_COUNT:-0} " ]]; then
+        # Requeued or cancelled already; or this script runs on a node that SLURM gave up, and the job elsewhere.
+        rim_say "ended with 75; SLURM has already decided what follows ($state)"
     elif [[ ${RIM_REQUEUE:-1} != 1 ]]; then
         rim_say "ended with 75; left to the next start of the same command"
     else
