@@ -101,8 +101,8 @@ def curriculum(cluster: Cluster, recipe: Path, *overrides: str) -> list[str]:
 
 
 def chain_recipe(folder: Path) -> Path:
-    # The short jobs ask for a GPU and 8 cores by default; here they take what the nodes have on paper.
-    (folder / "site.env").write_text("RIM_PARTITION=batch\n")
+    # A container is a command in front of python: here one that leaves a mark in the environment.
+    (folder / "site.env").write_text("RIM_PARTITION=batch\nRIM_CONTAINER=(env RIM_IN_CONTAINER=1)\n")
     return write_recipe(folder / "recipe.yaml", tiny_recipe(folder, run={"name": "chain"}, parallel={"zero_stage": 1}))
 
 
@@ -132,6 +132,7 @@ def test_chain_goes_from_nothing_to_an_export_that_answers(cluster: Cluster, tmp
     # Two jobs trained what one run trains: the second stage began where the first job had saved.
     assert "resumed from" in (starts_of(folder)[1].folder / "rank-00000.log").read_text()
     assert run_status(folder).state == "finished"
+    assert all(start.record["environment"]["RIM_IN_CONTAINER"] == "1" for start in starts_of(folder))
 
 
 def test_failing_stage_leaves_nothing_in_the_queue(cluster: Cluster, tmp_path: Path) -> None:
