@@ -96,10 +96,6 @@ def node_down(cluster: Cluster, job: str, run: Path) -> None:
     cluster.client("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
 
 
-def slurmd_killed(cluster: Cluster, job: str, run: Path) -> None:
-    cluster.kill_slurmd("n1")  # the batch host: its script and rank 0 go on until they see that others took over
-
-
 def link_cut(cluster: Cluster, job: str, run: Path) -> None:
     cluster.cut_link("n2")
 
@@ -123,7 +119,6 @@ def rank_stopped(cluster: Cluster, job: str, run: Path) -> None:
         pytest.param(requeue, [], marks=long),
         pytest.param(preempt, ["--partition=low"], marks=long),
         pytest.param(node_down, [], marks=long),
-        pytest.param(slurmd_killed, [], marks=long),
         pytest.param(link_cut, [], marks=long),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -136,14 +131,30 @@ def test_disturbed_run_ends_like_an_undisturbed_one(
     wait_for_step(cluster, job, run, 50)
     began = time.monotonic()
     disturb(cluster, job, run)
-    if disturb is slurmd_killed:
-        until(lambda: len(starts_of(run)) > 1, 120, "a second start")
     finish(cluster, job, run, undisturbed, disturb.__name__.replace("_", " "), began)
     if disturb is rank_killed:
         # n2 is left out, since n3 can take its place, and said why in the record.
         assert cluster.job(job)["ExcNodeList"] == "n2"
         assert starts_of(run)[1].record["nodes"] == "n[1,3]"
         assert any(end["why"] == "killed by SIGKILL" and end["host"] == "n2" for end in starts_of(run)[0].ended())
+
+
+@long
+def test_slurmd_killed_on_the_batch_host(cluster: Cluster, tmp_path: Path) -> None:
+    """What the node runs goes on after SLURM has given it up: script and ranks must leave the folder to the next start."""
+    reference = steps_recipe(tmp_path, "reference", steps=600)
+    cluster.wait(train_job(cluster, reference), "COMPLETED", 300)
+    job = train_job(cluster, steps_recipe(tmp_path, "run", steps=600))
+    run = tmp_path / "run"
+    wait_for_step(cluster, job, run, 50)
+    began = time.monotonic()
+    cluster.kill_slurmd("n1")
+    until(lambda: len(starts_of(run)) == 2, 120, "a second start")
+    finish(cluster, job, run, tmp_path / "reference", "slurmd killed on the batch host", began)
+    assert len(starts_of(run)) == 2
+    assert starts_of(run)[1].record["nodes"] == "n[2-3]"
+    first = (starts_of(run)[0].folder / "rank-00000.log").read_text()
+    assert "has taken over" in first or "ended with 75" in first
 
 
 @long

@@ -145,7 +145,7 @@ class Watched:
 
     def _look(self) -> None:
         silent = time.monotonic() - self._beat_time
-        if silent < (self._limit if self._steps else self._first_limit):
+        if self._hung or silent < (self._limit if self._steps else self._first_limit):
             return
         self._hung = True
         self.say(f"hang: no sign for {silent:.0f} s since {self._last_beat}; writing stack traces, then ending the rank")
