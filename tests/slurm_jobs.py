@@ -123,7 +123,9 @@ def lost_steps(run: Path) -> list[int]:
 
 
 def job_output(run: Path) -> str:
-    return "\n".join(path.read_text(errors="replace")[-3000:] for path in run.parent.glob("slurm-*.out"))
+    """What the run's jobs printed, without the lines of steps."""
+    lines = [line for path in run.parent.glob("slurm-*.out") for line in path.read_text(errors="replace").splitlines()]
+    return "\n".join(line for line in lines if not re.search(r"\| stage\d step", line))
 
 
 def rank_processes(run: Path, rank: int) -> list[int]:

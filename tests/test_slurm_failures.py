@@ -5,6 +5,7 @@ The quick part (a rank killed) runs with all tests; RIM_DIST_SLURM_LONG=1 adds t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -64,6 +65,14 @@ def healthy(cluster: Cluster) -> Iterator[None]:
 def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     cluster.wait(train_job(cluster, steps_recipe(folder, "run")), "COMPLETED", 240)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def undisturbed_long(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twice as many steps, for what SLURM takes half a minute to notice."""
+    folder = tmp_path_factory.mktemp("long")
+    cluster.wait(train_job(cluster, steps_recipe(folder, "run", steps=300)), "COMPLETED", 240)
     return folder / "run"
 
 
@@ -140,17 +149,15 @@ def test_disturbed_run_ends_like_an_undisturbed_one(
 
 
 @long
-def test_slurmd_killed_on_the_batch_host(cluster: Cluster, tmp_path: Path) -> None:
+def test_slurmd_killed_on_the_batch_host(cluster: Cluster, undisturbed_long: Path, tmp_path: Path) -> None:
     """What the node runs goes on after SLURM has given it up: script and ranks must leave the folder to the next start."""
-    reference = steps_recipe(tmp_path, "reference", steps=600)
-    cluster.wait(train_job(cluster, reference), "COMPLETED", 300)
-    job = train_job(cluster, steps_recipe(tmp_path, "run", steps=600))
+    job = train_job(cluster, steps_recipe(tmp_path, "run", steps=300))
     run = tmp_path / "run"
     wait_for_step(cluster, job, run, 50)
     began = time.monotonic()
     cluster.kill_slurmd("n1")
     until(lambda: len(starts_of(run)) == 2, 120, "a second start")
-    finish(cluster, job, run, tmp_path / "reference", "slurmd killed on the batch host", began)
+    finish(cluster, job, run, undisturbed_long, "slurmd killed on the batch host", began)
     assert len(starts_of(run)) == 2
     assert starts_of(run)[1].record["nodes"] == "n[2-3]"
     first = (starts_of(run)[0].folder / "rank-00000.log").read_text()
@@ -175,11 +182,12 @@ def test_hang_is_seen_and_ends(cluster: Cluster, undisturbed: Path, tmp_path: Pa
 
 
 @long
-def test_time_limit_is_seen_coming(cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
-    """SLURM looks every 30 s, so the signal comes up to 30 s early: here 20 to 50 s after each start."""
+def test_time_limit_is_seen_coming(cluster: Cluster, undisturbed_long: Path, tmp_path: Path) -> None:
+    """SLURM looks every 30 s, so the signal comes up to 30 s early: here 10 to 40 s after each start."""
     began = time.monotonic()
-    job = train_job(cluster, steps_recipe(tmp_path, "run"), "--time=2", "--signal=B:USR1@70")
-    finish(cluster, job, tmp_path / "run", undisturbed, "time limit", began, 500)
+    recipe = steps_recipe(tmp_path, "run", steps=300)
+    job = train_job(cluster, recipe, "--time=2", "--signal=B:USR1@80")
+    finish(cluster, job, tmp_path / "run", undisturbed_long, "time limit", began, 500)
     assert lost_steps(tmp_path / "run")
     assert max(lost_steps(tmp_path / "run")) == 0
     assert all(start.status in (0, 75) for start in starts_of(tmp_path / "run"))
@@ -193,12 +201,8 @@ def test_full_file_system_ends_the_job_and_keeps_the_last_checkpoint(cluster: Cl
     wait_for_step(cluster, job, run, 50)
     began = time.monotonic()
     filler = small / "filler"
-    with filler.open("wb") as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-                file.flush()
-        except OSError:
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
             pass
     cluster.wait(job, "FAILED", 120)
     assert cluster.job(job)["ExitCode"] == "1:0"
