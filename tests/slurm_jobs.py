@@ -26,8 +26,8 @@ JOB_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "DS_ACCELERATOR": "cpu",
     # mpirun refuses root, and test clusters are started by root.
-    "PRTE_ALLOW_RUN_AS_ROOT": "1",
-    "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
 }
 
 DEMO_MODEL = {
