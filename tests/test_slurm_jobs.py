@@ -136,13 +136,15 @@ def test_chain_goes_from_nothing_to_an_export_that_answers(cluster: Cluster, tmp
 
 
 def test_failing_stage_leaves_nothing_in_the_queue(cluster: Cluster, tmp_path: Path) -> None:
-    jobs = curriculum(cluster, chain_recipe(tmp_path), "curriculum.stage1.learning_rate=1e30")
+    no_data = ["data.source=jsonl", f"data.path={tmp_path}/none.jsonl", "evaluation.data=synthetic"]
+    jobs = curriculum(cluster, chain_recipe(tmp_path), *no_data)
     cluster.wait(jobs[0], "FAILED", 120)
     until(lambda: not cluster.client("squeue", "-h", "-j", ",".join(jobs)).strip(), 30, "an empty queue")
     assert [cluster.job(job)["JobState"] for job in jobs[1:]] == ["CANCELLED"] * 4
     output = (tmp_path / "chain" / "logs" / f"slurm-{jobs[0]}.out").read_text()
-    assert "the loss is not finite" in output
-    assert "ended with 1" in output
+    assert "none.jsonl" in output
+    assert "ended with 2" in output
+    assert cluster.job(jobs[0])["ExitCode"] == "2:0"
 
 
 def test_templates_are_accepted_as_rendered_for_every_site(cluster: Cluster, tmp_path: Path) -> None:
