@@ -27,6 +27,7 @@ from rim_dist.config import load_recipe
 from rim_dist.errors import ConfigError
 from rim_dist.parallel.degrees import check_ranks
 from rim_dist.parallel.place import Place, find_place, interface_to, own_cores
+from rim_dist.training.folder import check_run_folder
 
 Make = Callable[..., Path]
 SCRIPTS = sorted(p for p in (ROOT / "slurm").iterdir() if p.suffix in (".sbatch", ".sh"))
@@ -249,8 +250,6 @@ def test_start_is_recorded_without_secrets(recipe_file: Make, tmp_path: Path) ->
     assert load_recipe(start / "recipe.yaml") == load_recipe(recipe_file())
     assert not any(secret in path.read_text() for path in start.iterdir())
     # A run whose folder holds nothing but records can still be started.
-    from rim_dist.training.trainer import check_run_folder
-
     check_run_folder(load_recipe(recipe_file()))
 
 

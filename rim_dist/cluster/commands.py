@@ -73,7 +73,7 @@ _OPTIONS = (
 def _submit(arguments: argparse.Namespace) -> int:
     from rim_dist.cluster.submit import Request, _options, render, submit
     from rim_dist.config import load_recipe
-    from rim_dist.training.trainer import check_run_folder
+    from rim_dist.training.folder import check_run_folder
 
     if arguments.chain < 1:
         raise ConfigError(f"--chain: {arguments.chain} is not allowed; allowed: 1 or more")

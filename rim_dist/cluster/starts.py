@@ -28,6 +28,7 @@ from typing import Any
 from rim_dist.checkpoint.store import complete_checkpoints, read_state, write_atomically
 from rim_dist.config import Recipe, dump_recipe
 from rim_dist.errors import RimError
+from rim_dist.training.folder import check_run_folder
 
 CURRENT = "current"
 _RECORDED = (
@@ -171,6 +172,7 @@ def check_earlier_starts(run: Path, environment: dict[str, str]) -> None:
 def begin(recipe: Recipe, environment: dict[str, str], code: Path) -> Start:
     """Check earlier starts, record this one and make it the owner of the run's folder."""
     run = recipe.folder
+    check_run_folder(recipe)
     check_earlier_starts(run, environment)
     now = utc_now()
     job, restart = environment.get("SLURM_JOB_ID", "none"), environment.get("SLURM_RESTART_COUNT", "0")

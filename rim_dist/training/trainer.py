@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import shutil
 import sys
 import time
@@ -21,7 +20,7 @@ from rim_dist.attention.registration import use_plain_attention, use_rim_attenti
 from rim_dist.checkpoint import store
 from rim_dist.checkpoint.hf_export import export_checkpoint
 from rim_dist.checkpoint.store import TrainingState
-from rim_dist.config import Recipe, StageName, dump_recipe, load_recipe
+from rim_dist.config import Recipe, StageName, dump_recipe
 from rim_dist.data.loader import BatchLoader, RankShare, StagePlan, plan_stages
 from rim_dist.data.prepared import SampleStream, StreamedData, prepare
 from rim_dist.data.sources import Sample, source_name
@@ -34,42 +33,13 @@ from rim_dist.parallel.degrees import check_ranks
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.zero import compose
 from rim_dist.training.engine import Engine
+from rim_dist.training.folder import check_run_folder
 from rim_dist.training.hardware import peak_memory_bytes, peak_operations
 from rim_dist.training.heartbeat import beat
 from rim_dist.training.metrics import Metrics, MetricsLog, draw_curves, read_metrics
 from rim_dist.training.progress import ProgressReport
 from rim_dist.training.schedule import learning_rate
 from rim_dist.training.signals import StopRequest
-
-# Fields that may change between two starts of the same run: they do not change what is trained.
-_FREE_FIELDS = ("logging", "checkpoint", "evaluation", "run.output_dir", "parallel.timeout_seconds", "data.cache_dir")
-
-
-def _difference(old: Any, new: Any, path: str = "") -> list[str]:
-    if any(path == free or path.startswith(free + ".") for free in _FREE_FIELDS):
-        return []
-    if isinstance(old, dict) and isinstance(new, dict) and path != "model.config":
-        return [d for k in old.keys() | new.keys() for d in _difference(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))]
-    return [] if old == new else [f"{path}: {old!r} there, {new!r} here"]
-
-
-def check_run_folder(recipe: Recipe) -> None:
-    """Refuse a folder that cannot be written or that holds a run with another recipe. Writes nothing."""
-    folder = recipe.folder
-    ancestor = folder
-    while not ancestor.exists():
-        ancestor = ancestor.parent
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise ConfigError(f"run.output_dir: {ancestor} is not a writable folder")
-    if (folder / "recipe.yaml").is_file():
-        differences = _difference(load_recipe(folder / "recipe.yaml").model_dump(mode="json"), recipe.model_dump(mode="json"))
-        if differences:
-            raise ConfigError(
-                f"{folder} holds a run with another recipe ({'; '.join(sorted(differences)[:5])}); "
-                "choose another run.name, or remove the folder to start over"
-            )
-    elif folder.is_dir() and any(p.name not in ("data", "logs") for p in folder.iterdir()):
-        raise ConfigError(f"{folder}: not empty and not a run of rim_dist; choose another run.name")
 
 
 def finished_state(recipe: Recipe) -> TrainingState | None:
