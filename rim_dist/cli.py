@@ -129,6 +129,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--blocks", type=int, metavar="K", help="memory blocks (default: as trained)")
     generate.add_argument("--every-block", action="store_true", help="the answer after every block")
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of an answer (256)")
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="an answer ends before this text too (repeatable)"
+    )
 
     evaluate = command(
         "evaluate",
@@ -151,6 +154,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch", type=int, default=64, metavar="N", help="questions answered together (64)")
     evaluate.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="most tokens of an answer (32; 512 for chains of thought)"
+    )
+    evaluate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="an answer ends before this text too (repeatable)"
     )
     evaluate.add_argument("--timed", type=int, default=32, metavar="N", help="questions timed one by one (32)")
     add_cluster_commands(command, recipe_arguments)
@@ -231,7 +237,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.every_block and not blocks:
         raise ConfigError("--every-block: this model has no memory blocks")
     questions = [arguments.question] if arguments.question is not None else (line.strip() for line in sys.stdin)
-    decoding = Decoding(arguments.max_new_tokens)
+    decoding = Decoding(arguments.max_new_tokens, stop=tuple(arguments.stop))
     asked = 0
     for question in questions:
         if not question.strip():
@@ -266,7 +272,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         arguments.data, arguments.format, arguments.samples, ColumnsSection(), export.synthetic_steps
     )
     limit = arguments.max_new_tokens or 32 * (COT_FACTOR if export.method == "cot" else 1)
-    result = evaluate_export(export, samples, blocks, Decoding(limit, arguments.batch), arguments.timed)
+    result = evaluate_export(
+        export, samples, blocks, Decoding(limit, arguments.batch, stop=tuple(arguments.stop)), arguments.timed
+    )
     print_evaluation(result, arguments.hf_dir)
     if arguments.output:
         try:

@@ -65,11 +65,17 @@ class ModelSection(Section):
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Precision of forward and backward; the optimizer always keeps fp32 weights."
     )
-    attention: Literal["auto", "dense"] = Field(
-        "auto", description="How the RiM visibility is computed. `dense` builds the mask of every row; `auto` is `dense`."
+    attention: Literal["auto", "dense", "split", "flex"] = Field(
+        "auto",
+        description="How the RiM visibility is computed; the result is the same. `dense`: one mask over a whole micro-batch. "
+        "`split`: sample by sample, without such a mask. `flex`: FlexAttention (CUDA, no dropout). `auto` chooses and "
+        "says why in the log.",
     )
     activation_checkpointing: StrictBool = Field(
         False, description="Recompute each layer in the backward pass instead of keeping its activations."
+    )
+    activation_offload: StrictBool = Field(
+        False, description="With activation_checkpointing: keep what is left of a layer, its input, in CPU memory."
     )
     lora: LoraSection | None = Field(None, description="Train adapters and the memory rows only. Null: full fine-tuning.")
 
@@ -81,6 +87,8 @@ class ModelSection(Section):
             raise ValueError("config needs model_type, for example llama")
         if self.config is not None and self.tokenizer is None:
             raise ValueError("a model from scratch needs tokenizer")
+        if self.activation_offload and not self.activation_checkpointing:
+            raise ValueError("activation_offload needs activation_checkpointing")
         if self.lora is not None and self.config is not None:
             raise ValueError("lora needs init_from: adapters on random weights train nothing useful")
         return self
@@ -93,6 +101,11 @@ class MemorySection(Section):
         8, ge=0, description="K: blocks of every sample in stage 2, and of the exported prompt. Stage 1 uses a block a step."
     )
     tokens_per_block: StrictInt = Field(2, ge=0, description="M: memory tokens between begin and end of a block.")
+    inside_block: Literal["causal", "bidirectional"] = Field(
+        "causal",
+        description="Whether tokens of a block see only earlier ones or the whole block. `bidirectional` is an experiment: an "
+        "ordinary server cannot reproduce it, so it is not exported.",
+    )
     begin_token: str = Field("<|mem_begin|>", min_length=1, description="Opens a block. A token the vocabulary has is reused.")
     memory_token: str = Field("<|mem|>", min_length=1, description="The memory token. A token the vocabulary has is reused.")
     end_token: str = Field("<|mem_end|>", min_length=1, description="Closes a block. A token the vocabulary has is reused.")
@@ -260,8 +273,11 @@ class OptimizerSection(Section):
     """AdamW and the batch."""
 
     global_batch: StrictInt = Field(128, ge=1, description="Samples of an optimizer step, over all ranks.")
-    micro_batch: StrictInt = Field(
-        16, ge=1, description="Most samples a rank runs in one forward pass. No effect on the result."
+    micro_batch_tokens: StrictInt = Field(
+        8192,
+        ge=1,
+        description="Most tokens a rank runs in one forward pass: samples are packed up to it. No effect on the result; a "
+        "sample whose row is longer is a bad sample.",
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay.")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay.")
@@ -360,6 +376,11 @@ class Recipe(Section):
                 if self.curriculum.stage(name).epochs:
                     raise ValueError(f"curriculum.{name}.epochs: a stream has no known length; give samples")
         return self
+
+    @property
+    def exportable(self) -> bool:
+        """Whether an ordinary causal server can run what is trained."""
+        return self.memory.inside_block == "causal"
 
     @property
     def folder(self) -> Path:

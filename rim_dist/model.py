@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint as recompute
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,13 +18,14 @@ from transformers import (
 )
 
 from rim_dist.attention.probe import probe_family
-from rim_dist.attention.registration import use_rim_attention
+from rim_dist.attention.registration import PathChoice, choose_path, use_rim_attention
 from rim_dist.checkpoint.store import MODEL, find_checkpoint
-from rim_dist.config import Recipe
+from rim_dist.config import STAGE_NAMES, Recipe
 from rim_dist.data.synthetic import sentencepiece_tokenizer, synthetic_tokenizer
 from rim_dist.errors import ConfigError, ModelError, RimError
 from rim_dist.evaluation.generation import model_positions
 from rim_dist.memory import MemoryTokens, add_memory_tokens, prepare_embeddings, set_chat_template
+from rim_dist.objective.forward import install_readout_loss
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Foundation:
     config: PretrainedConfig
     source: Path | str | None  # where weights come from; None: from scratch
     checkpoint: Path | None  # a rim_dist checkpoint to take weights from, instead of an HF folder
+    attention: PathChoice
 
     @property
     def positions(self) -> int:
@@ -44,7 +46,7 @@ class Foundation:
 
     @property
     def hidden_size(self) -> int:
-        return int(self.config.hidden_size)
+        return int(self.config.get_text_config().hidden_size)
 
 
 def _first_line(error: Exception) -> str:
@@ -118,11 +120,23 @@ def lay_foundation(recipe: Recipe) -> Foundation:
             config = AutoConfig.from_pretrained(source, revision=section.revision, trust_remote_code=section.trust_remote_code)
         except Exception as error:
             raise ModelError(f"model.init_from: {section.init_from!r} cannot be loaded ({_first_line(error)})") from error
-    foundation = Foundation(tokenizer, tokens, config, source, checkpoint)
+    foundation = Foundation(tokenizer, tokens, config, source, checkpoint, _attention(recipe, config))
     if recipe.method == "rim":
         _check_positions(recipe, foundation)
     probe_family(config, section.trust_remote_code)
     return foundation
+
+
+def _attention(recipe: Recipe, config: PretrainedConfig) -> PathChoice:
+    stages = [recipe.curriculum.stage(name) for name in STAGE_NAMES]
+    return choose_path(
+        recipe.model.attention,
+        "cuda" if torch.cuda.is_available() else "cpu",
+        config,
+        max(stage.dropout for stage in stages if stage.enabled),
+        recipe.memory.inside_block == "bidirectional",
+        recipe.optimizer.micro_batch_tokens,
+    )
 
 
 def _check_positions(recipe: Recipe, foundation: Foundation) -> None:
@@ -157,14 +171,27 @@ def build_model(recipe: Recipe, foundation: Foundation) -> PreTrainedModel:
             raise ModelError(f"model.init_from: {section.init_from!r} cannot be loaded ({_first_line(error)})") from error
     prepare_embeddings(model, foundation.tokens, recipe.memory.initialise, recipe.run.seed)
     set_dropout(model, 0.0)
-    use_rim_attention(model)
+    use_rim_attention(model, foundation.attention.path)
     if section.lora is not None:
         model = add_adapters(model, recipe, foundation.tokens)
     if section.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        if section.activation_offload:
+            bare_model(model)._set_gradient_checkpointing(True, _offloaded_checkpoint)
         if section.lora is not None:
             model.enable_input_require_grads()
+    install_readout_loss(bare_model(model))
     return model
+
+
+def _offloaded_checkpoint(layer: Any, hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+    """Recompute a layer in the backward pass from its input, which waits in CPU memory until then."""
+    device = hidden.device
+
+    def run(kept: torch.Tensor) -> Any:
+        return layer(kept.to(device, non_blocking=True), *arguments, **keywords)
+
+    return recompute(run, hidden.cpu(), use_reentrant=False)
 
 
 def set_dropout(model: torch.nn.Module, probability: float) -> None:
@@ -222,8 +249,3 @@ def fetch_weights(recipe: Recipe, foundation: Foundation) -> None:
 def bare_model(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside peft's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def keeps_logits(model: PreTrainedModel) -> bool:
-    """Whether the model's forward can compute logits at chosen positions only."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters

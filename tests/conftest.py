@@ -55,7 +55,7 @@ def tiny_recipe(folder: Path, **sections: object) -> dict:
             "stage1": {"samples": 64, "learning_rate": 1e-3, "max_steps": 4},
             "stage2": {"samples": 64, "learning_rate": 5e-4},
         },
-        "optimizer": {"global_batch": 16, "micro_batch": 8},
+        "optimizer": {"global_batch": 16, "micro_batch_tokens": 300},
         "parallel": {"zero_stage": 1, "timeout_seconds": 120},
         "checkpoint": {"every_steps": 3},
         "evaluation": {"samples": 8, "max_new_tokens": 3},

@@ -3,38 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from rim_dist.attention.registration import use_plain_attention
+from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT
 from rim_dist.config import Recipe
 from rim_dist.data.loader import BatchLoader, plan_stages
-from rim_dist.data.rows import Readout
+from rim_dist.data.rows import Readout, Row
 from rim_dist.model import build_model
 from rim_dist.training.schedule import learning_rate
 from rim_dist.training.trainer import prepare_run
 
 
-def unrolled_loss(model: Any, question: Sequence[int], block: Sequence[int], readouts: Sequence[Readout]) -> torch.Tensor:
-    """Weighted loss sum of one sample as separate plain causal runs [x, m_1 .. m_k, r_k], by an unmodified model."""
+def unrolled_loss(
+    model: Any, question: Sequence[int], block: Sequence[int], readouts: Sequence[Readout], bidirectional: bool = False
+) -> torch.Tensor:
+    """Weighted loss sum of one sample as separate plain causal runs [x, m_1 .. m_k, r_k], by an unmodified model.
+
+    `bidirectional`: the plain runs get a 4-D mask in which the tokens of a block see the whole block.
+    """
     total = torch.zeros(())
     for readout in readouts:
         prefix = [*question, *(list(block) * readout.block)]
-        ids = torch.tensor([prefix + readout.target[:-1]])
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(prefix) - 1 :]
-        total = total + readout.weight * F.cross_entropy(logits.float(), torch.tensor(readout.target), reduction="sum")
+        ids = torch.tensor([[*map(int, prefix), *map(int, readout.target[:-1])]])
+        extra = {}
+        if bidirectional:
+            seen = torch.ones(ids.shape[1], ids.shape[1]).tril().bool()
+            for start in range(len(question), len(prefix), len(block)):
+                seen[start : start + len(block), start : start + len(block)] = True
+            extra["attention_mask"] = torch.zeros(1, 1, *seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        logits = model(input_ids=ids, use_cache=False, **extra).logits[0, len(prefix) - 1 :]
+        total = total + readout.weight * F.cross_entropy(
+            logits.float(), torch.tensor([*map(int, readout.target)]), reduction="sum"
+        )
     return total
 
 
-def row_readouts(row: Any) -> list[Readout]:
-    """The readouts of a row, read back from its labels: what each block is asked and at which weight."""
-    readouts = []
-    for k in sorted({b for b, label in zip(row.block, row.label, strict=True) if label >= 0}):
-        at = [i for i, label in enumerate(row.label) if label >= 0 and row.block[i] == k]
-        readouts.append(Readout(k, [row.label[i] for i in at], row.weight[at[0]]))
-    return readouts
+@dataclass
+class PlainRow:
+    """One sample token by token, as the method's text says it; all lists have one entry a token."""
+
+    input_ids: list[int]
+    kind: list[int]
+    block: list[int]
+    position: list[int]
+    label: list[int]
+    weight: list[float]
+
+
+def plain_row(row: Row, block_ids: Sequence[int]) -> PlainRow:
+    """`question, m_1 .. m_K, r_1 .. r_n` laid out one token after the other; label -100: no target."""
+    q, size = len(row.question), len(block_ids)
+    prefix = q + row.blocks * size
+    input_ids = [*map(int, row.question), *(list(block_ids) * row.blocks)]
+    kind = [QUESTION] * q + [MEMORY] * (row.blocks * size)
+    block = [0] * q + [k for k in range(1, row.blocks + 1) for _ in range(size)]
+    position = list(range(prefix))
+    label = [-100] * prefix
+    weight = [0.0] * prefix
+    for readout in row.readouts:
+        start = q + readout.block * size
+        target = [*map(int, readout.target)]
+        label[start - 1], weight[start - 1] = target[0], readout.weight
+        count = len(target) - 1
+        input_ids += target[:-1]
+        kind += [READOUT] * count
+        block += [readout.block] * count
+        position += range(start, start + count)
+        label += target[1:]
+        weight += [readout.weight] * count
+    return PlainRow(input_ids, kind, block, position, label, weight)
 
 
 def train_one_process(recipe: Recipe) -> list[tuple[float, float]]:
@@ -59,7 +101,7 @@ def train_one_process(recipe: Recipe) -> list[tuple[float, float]]:
             weight = sum(row.total_weight for _, row in rows)
             loss = torch.zeros(())
             for sample, row in rows:
-                loss = loss + unrolled_loss(model, sample.question, block, row_readouts(row))
+                loss = loss + unrolled_loss(model, sample.question, block, row.readouts)
             loss = loss / weight
             optimizer.zero_grad()
             loss.backward()

@@ -248,7 +248,7 @@ def test_changed_data_is_encoded_again(recipe_file: Make, tmp_path: Path) -> Non
 
 def test_batches_cover_the_global_batch_on_any_number_of_ranks(recipe_file: Make, tmp_path: Path) -> None:
     path = recipe_file(
-        optimizer={"global_batch": 10, "micro_batch": 2},
+        optimizer={"global_batch": 10, "micro_batch_tokens": 90},
         curriculum={"stage1": {"samples": 23, "max_steps": 4}, "stage2": {"samples": 9}},
     )
     recipe = load_recipe(path)
@@ -262,9 +262,10 @@ def test_batches_cover_the_global_batch_on_any_number_of_ranks(recipe_file: Make
                 shares = [BatchLoader(recipe, prepared, foundation.tokens, r, ranks).share(plan, step) for r in range(ranks)]
                 assert len({len(s.micro_batches) for s in shares}) == 1  # ZeRO-3 hangs otherwise
                 assert sum(s.weight for s in shares) == pytest.approx(whole.weight)
-                lines = sorted(x.line for s in shares for x in s.samples)
-                assert lines == sorted(x.line for x in whole.samples)
-                total = sum(float(b.weights.sum()) for s in shares for b in s.micro_batches)
+                assert max(b.tokens for s in shares for b in s.micro_batches) <= 90
+                lines = sorted(x.line for s in shares for part in s.samples for x in part)
+                assert lines == sorted(x.line for part in whole.samples for x in part)
+                total = sum(float(b.targets.weight.sum()) for s in shares for b in s.micro_batches)
                 assert total == pytest.approx(whole.weight, rel=1e-6)
 
 

@@ -70,8 +70,8 @@ def test_stage_switch_is_a_fresh_optimizer(process: Process, recipe_file: Make, 
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_accumulation_does_not_change_the_step(process: Process, recipe_file: Make, zero: int) -> None:
     norms = []
-    for micro in (1, 3, 16):
-        recipe = load_recipe(recipe_file(parallel={"zero_stage": zero}, optimizer={"micro_batch": micro}))
+    for tokens in (70, 150, 8192):
+        recipe = load_recipe(recipe_file(parallel={"zero_stage": zero}, optimizer={"micro_batch_tokens": tokens}))
         foundation, data = prepare_run(recipe)
         loader = BatchLoader(recipe, data, foundation.tokens, 0, 1)
         engine = Engine(recipe, build_model(recipe, foundation), compose(recipe, 32), process)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle import PlainRow, plain_row
 
 from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT
 from rim_dist.config import CurriculumSection, StageSection
-from rim_dist.data.rows import IGNORE, Readout, build_row, collate
+from rim_dist.data.rows import Readout, Row, pack
 from rim_dist.evaluation.scoring import extract_answer, same_answer
-from rim_dist.objective.curriculum import longest_sequence, sample_row, stage1_weights, stage2_weights
-from rim_dist.objective.loss import readout_loss, supervised_columns
+from rim_dist.objective import loss as loss_module
+from rim_dist.objective.curriculum import longest_row, longest_sequence, sample_row, stage1_weights, stage2_weights
+from rim_dist.objective.loss import HeadWeights, LogitRule, ReadoutLoss, weighted_cross_entropy
 from rim_dist.training.schedule import learning_rate
 
 BLOCK = [90, 91, 92]
@@ -21,24 +23,27 @@ ANSWER = [20, 21, EOS]
 
 
 def test_stage1_weights() -> None:
-    assert stage1_weights(4, 0.0, "relative", 13) == [1, 1, 1, 1]
+    assert stage1_weights(4, 0.0, "relative", 13) == (1, 1, 1, 1)
     # u = 0.4: lambda_t = max(0, 1 - 1.6 / t)
     assert stage1_weights(4, 0.4, "relative", 13) == pytest.approx([0, 0.2, 1 - 1.6 / 3, 1])
-    assert stage1_weights(4, 0.99, "relative", 13) == [0, 0, 0, 1]
+    assert stage1_weights(4, 0.99, "relative", 13) == (0, 0, 0, 1)
     assert stage1_weights(4, 0.2, "absolute", 13) == pytest.approx([0, 0, 1 - 2.6 / 3, 1])
-    assert stage1_weights(4, 0.9, "constant", 13) == [1, 1, 1, 1]
-    assert stage1_weights(1, 0.9, "relative", 13) == [1]
+    assert stage1_weights(4, 0.9, "constant", 13) == (1, 1, 1, 1)
+    assert stage1_weights(1, 0.9, "relative", 13) == (1,)
 
 
 def test_stage2_weights() -> None:
     assert stage2_weights(4, 1.0) == pytest.approx([0.1, 0.2, 0.3, 0.4])  # 2k / (K (K + 1))
-    assert stage2_weights(4, 0.0) == [0.25] * 4
+    assert stage2_weights(4, 0.0) == (0.25,) * 4
     assert sum(stage2_weights(7, 5.0)) == pytest.approx(1.0)
 
 
-def row(method: str, stage: str, share: float = 0.0, **curriculum: dict) -> object:
+IGNORE = -100
+
+
+def row(method: str, stage: str, share: float = 0.0, **curriculum: dict) -> PlainRow:
     section = CurriculumSection.model_validate(curriculum)
-    return sample_row(method, stage, section, 2, BLOCK, QUESTION_IDS, STEPS, ANSWER, share)  # type: ignore[arg-type]
+    return plain_row(sample_row(method, stage, section, 2, len(BLOCK), QUESTION_IDS, STEPS, ANSWER, share), BLOCK)  # type: ignore[arg-type]
 
 
 def test_stage1_row_by_hand() -> None:
@@ -68,13 +73,13 @@ def test_same_step_targets() -> None:
 def test_stage2_row() -> None:
     r = row("rim", "stage2")
     assert r.kind.count(MEMORY) == 2 * 3
-    targets = [[r.label[i] for i in range(len(r)) if r.label[i] != IGNORE and r.block[i] == k] for k in (1, 2)]
+    targets = [[r.label[i] for i in range(len(r.label)) if r.label[i] != IGNORE and r.block[i] == k] for k in (1, 2)]
     assert targets == [ANSWER, ANSWER]
     assert sorted(set(r.weight)) == pytest.approx([0, 1 / 3, 2 / 3])
 
 
 def test_no_steps_is_one_block_with_the_answer() -> None:
-    r = sample_row("rim", "stage1", CurriculumSection(), 2, BLOCK, QUESTION_IDS, [], ANSWER, 0.5)
+    r = plain_row(sample_row("rim", "stage1", CurriculumSection(), 2, len(BLOCK), QUESTION_IDS, [], ANSWER, 0.5), BLOCK)
     assert r.kind.count(MEMORY) == 3
     assert [label for label in r.label if label != IGNORE] == ANSWER
 
@@ -89,42 +94,86 @@ def test_baseline_rows() -> None:
 
 @pytest.mark.parametrize("method", ["rim", "direct", "cot"])
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_longest_sequence_is_the_highest_position(method: str, stage: str) -> None:
+def test_longest_sequence_and_row(method: str, stage: str) -> None:
     section = CurriculumSection.model_validate({stage: {"samples": 1}})
-    r = sample_row(method, stage, section, 2, BLOCK, QUESTION_IDS, STEPS, ANSWER, 0.0)  # type: ignore[arg-type]
+    packed = sample_row(method, stage, section, 2, len(BLOCK), QUESTION_IDS, STEPS, ANSWER, 0.0)  # type: ignore[arg-type]
+    r = plain_row(packed, BLOCK)
     lengths = [*map(len, STEPS)]
     # Positions from 0; the last target token of a readout is predicted, not run.
     assert longest_sequence(method, section, 2, len(BLOCK), 2, lengths, len(ANSWER)) >= max(r.position) + 2  # type: ignore[arg-type]
+    assert longest_row(method, section, 2, len(BLOCK), 2, lengths, len(ANSWER)) == len(packed)  # type: ignore[arg-type]
+
+
+def heads(seed: int) -> tuple[torch.Tensor, HeadWeights]:
+    """A table of hidden states by token id, and a head of 100 x 16 with bias."""
+    generator = torch.Generator().manual_seed(seed)
+    table, weight, bias = (torch.randn(shape, generator=generator) for shape in ((100, 16), (100, 16), (100,)))
+    return table, HeadWeights(weight, bias)
 
 
 def test_loss_is_one_weighted_sum_however_it_is_cut() -> None:
     """Micro-batches of any size, and a weightless filler, give the same sum of weighted token losses."""
-    rows = [build_row([1, 2, 3][:n], BLOCK, 2, [Readout(1, [4, 5], 0.3), Readout(2, [6] * n, 0.7)]) for n in (1, 2, 3)]
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(100, 100, generator=generator)
+    rows = [Row([1, 2, 3][:n], 2, len(BLOCK), (Readout(1, [4, 5], 0.3), Readout(2, [6] * n, 0.7))) for n in (1, 2, 3)]
+    table, head = heads(0)
 
-    def weighted_sum(parts: list[list]) -> float:
-        total = 0.0
-        for part in parts:
-            batch = collate(part)
-            columns = supervised_columns(batch)
-            total += float(readout_loss(table[batch.input_ids[:, columns]], batch, columns, 4).weighted_sum)
-        return total
+    def loss(part: list[Row]) -> ReadoutLoss:
+        batch = pack(part, BLOCK)
+        hidden = table[batch.input_ids[0, batch.targets.column]]
+        return ReadoutLoss.of(*weighted_cross_entropy(hidden, head, LogitRule(), batch.targets), batch.targets, 4)
+
+    def weighted_sum(parts: list[list[Row]]) -> float:
+        return sum(float(loss(part).weighted_sum) for part in parts)
 
     whole = weighted_sum([rows])
     assert weighted_sum([[r] for r in rows]) == pytest.approx(whole, rel=1e-6)
     assert weighted_sum([rows[:2], rows[2:], [rows[0].without_weight()]]) == pytest.approx(whole, rel=1e-6)
-    batch = collate(rows)
-    columns = supervised_columns(batch)
-    loss = readout_loss(table[batch.input_ids[:, columns]], batch, columns, 4)
-    assert loss.block_counts.tolist() == [0, 6, 6, 0, 0]
-    expected = sum(
-        float(-table[i].log_softmax(0)[label])
-        for r in rows
-        for i, label in zip(r.input_ids, r.label, strict=True)
-        if label >= 0
-    )
-    assert float(loss.block_sums.sum()) == pytest.approx(expected, rel=1e-5)
+    together = loss(rows)
+    assert together.block_counts.tolist() == [0, 6, 6, 0, 0]
+    expected = 0.0
+    for r in (plain_row(r, BLOCK) for r in rows):
+        for i, label in zip(r.input_ids, r.label, strict=True):
+            if label >= 0:
+                expected += float(-(head.weight @ table[i] + head.bias).log_softmax(0)[label])
+    assert float(together.block_sums.sum()) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", [LogitRule(), LogitRule(0.3), LogitRule(1.0, 2.0), LogitRule(0.5, 3.0)])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("entries", [1, 700, 1 << 25])
+def test_chunked_loss_is_the_plain_one(
+    rule: LogitRule, rows: bool, bias: bool, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss, token losses and all gradients against logits in full and torch's cross-entropy, whatever the chunk."""
+    monkeypatch.setattr(loss_module, "LOGITS_ENTRIES", entries)
+    batch = pack([Row([1, 2], 2, len(BLOCK), (Readout(1, [4, 5, 6], 0.3), Readout(2, [7, 8, 9, 1], 0.7)))] * 3, BLOCK)
+    table, plain = heads(1)
+    ids = (3, 98)
+    given = [table[batch.input_ids[0, batch.targets.column]], plain.weight]
+    given += [plain.bias] if bias else []
+    given += [plain.weight[list(ids)] * 0.5 + 1] if rows else []
+
+    def leaves() -> list[torch.Tensor]:
+        return [t.clone().requires_grad_(not (rows and i == 1)) for i, t in enumerate(given)]
+
+    ours = leaves()
+    head = HeadWeights(ours[1], ours[2] if bias else None, ours[-1] if rows else None, ids if rows else ())
+    total, token_losses = weighted_cross_entropy(ours[0], head, rule, batch.targets, gradient_scale=0.25)
+    (total * 0.5).backward()
+
+    wanted = leaves()
+    weight = wanted[1].index_copy(0, torch.tensor(ids), wanted[-1]) if rows else wanted[1]
+    logits = torch.nn.functional.linear(wanted[0], weight, wanted[2] if bias else None) * rule.scale
+    if rule.softcap is not None:
+        logits = rule.softcap * torch.tanh(logits / rule.softcap)
+    losses = torch.nn.functional.cross_entropy(logits, batch.targets.label, reduction="none")
+    ((losses * batch.targets.weight).sum() * 0.5).backward()
+    assert torch.allclose(token_losses, losses, rtol=1e-5, atol=1e-6)
+    for a, b in zip(ours, wanted, strict=True):
+        if b.grad is None:
+            assert a.grad is None
+        else:
+            assert float((a.grad - b.grad).abs().max()) <= 1e-5 * max(1.0, float(b.grad.abs().max()))
 
 
 def test_learning_rate() -> None:

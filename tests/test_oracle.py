@@ -1,151 +1,181 @@
-"""The packed row against K separate causal runs, for every family: loss, gradients, and no leak between readouts."""
+"""Every path against K separate causal runs, for every family: loss, gradients, and no leak between readouts."""
 
 from __future__ import annotations
 
 import random
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from oracle import unrolled_loss
+from families import BLOCK, FAMILIES, PATHS, REFUSED, build, measure, pack_samples, random_samples, refusal
+from oracle import plain_row
 
-from rim_dist.attention.probe import probe_family
-from rim_dist.attention.registration import rim_attention, use_plain_attention, use_rim_attention
-from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT, visible
-from rim_dist.data.rows import Batch, Readout, build_row, collate
-from rim_dist.errors import ModelError
-from rim_dist.objective.loss import readout_loss, supervised_columns
+from rim_dist.attention import split
+from rim_dist.attention.dense import dense_mask
+from rim_dist.attention.registration import choose_path, rim_attention, use_rim_attention
+from rim_dist.attention.split import split_plan
+from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT, Places, RowLayout, visible
+from rim_dist.data.rows import Batch, Readout, Row, pack
+from rim_dist.errors import ConfigError, ModelError
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-FAMILIES = {
-    "llama": transformers.LlamaConfig(**SIZES),
-    "llama tied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "qwen2": transformers.Qwen2Config(**SIZES),
-    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=12),
-    "mistral": transformers.MistralConfig(**SIZES, sliding_window=None),
-    "mistral with a window": transformers.MistralConfig(**SIZES, sliding_window=9),
-    "gpt2": transformers.GPT2Config(
-        vocab_size=97, n_embd=48, n_layer=3, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-    ),
-    "gemma": transformers.GemmaConfig(**SIZES, head_dim=12),
-    "gemma2": transformers.Gemma2Config(**SIZES, head_dim=12, sliding_window=9, attn_logit_softcapping=5.0),
-    "gemma3": transformers.Gemma3TextConfig(**SIZES, head_dim=12, sliding_window=9),
-    "qwen3 moe": transformers.Qwen3MoeConfig(
-        **SIZES, head_dim=12, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
-    ),
-}
-BLOCK = [94, 95, 95, 96]
-Sample = tuple[list[int], int, list[Readout]]
-
-
-def build(family: str) -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(FAMILIES[family]).float()
-
-
-def random_samples(seed: int) -> list[Sample]:
-    """Questions, block counts, targets and weights of random sizes."""
-    pick = random.Random(seed)
-
-    def tokens(low: int, high: int) -> list[int]:
-        return [pick.randrange(94) for _ in range(pick.randint(low, high))]
-
-    samples = []
-    for _ in range(3):
-        blocks = pick.randint(1, 5)
-        readouts = [
-            Readout(k, tokens(1, 6), pick.uniform(0.1, 1.0)) for k in range(1, blocks + 1) if k == blocks or pick.random() < 0.8
-        ]
-        samples.append((tokens(1, 12), blocks, readouts))
-    samples.append((tokens(3, 8), 0, [Readout(0, tokens(2, 6), 1.0)]))  # without blocks: a plain target
-    return samples
-
-
-def packed_loss(model: transformers.PreTrainedModel, batch: Batch) -> torch.Tensor:
-    columns = supervised_columns(batch)
-    logits = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        rim_layout=batch.layout,
-        use_cache=False,
-        logits_to_keep=columns,
-    ).logits
-    return readout_loss(logits, batch, columns, 8).weighted_sum
+LAYERS = torch.nn.Identity()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("seed", range(2))
-def test_packed_equals_unrolled(family: str, seed: int) -> None:
-    samples = random_samples(seed)
-    model = build(family).train()
-    use_rim_attention(model)
-    packed = packed_loss(model, collate([build_row(q, BLOCK, k, r) for q, k, r in samples]))
-    packed.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    use_plain_attention(model)
-    expected = sum(unrolled_loss(model, q, BLOCK, r) for q, _, r in samples)
-    expected.backward()
-    assert float(packed) == pytest.approx(float(expected), rel=1e-5)
-    largest = max(float(p.grad.abs().max()) for p in model.parameters())
-    for name, parameter in model.named_parameters():
-        difference = float((gradients[name] - parameter.grad).abs().max())
-        assert difference <= 1e-5 * largest, f"{name}: {difference / largest:.1e} of the largest gradient entry"
+@pytest.mark.parametrize("path", PATHS)
+def test_packed_equals_unrolled(family: str, path: str) -> None:
+    """Loss and gradients of two random batches, relative to the loss and to the model's largest gradient entry."""
+    for seed in range(2):
+        off = measure(family, path, seed)
+        assert off.loss <= 1e-5, off
+        assert off.gradient <= 1e-5, off
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("family", ["Llama", "GPT-2", "Phi-3"])
+def test_bidirectional_blocks(family: str, path: str) -> None:
+    off = measure(family, path, 0, bidirectional=True)
+    assert max(off.loss, off.gradient) <= 1e-5, off
+    both, causal = (run(build(family).eval(), pack_samples(random_samples(0), variant), path) for variant in (True, False))
+    assert float((both - causal).abs().max()) > 1e-3  # the variant is another function
+
+
+def test_the_table_of_families_says_what_is_measured() -> None:
+    """docs/families.md lists exactly the families tested here, as exact or refused (`python tests/families.py --write`)."""
+    page = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([^|]+?) \| (exact|refused)", page.partition("<!-- table -->")[2], re.MULTILINE))
+    assert rows == {**dict.fromkeys(FAMILIES, "exact"), **dict.fromkeys(REFUSED, "refused")}
+
+
+def run(model: transformers.PreTrainedModel, batch: Batch, path: str) -> torch.Tensor:
+    """Logits `[tokens, vocabulary]` of a packed batch."""
+    use_rim_attention(model, path)  # type: ignore[arg-type]
+    with torch.no_grad():
+        return model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, rim_layout=batch.layout, use_cache=False
+        ).logits[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_readout_sees_another(family: str) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_no_readout_sees_another(family: str, path: str) -> None:
     """Other readouts' tokens changed at equal lengths: not one bit moves (experts mix tokens: 1e-5 there)."""
     pick = random.Random(1)
     question = [pick.randrange(94) for _ in range(7)]
-    readouts = [Readout(k, [pick.randrange(94) for _ in range(5)], 1.0) for k in range(1, 5)]
-    changed = [readouts[0], Readout(2, [pick.randrange(94) for _ in range(5)], 1.0), *readouts[2:]]
+    readouts = tuple(Readout(k, [pick.randrange(94) for _ in range(5)], 1.0) for k in range(1, 5))
+    changed = (readouts[0], Readout(2, [pick.randrange(94) for _ in range(5)], 1.0), *readouts[2:])
     model = build(family).eval()
-    use_rim_attention(model)
-    rows = [build_row(question, BLOCK, 4, r) for r in (readouts, changed)]
-    with torch.no_grad():
-        before, after = (
-            model(input_ids=b.input_ids, position_ids=b.position_ids, rim_layout=b.layout, use_cache=False).logits[0]
-            for b in (collate([row]) for row in rows)
-        )
-    others = [
-        i for i, (kind, block) in enumerate(zip(rows[0].kind, rows[0].block, strict=True)) if kind != READOUT or block != 2
-    ]
-    own = [i for i in range(len(rows[0])) if i not in others]
-    difference = float((before[others] - after[others]).abs().max())
-    assert difference <= (1e-5 if "moe" in family else 0.0)
+    batches = [pack([Row(question, 4, len(BLOCK), r)], BLOCK) for r in (readouts, changed)]
+    before, after = (run(model, batch, path) for batch in batches)
+    places = batches[0].layout.queries
+    own = ((places.kind == READOUT) & (places.block == 2))[0]
+    difference = float((before[~own] - after[~own]).abs().max())
+    assert difference <= (1e-5 if re.search("MoE|Mixtral", family) else 0.0)
     assert float((before[own] - after[own]).abs().max()) > 1e-3  # the change itself is seen
 
 
-def test_prediction_at_a_question_does_not_depend_on_other_lengths() -> None:
-    model = build("llama").eval()
-    use_rim_attention(model)
-    question = [5, 6, 7]
-    short = build_row(question, BLOCK, 2, [Readout(1, [9, 8], 1.0), Readout(2, [7, 6, 5], 1.0)])
-    long = build_row(question, BLOCK, 2, [Readout(1, [9, 8, 4, 4, 4, 4], 1.0), Readout(2, [7, 6, 5], 1.0)])
-    with torch.no_grad():
-        a, b = (
-            model(input_ids=x.input_ids, position_ids=x.position_ids, rim_layout=x.layout, use_cache=False).logits[0]
-            for x in (collate([short]), collate([long]))
-        )
-    assert torch.allclose(a[-2:], b[-2:], atol=1e-5)
+@pytest.mark.parametrize("path", PATHS)
+def test_no_sample_sees_another(path: str) -> None:
+    """A sample's logits in company equal its logits alone."""
+    model = build("Llama").eval()
+    samples = random_samples(3)
+    batch = pack_samples(samples)
+    together = run(model, batch, path)
+    for span, number in zip(batch.layout.spans, batch.order, strict=True):
+        alone = run(model, pack_samples([samples[number]]), path)
+        assert torch.allclose(together[span.start : span.start + span.length], alone, atol=1e-5)
+
+
+def test_paths_agree_in_every_block_loss() -> None:
+    from rim_dist.objective.forward import install_readout_loss, run_batch
+
+    model = build("Llama").eval()
+    install_readout_loss(model)
+    batch = pack_samples(random_samples(5))
+    losses = {}
+    for path in PATHS:
+        use_rim_attention(model, path)  # type: ignore[arg-type]
+        with torch.no_grad():
+            losses[path] = run_batch(model, batch)[1]
+    for path in ("split", "flex"):
+        assert torch.allclose(losses[path], losses["dense"], rtol=1e-5, atol=0)
+
+
+def test_packed_rows_are_the_plain_rows() -> None:
+    """Token by token: ids, places, labels and weights of the packed row against rows laid out the slow way."""
+    for seed in range(20):
+        rows = [Row(q, k, len(BLOCK), tuple(r)) for q, k, r in random_samples(seed)]
+        batch = pack(rows, BLOCK)
+        plain = [plain_row(row, BLOCK) for row in sorted(rows, key=lambda r: r.span().shape)]
+        places = batch.layout.queries
+        assert batch.input_ids[0].tolist() == [t for r in plain for t in r.input_ids]
+        for name in ("kind", "block", "position"):
+            assert getattr(places, name)[0].tolist() == [t for r in plain for t in getattr(r, name)], name
+        assert places.segment[0].tolist() == [i for i, r in enumerate(plain) for _ in r.input_ids]
+        label, weight = [-100] * batch.tokens, [0.0] * batch.tokens
+        for column, *target in zip(
+            *(t.tolist() for t in (batch.targets.column, batch.targets.label, batch.targets.weight)), strict=True
+        ):
+            label[column], weight[column] = target
+        assert label == [t for r in plain for t in r.label]
+        assert weight == pytest.approx([t for r in plain for t in r.weight])
+        assert batch.targets.block.tolist() == [places.block[0, c] for c in batch.targets.column.tolist()]
+        assert sum(len(r) for r in rows) == batch.tokens
+        assert sum(r.targets for r in rows) == len(batch.targets.label)
+        assert sum(s.pairs for s in batch.layout.spans) == int(dense_mask(batch.layout).sum())
+
+
+def plan_mask(layout: RowLayout, window: int | None, whole_masks: bool) -> torch.Tensor:
+    """The mask that the calls of the split path amount to."""
+    seen = torch.zeros(layout.queries.kind.shape[1], layout.queries.kind.shape[1], dtype=torch.bool)
+    start = 0
+    for group in split_plan(layout, window, torch.float32, whole_masks):
+        for _ in range(group.count):
+            for call in group.calls:
+                for part in call.parts:
+                    columns = torch.tensor([start + i for r in part.ranges for i in range(*r)])
+                    rows = torch.arange(start + call.start, start + call.stop)[:, None]
+                    assert not seen[rows, columns].any()  # no key twice
+                    whole = torch.ones(len(rows), len(columns), dtype=torch.bool)
+                    seen[rows, columns] = whole.tril() if part.causal else whole if part.mask is None else part.mask == 0
+            start += group.length
+    return seen
+
+
+@pytest.mark.parametrize("whole_masks", [True, False])
+@pytest.mark.parametrize("limit", [1, 40, 200, 1 << 20])
+@pytest.mark.parametrize("window", [None, 1, 5, 12, 1000])
+def test_split_calls_add_up_to_the_predicate(
+    window: int | None, limit: int, whole_masks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split, "MASK_ENTRIES", limit)
+    monkeypatch.setattr(split, "CHUNK", 3)
+    for seed in range(4):
+        for bidirectional in (False, True) if window is None else (False,):
+            layout = pack_samples(random_samples(seed), bidirectional).layout
+            assert torch.equal(plan_mask(layout, window, whole_masks), dense_mask(layout, window)[0, 0])
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral, sliding window", "GPT-2", "Gemma 2"])
+def test_many_small_parts_are_as_exact(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readouts in groups, their parts merged by log-sum-exp; windows and softcaps in chunks: as with long blocks."""
+    for limit in (1, 40):
+        monkeypatch.setattr(split, "MASK_ENTRIES", limit)
+        monkeypatch.setattr(split, "CHUNK", 3)
+        off = measure(family, "split", 1)
+        assert max(off.loss, off.gradient) <= 1e-5, off
 
 
 def test_visibility_by_brute_force() -> None:
     """The predicate against the sentence of the method, token pair by token pair, with two samples in one row."""
-    rows = [build_row([1, 2, 3], BLOCK, 2, [Readout(1, [4, 5, 6], 1.0), Readout(2, [7, 8], 1.0)]), build_row([1], BLOCK, 1, [])]
-    tokens = [(s, r.kind[i], r.block[i], r.position[i]) for s, r in enumerate(rows) for i in range(len(r))]
+    rows = [
+        plain_row(Row([1, 2, 3], 2, 4, (Readout(1, [4, 5, 6], 1.0), Readout(2, [7, 8], 1.0))), BLOCK),
+        plain_row(Row([1], 1, 4, ()), BLOCK),
+    ]
+    tokens = [(s, r.kind[i], r.block[i], r.position[i]) for s, r in enumerate(rows) for i in range(len(r.kind))]
     for query in tokens:
         for key in tokens:
             (qs, qkind, qblock, qpos), (ks, kkind, kblock, kpos) = query, key
@@ -157,37 +187,85 @@ def test_visibility_by_brute_force() -> None:
                 expected = (
                     kkind == QUESTION or (kkind == MEMORY and kblock <= qblock) or (kkind == READOUT and kblock == qblock)
                 )
-            assert bool(visible(*map(torch.tensor, (*query, *key)))) == expected, (query, key)
+            q, k = (Places(*map(torch.tensor, places)) for places in (query, key))
+            assert bool(visible(q, k)) == expected, (query, key)
+            in_window = expected and qpos - kpos < 4
+            assert bool(visible(q, k, sliding_window=4)) == in_window, (query, key)
+            inside = qs == ks and qkind == kkind == MEMORY and qblock == kblock
+            assert bool(visible(q, k, bidirectional=True)) == (expected or inside), (query, key)
 
 
 @pytest.mark.parametrize(
-    ("config", "reason"),
+    ("family", "reason"),
     [
-        (transformers.StableLmConfig(), "layout did not reach"),
-        (transformers.BloomConfig(), "0 of 2 layers"),
-        (transformers.MptConfig(), "0 of 2 layers"),
-        (transformers.GptOssConfig(), "s_aux"),
-        (transformers.FalconConfig(), "falcon"),
+        ("StableLM", "layout did not reach"),
+        ("BLOOM", "0 of 2 layers"),
+        ("MPT", "0 of 2 layers"),
+        ("GPT-OSS", "s_aux"),
+        ("Falcon", "falcon"),
+        ("Mamba", "mamba"),
     ],
 )
-def test_family_that_cannot_take_the_mask_is_refused(config: transformers.PretrainedConfig, reason: str) -> None:
-    with pytest.raises(ModelError, match=reason):
-        probe_family(config)
+def test_family_that_cannot_take_the_mask_is_refused(family: str, reason: str) -> None:
+    assert reason in refusal(REFUSED[family])
 
 
 def test_missing_layout_is_refused() -> None:
-    model = build("llama")
-    use_rim_attention(model)
+    model = build("Llama")
+    use_rim_attention(model, "split")
     with pytest.raises(ModelError, match="layout did not reach"):
         model(input_ids=torch.tensor([[1, 2]]))
 
 
-def test_attention_dropout_is_honoured() -> None:
-    batch = collate([build_row([1, 2, 3], BLOCK, 1, [Readout(1, [4, 5], 1.0)])])
-    query = torch.randn(1, 4, len(batch.input_ids[0]), 8)
+def attend(path: str, batch: Batch, **keywords: object) -> torch.Tensor:
+    """One call of the attention on random heads, the layout's masks not kept between calls."""
     torch.manual_seed(0)
-    kept, _ = rim_attention(torch.nn.Identity(), query, query, query, None, rim_layout=batch.layout)
-    dropped, _ = rim_attention(torch.nn.Identity(), query, query, query, None, dropout=0.5, rim_layout=batch.layout)
-    capped, _ = rim_attention(torch.nn.Identity(), query, query, query, None, dropout=0.5, softcap=9.0, rim_layout=batch.layout)
-    assert not torch.equal(kept, dropped)
-    assert not torch.equal(dropped, capped)
+    query = torch.randn(1, 4, batch.tokens, 8)
+    layout = replace(batch.layout, cache={})
+    return rim_attention(LAYERS, query, query, query, None, rim_layout=layout, path=path, **keywords)[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["dense", "split"])
+def test_attention_dropout_is_honoured(path: str) -> None:
+    """A part of the weights is dropped and the rest scaled up: zero where all of few keys are dropped, right on average."""
+    batch = pack_samples(random_samples(0))
+    kept = attend(path, batch)
+    assert not torch.equal(kept, attend(path, batch, dropout=0.5))
+    capped = attend(path, batch, softcap=9.0)
+    assert not torch.equal(capped, attend(path, batch, softcap=9.0, dropout=0.5))
+    query = torch.ones(1, 1, batch.tokens, 8)
+    torch.manual_seed(1)
+    outputs = [
+        rim_attention(LAYERS, query, query, query, None, rim_layout=batch.layout, path=path, dropout=0.5)[0]  # type: ignore[arg-type]
+        for _ in range(400)
+    ]
+    assert float(torch.stack(outputs).mean()) == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("path", ["split", "flex"])
+def test_softcap_scale_and_window_by_path(path: str) -> None:
+    for seed in range(3):
+        batch = pack_samples(random_samples(seed))
+        for keywords in ({"softcap": 2.0}, {"scaling": 0.7}, {"sliding_window": 7}, {"softcap": 2.0, "sliding_window": 7}):
+            assert torch.allclose(attend(path, batch, **keywords), attend("dense", batch, **keywords), atol=1e-5), keywords
+
+
+def test_the_path_is_chosen_with_a_reason() -> None:
+    llama = FAMILIES["Llama"]
+
+    def choose(wanted: str, device: str, config: object = llama, dropout: float = 0.0, **more: object) -> tuple[str, str]:
+        choice = choose_path(wanted, device, config, dropout, **{"bidirectional": False, "micro_batch_tokens": 8192, **more})  # type: ignore[arg-type]
+        return choice.path, choice.reason
+
+    assert choose("auto", "cuda")[0] == "flex"
+    assert choose("auto", "cuda", dropout=0.1) == ("split", "flex is out: it has no dropout, and a stage has dropout 0.1")
+    assert choose("auto", "cpu") == ("split", "flex is out: it has no backward pass on cpu")
+    assert choose("auto", "cpu", micro_batch_tokens=64)[0] == "dense"
+    assert choose("dense", "cuda")[0] == "dense"
+    for device, dropout in (("cpu", 0.0), ("cuda", 0.2)):
+        with pytest.raises(ConfigError, match=r"model.attention: flex cannot be used: .*allowed: auto, split, dense"):
+            choose("flex", device, dropout=dropout)
+    with pytest.raises(ConfigError, match=r"memory.inside_block: bidirectional .* window \(9\)"):
+        choose("auto", "cpu", FAMILIES["Mistral, sliding window"], bidirectional=True)
+    with pytest.raises(ModelError, match="sliding window of 3 cannot be combined"):
+        attend("split", pack_samples(random_samples(0), True), sliding_window=3)

@@ -44,7 +44,7 @@ def demo_like(folder: Path, stage: str, **parallel: object) -> dict:
             "stage2": {},
             stage: {**section, **({"max_steps": 5} if stage == "stage1" else {})},
         },
-        optimizer={"global_batch": BATCH, "micro_batch": 3, "gradient_clipping": 1.0},
+        optimizer={"global_batch": BATCH, "micro_batch_tokens": 150, "gradient_clipping": 1.0},
         parallel={"timeout_seconds": 120, **parallel},
         checkpoint={"every_steps": 0},
         evaluation={"at_end": False},

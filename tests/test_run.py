@@ -365,7 +365,7 @@ def test_loss_that_is_not_finite_stops_the_run(trained: Path, tmp_path: Path, re
     model.save_pretrained(broken)
     path = recipe_file(
         model={"config": None, "tokenizer": None, "init_from": str(broken)},
-        optimizer={"global_batch": 4, "micro_batch": 1},
+        optimizer={"global_batch": 4},
         checkpoint={"every_steps": 1},
     )
     result = run("python", 1, ["-m", "rim_dist", "train", str(path)], check=False)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rim_dist.attention.registration import use_plain_attention, use_rim_attention
-from rim_dist.data.rows import Readout, build_row, collate
+from rim_dist.data.rows import Readout, Row, pack
 from rim_dist.errors import ModelError
+from rim_dist.objective.forward import install_readout_loss, run_batch
 
 _TINY = {
     "vocab_size": 64,
@@ -39,7 +42,8 @@ def _tiny(config: PretrainedConfig) -> PretrainedConfig:
     sizes: dict[str, Any] = dict(_TINY, num_key_value_heads=4 if kv_heads == heads else 2)
     for name, value in sizes.items():
         if hasattr(small, name) and (getattr(small, name) is not None or name.endswith("_token_id")):
-            setattr(small, name, value)
+            with contextlib.suppress(AttributeError):  # a field that the family derives from others
+                setattr(small, name, value)
     layer_types = getattr(small, "layer_types", None)
     if layer_types:
         kinds = list(dict.fromkeys(layer_types))
@@ -52,7 +56,7 @@ def probe_family(config: PretrainedConfig, trust_remote_code: bool = False) -> f
     """Largest logit difference between a packed row and its unrolled runs on a tiny model of the family.
 
     Raises ModelError, with the family's name and the reason, if the attention of any layer was not called with
-    the layout or the two differ by more than fp32 rounding explains.
+    the layout, if the two differ by more than fp32 rounding explains, or if the readout loss is not that of the logits.
     """
     family = config.model_type
     try:
@@ -64,17 +68,18 @@ def probe_family(config: PretrainedConfig, trust_remote_code: bool = False) -> f
     generator = torch.Generator().manual_seed(0)
     question = torch.randint(0, 64, (5,), generator=generator).tolist()
     block = [60, 61, 61, 62]
-    readouts = [Readout(k, torch.randint(0, 60, (4,), generator=generator).tolist(), 1.0) for k in (1, 2)]
-    row = build_row(question, block, 2, readouts)
-    batch = collate([row])
+    readouts = tuple(Readout(k, torch.randint(0, 60, (4,), generator=generator).tolist(), 1.0) for k in (1, 2))
+    batch = pack([Row(question, 2, len(block), readouts)], block)
     try:
-        use_rim_attention(model)
+        use_rim_attention(model, "split")
         with torch.no_grad():
             packed = model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, rim_layout=batch.layout, use_cache=False
             ).logits[0]
-    except ModelError:
-        raise
+            install_readout_loss(model)
+            _, losses = run_batch(model, batch)
+    except ModelError as error:
+        raise ModelError(f"model family {family}: {error}") from None
     except Exception as error:
         raise ModelError(f"model family {family}: its attention cannot take the RiM mask ({error})") from error
     seen = batch.layout.attended
@@ -83,14 +88,21 @@ def probe_family(config: PretrainedConfig, trust_remote_code: bool = False) -> f
             f"model family {family}: {len(seen)} of {model.config.num_hidden_layers} layers use an attention that can "
             "take the RiM mask; the family is not supported"
         )
+    packed = packed[batch.targets.column]
+    wanted = F.cross_entropy(packed, batch.targets.label, reduction="none")
+    if not float((losses - wanted).abs().max()) < 1e-3:
+        raise ModelError(
+            f"model family {family}: its forward does something to the logits that the readout loss does not know of; the "
+            "family is not supported"
+        )
     use_plain_attention(model)
     worst = 0.0
     for readout in readouts:
-        plain = question + block * readout.block + readout.target[:-1]
+        plain = question + block * readout.block + list(readout.target[:-1])
         with torch.no_grad():
             expected = model(input_ids=torch.tensor([plain]), use_cache=False).logits[0, -len(readout.target) :]
-        rows = [i for i, (b, label) in enumerate(zip(row.block, row.label, strict=True)) if label >= 0 and b == readout.block]
-        worst = max(worst, float((packed[rows] - expected).abs().max() / expected.abs().max().clamp_min(1.0)))
+        own = packed[batch.targets.block == readout.block]
+        worst = max(worst, float((own - expected).abs().max() / expected.abs().max().clamp_min(1.0)))
     if not worst < 1e-3:
         raise ModelError(
             f"model family {family}: a packed row differs from its unrolled runs (largest logit difference {worst:.1e}); "

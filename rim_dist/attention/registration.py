@@ -1,24 +1,30 @@
 """The RiM visibility inside any transformers model, through its attention registry.
 
-`use_rim_attention(model)` selects it; the layout travels as the keyword `rim_layout` of the model's
+`use_rim_attention(model, path)` selects it; the layout travels as the keyword `rim_layout` of the model's
 forward. No model code is patched: a family that does not hand the keyword to its attention is found by
 `rim_dist.attention.probe` and refused.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
+from rim_dist.attention.dense import dense_attention
+from rim_dist.attention.flex import flex_path
+from rim_dist.attention.split import split_attention
 from rim_dist.attention.visibility import RowLayout
-from rim_dist.errors import ModelError
+from rim_dist.errors import ConfigError, ModelError
 
-NAME = "rim"
-# Keywords some families pass that change the result and that this attention does not compute.
+Path = Literal["dense", "split", "flex"]
+_PATHS: dict[Path, Callable[..., torch.Tensor]] = {"dense": dense_attention, "split": split_attention, "flex": flex_path}
+# Keywords some families pass that change the result and that no path computes.
 _REFUSED = ("s_aux", "position_bias", "head_mask")
 
 
@@ -33,12 +39,14 @@ def rim_attention(
     rim_layout: RowLayout | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    *,
+    path: Path,
     **keywords: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Dense reference attention: `query` `[rows, heads, seq, head_dim]`, key/value with KV heads.
+    """Attention of one layer: `query` `[rows, heads, seq, head_dim]`, key/value with KV heads.
 
     Returns `[rows, seq, heads, head_dim]`. Raises ModelError when the layout did not arrive or a family
-    asks for something this attention does not compute: a wrong mask would still train.
+    asks for something no path computes: a wrong mask would still train.
     """
     family = type(module).__name__
     if rim_layout is None:
@@ -46,35 +54,69 @@ def rim_attention(
     for name in _REFUSED:
         if keywords.get(name) is not None:
             raise ModelError(f"{family}: attention with {name} is not supported")
+    if rim_layout.bidirectional and sliding_window is not None:
+        raise ModelError(f"{family}: bidirectional blocks and a sliding window of {sliding_window} cannot be combined")
     rim_layout.attended.add(id(module))
-    mask = rim_layout.dense_mask(sliding_window)
-    if softcap is None:
-        output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
-    else:
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, float("-inf"))
-        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        output = F.dropout(weights, p=dropout, training=dropout > 0) @ value
-    return output.transpose(1, 2).contiguous(), None
+    output = _PATHS[path](query, key, value, rim_layout, scaling, dropout, sliding_window, softcap)
+    return output.contiguous(), None
 
 
 def _no_mask(*_args: Any, **_keywords: Any) -> None:
     """The layout carries the visibility; transformers must not build a mask of its own."""
 
 
-AttentionInterface.register(NAME, rim_attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+for _path in _PATHS:
+    AttentionInterface.register(f"rim_{_path}", partial(rim_attention, path=_path))
+    AttentionMaskInterface.register(f"rim_{_path}", _no_mask)
 
 
-def use_rim_attention(model: PreTrainedModel) -> None:
-    """Make every layer of the model use the RiM attention."""
-    model.set_attn_implementation(NAME)
+def use_rim_attention(model: PreTrainedModel, path: Path) -> None:
+    """Make every layer of the model use the RiM attention by one of its paths."""
+    model.set_attn_implementation(f"rim_{path}")
 
 
 def use_plain_attention(model: PreTrainedModel) -> None:
     """Back to transformers' own causal attention, as an unmodified server runs it."""
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+
+
+@dataclass(frozen=True)
+class PathChoice:
+    """The attention path of a run and why it is this one."""
+
+    path: Path
+    reason: str
+
+
+def choose_path(
+    wanted: str, device_type: str, config: PretrainedConfig, dropout: float, bidirectional: bool, micro_batch_tokens: int
+) -> PathChoice:
+    """Resolve `model.attention` for a device, a model family and the largest dropout of the run.
+
+    `dense` for rows so small that one call over everything beats a call for each sample; `flex` on CUDA where it computes
+    what is asked; `split` everywhere else. Raises ConfigError for a path that cannot do what the recipe asks.
+    """
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    if bidirectional and window is not None:
+        raise ConfigError(
+            f"memory.inside_block: bidirectional cannot be combined with the sliding window ({window}) of {config.model_type}; "
+            "allowed: causal"
+        )
+    flex_refused = None
+    if dropout > 0:
+        flex_refused = f"it has no dropout, and a stage has dropout {dropout:g}"
+    elif device_type != "cuda":
+        flex_refused = f"it has no backward pass on {device_type}"
+    if wanted == "flex" and flex_refused:
+        raise ConfigError(f"model.attention: flex cannot be used: {flex_refused}; allowed: auto, split, dense")
+    if wanted != "auto":
+        return PathChoice(wanted, "the recipe asks for it")  # type: ignore[arg-type]
+    if micro_batch_tokens <= DENSE_TOKENS:
+        return PathChoice("dense", f"micro-batches of at most {DENSE_TOKENS} tokens")
+    if flex_refused is None:
+        return PathChoice("flex", "one kernel for the whole row on cuda")
+    return PathChoice("split", f"flex is out: {flex_refused}")
+
+
+DENSE_TOKENS = 256

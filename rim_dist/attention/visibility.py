@@ -1,8 +1,10 @@
-"""Who may see whom in a RiM row: the one predicate that every mask is derived from."""
+"""Who may see whom in a RiM row: the one predicate that every mask, plan and kernel is derived from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,57 +13,100 @@ KIND_NAMES = ("question", "memory", "readout")
 PADDING_SEGMENT = -1
 
 
-@dataclass
-class RowLayout:
-    """Where every token of a batch of rows stands.
+class Places(NamedTuple):
+    """Where tokens stand; integer tensors of one shape, `[rows, seq]` in a batch.
 
-    All tensors are integer, `[rows, seq]`. `segment` tells samples in one row apart
-    (`PADDING_SEGMENT` is padding), `kind` is QUESTION, MEMORY or READOUT, `block` is k of block k
-    or readout k (0 for the question), `position` is the position id.
+    `segment` tells samples in one row apart (`PADDING_SEGMENT` is padding), `kind` is QUESTION, MEMORY or READOUT,
+    `block` is k of block k or readout k (0 for the question), `position` is the position id.
     """
 
     segment: torch.Tensor
     kind: torch.Tensor
     block: torch.Tensor
     position: torch.Tensor
-    attended: set[int] = field(default_factory=set, repr=False)  # ids of the modules whose attention used this layout
-    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict, repr=False)
 
-    def dense_mask(self, sliding_window: int | None = None) -> torch.Tensor:
-        """Boolean mask `[rows, 1, seq, seq]` (True: visible), built once per batch and window.
-
-        `sliding_window`: a query sees only keys less than so many positions back. Positions are those
-        of the unrolled run, so the window is the one an unmodified model applies there.
-        """
-        if sliding_window not in self._masks:
-            queries = [t.unsqueeze(2) for t in (self.segment, self.kind, self.block, self.position)]
-            keys = [t.unsqueeze(1) for t in (self.segment, self.kind, self.block, self.position)]
-            mask = visible(*queries, *keys)
-            if sliding_window is not None:
-                mask = mask & (queries[3] - keys[3] < sliding_window)
-            self._masks[sliding_window] = mask.unsqueeze(1)
-        return self._masks[sliding_window]
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Places:
+        return Places(function(self.segment), function(self.kind), function(self.block), function(self.position))
 
 
-def visible(
-    q_segment: torch.Tensor,
-    q_kind: torch.Tensor,
-    q_block: torch.Tensor,
-    q_position: torch.Tensor,
-    k_segment: torch.Tensor,
-    k_kind: torch.Tensor,
-    k_block: torch.Tensor,
-    k_position: torch.Tensor,
-) -> torch.Tensor:
-    """True where a query may see a key; arguments broadcast (method.md, "Sequence").
+@dataclass(frozen=True)
+class Span:
+    """One sample of a packed row: question, blocks and readouts side by side from token `start` on.
 
-    Question and memory are plain causal and never see a readout. Readout k sees the question, blocks
-    1..k and its own causal prefix; never another readout, never a later block.
+    `readouts`: block and number of tokens of each readout that has tokens, blocks ascending.
     """
-    same_sample = q_segment == k_segment
-    causal = k_position <= q_position
-    key_is_prefix = k_kind != READOUT
-    query_is_prefix = q_kind != READOUT
-    prefix_key = key_is_prefix & (query_is_prefix | (k_block <= q_block))
-    readout_key = ~key_is_prefix & ~query_is_prefix & (k_block == q_block)
-    return same_sample & causal & (prefix_key | readout_key)
+
+    start: int
+    question: int
+    blocks: int
+    block_size: int
+    readouts: tuple[tuple[int, int], ...]
+
+    @property
+    def prefix(self) -> int:
+        """Tokens of question and memory."""
+        return self.question + self.blocks * self.block_size
+
+    @property
+    def length(self) -> int:
+        return self.prefix + sum(tokens for _, tokens in self.readouts)
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What two samples share if the same attention calls serve both."""
+        return (self.question, self.blocks, self.block_size, self.readouts)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key it sees, causal blocks."""
+        pairs = self.prefix * (self.prefix + 1) // 2
+        for block, tokens in self.readouts:
+            pairs += tokens * (self.question + block * self.block_size) + tokens * (tokens + 1) // 2
+        return pairs
+
+
+@dataclass
+class RowLayout:
+    """The places of a batch's tokens, as the attention needs them.
+
+    `keys` are the places of the keys where these differ from the queries (decoding with a cache). `spans` describes packed rows
+    (one row); without them only the dense path can run. `bidirectional`: tokens inside a block see the whole block.
+    """
+
+    queries: Places
+    keys: Places
+    spans: tuple[Span, ...] = ()
+    bidirectional: bool = False
+    attended: set[int] = field(default_factory=set, repr=False)  # ids of the modules whose attention used this layout
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # masks and plans, built once for all layers
+
+    def to(self, device: torch.device | str) -> RowLayout:
+        """The same layout with its tensors on a device."""
+        queries = self.queries.map(lambda t: t.to(device, non_blocking=True))
+        keys = queries if self.keys is self.queries else self.keys.map(lambda t: t.to(device, non_blocking=True))
+        return RowLayout(queries, keys, self.spans, self.bidirectional)
+
+    def mask(self, queries: Places, keys: Places, sliding_window: int | None) -> torch.Tensor:
+        """Boolean mask (True: visible) between any of the layout's places; the arguments' shapes broadcast."""
+        return visible(queries, keys, bidirectional=self.bidirectional, sliding_window=sliding_window)
+
+
+def visible(query: Places, key: Places, bidirectional: bool = False, sliding_window: int | None = None) -> torch.Tensor:
+    """True where a query may see a key; the places' shapes broadcast (method.md, "Sequence").
+
+    Question and memory are plain causal and never see a readout. Readout k sees the question, blocks 1..k and its own causal
+    prefix; never another readout, never a later block. `bidirectional`: memory tokens also see the rest of their own block.
+    `sliding_window`: a query sees only keys less than so many positions back. Positions are those of the unrolled
+    run, so the window is the one an unmodified model applies there.
+    """
+    earlier = key.position <= query.position
+    if sliding_window is not None:
+        earlier = earlier & (query.position - key.position < sliding_window)
+    key_is_readout = key.kind == READOUT
+    query_is_readout = query.kind == READOUT
+    prefix_key = ~key_is_readout & (~query_is_readout | (key.block <= query.block))
+    readout_key = key_is_readout & query_is_readout & (key.block == query.block)
+    seen = earlier & (prefix_key | readout_key)
+    if bidirectional:
+        seen = seen | ((key.kind == MEMORY) & (query.kind == MEMORY) & (key.block == query.block))
+    return (query.segment == key.segment) & seen

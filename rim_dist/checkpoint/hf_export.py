@@ -89,6 +89,11 @@ def export_checkpoint(source: str | Path, out: str | Path) -> Path:
     checkpoint, out = find_checkpoint(source), Path(out)
     check_export_target(out)
     recipe, state = read_recipe(checkpoint), read_state(checkpoint)
+    if not recipe.exportable:
+        raise CheckpointError(
+            f"{checkpoint}: trained with memory.inside_block={recipe.memory.inside_block}, which no ordinary server can run; "
+            "only causal blocks can be exported"
+        )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint / MODEL)
     model = load_trained_model(checkpoint)
     model = model.to(DTYPES[recipe.model.dtype])

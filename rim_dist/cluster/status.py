@@ -102,7 +102,7 @@ def run_status(folder: Path) -> RunStatus:
         except (CheckpointError, OSError):
             checkpoint = found[-1].name
     queue = job_state(str(starts[-1].record.get("job", ""))) if starts else None
-    if finished and (folder / "hf" / "rim_dist.json").is_file():
+    if finished and (folder / "report" / "curves.png").is_file():  # the last thing a run writes
         state_text = "finished"
     elif queue is not None:
         state_text = f"job {starts[-1].record['job']} {queue}"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from rim_dist.config import Recipe
+from rim_dist.data.rows import TokenIds
 from rim_dist.data.sources import BadSample, Sample, source_name
 from rim_dist.errors import DataError
 from rim_dist.memory import MemoryTokens, prompt_ids
-from rim_dist.objective.curriculum import longest_sequence
+from rim_dist.objective.curriculum import longest_row, longest_sequence
 
 _CHUNK = 512
 
@@ -22,9 +23,9 @@ _CHUNK = 512
 class EncodedSample:
     """Token ids of one sample; steps and answer end with the end-of-text token. `line` is its line in the source."""
 
-    question: list[int]
-    steps: list[list[int]]
-    answer: list[int]
+    question: TokenIds
+    steps: Sequence[TokenIds]
+    answer: TokenIds
     line: int
 
 
@@ -115,18 +116,15 @@ def encode(
             if any(i in tokens.ids for ids in (question, *steps, answer) for i in ids):
                 reject(BadSample(sample.line, "the text contains a memory token"))
                 continue
-            longest = longest_sequence(
-                recipe.method,
-                recipe.curriculum,
-                recipe.memory.blocks,
-                len(tokens.block),
-                len(question),
-                [*map(len, steps)],
-                len(answer),
-            )
+            lengths = (len(question), [*map(len, steps)], len(answer))
+            shape = (recipe.method, recipe.curriculum, recipe.memory.blocks, len(tokens.block), *lengths)
             limit = min(positions, recipe.data.max_tokens or positions)
-            if longest > limit:
+            if (longest := longest_sequence(*shape)) > limit:
                 reject(BadSample(sample.line, f"longer than {limit} tokens", f"{longest} tokens"))
+                continue
+            budget = recipe.optimizer.micro_batch_tokens
+            if (packed := longest_row(*shape)) > budget:
+                reject(BadSample(sample.line, f"its row is above optimizer.micro_batch_tokens={budget}", f"{packed} tokens"))
                 continue
             report.used += 1
             report.steps[len(steps)] += 1

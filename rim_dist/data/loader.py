@@ -6,12 +6,14 @@ micro-batches changes nothing but rounding, since the loss is divided once by th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rim_dist.config import Recipe, StageName
 from rim_dist.data.encoding import EncodedSample
+from rim_dist.data.packing import Packing, RowCost, pack_step
 from rim_dist.data.prepared import SampleStream
-from rim_dist.data.rows import Batch, Row, collate
+from rim_dist.data.rows import Batch, Row, pack
 from rim_dist.memory import MemoryTokens
 from rim_dist.objective.curriculum import sample_row
 
@@ -42,21 +44,32 @@ def plan_stages(recipe: Recipe, epoch_samples: int) -> list[StagePlan]:
     return plans
 
 
-@dataclass
+@dataclass(frozen=True)
 class RankShare:
-    """A rank's part of one optimizer step: its micro-batches and the loss weight of its rows."""
+    """A rank's part of one optimizer step: its micro-batches, the samples in each, the loss weight of its rows."""
 
     micro_batches: list[Batch]
+    samples: list[list[EncodedSample]]
     weight: float
-    samples: list[EncodedSample]
+    packing: Packing
 
 
 class BatchLoader:
     """Builds the micro-batches of this rank for any step of any stage."""
 
-    def __init__(self, recipe: Recipe, data: SampleStream, tokens: MemoryTokens, rank: int, ranks: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: SampleStream,
+        tokens: MemoryTokens,
+        rank: int,
+        ranks: int,
+        cost: Callable[[Row], float] | None = None,
+    ) -> None:
         self._recipe, self._data, self._tokens = recipe, data, tokens
-        self._rank, self._ranks = rank, ranks
+        self._rank, self._ranks, self._cost = rank, ranks, cost or RowCost()
+        self._block = tokens.block
+        self._bidirectional = recipe.memory.inside_block == "bidirectional"
 
     def step_samples(self, stage: StagePlan, step: int) -> list[EncodedSample]:
         """The samples of the whole global batch of a stage's step (the last one of a stage may be smaller)."""
@@ -71,7 +84,7 @@ class BatchLoader:
             stage.name,
             self._recipe.curriculum,
             self._recipe.memory.blocks,
-            self._tokens.block,
+            len(self._block),
             sample.question,
             sample.steps,
             sample.answer,
@@ -79,17 +92,15 @@ class BatchLoader:
         )
 
     def share(self, stage: StagePlan, step: int) -> RankShare:
-        """This rank's micro-batches: as many on every rank, of similar lengths, a weightless row filling an empty place."""
+        """This rank's micro-batches: as many on every rank, a weightless row filling an empty place."""
         samples = self.step_samples(stage, step)
-        rows = [(self.row(stage, step, sample), sample) for sample in samples]
-        # Longest first, dealt in turns: ranks get like lengths, and a micro-batch's rows need little padding.
-        rows.sort(key=lambda pair: -len(pair[0]))
-        mine = rows[self._rank :: self._ranks]
-        per_rank = -(-len(rows) // self._ranks)
-        micro = self._recipe.optimizer.micro_batch
-        count = -(-per_rank // micro)
-        batches = []
-        for i in range(count):
-            part = [row for row, _ in mine[i * micro : (i + 1) * micro]]
-            batches.append(collate(part or [rows[-1][0].without_weight()]))
-        return RankShare(batches, sum(row.total_weight for row, _ in mine), [sample for _, sample in mine])
+        rows = [self.row(stage, step, sample) for sample in samples]
+        packing = pack_step(rows, self._ranks, self._recipe.optimizer.micro_batch_tokens, self._cost)
+        mine = [bins[self._rank] for bins in packing.bins]
+        shortest = min(rows, key=len)
+        batches = [
+            pack([rows[i] for i in numbers] or [shortest.without_weight()], self._block, self._bidirectional)
+            for numbers in mine
+        ]
+        weight = sum(rows[i].total_weight for numbers in mine for i in numbers)
+        return RankShare(batches, [[samples[i] for i in numbers] for numbers in mine], weight, packing)

@@ -27,6 +27,8 @@ from rim_dist.data.sources import read_source, source_name
 from rim_dist.errors import DataError
 from rim_dist.memory import MemoryTokens
 
+_ARRAYS = ("tokens", "segment_ends", "first_segment", "lines")
+
 
 class SampleStream(Protocol):
     """Samples by their position in the run's stream."""
@@ -46,10 +48,10 @@ class PreparedData:
     def __init__(self, folder: Path, seed: int) -> None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.report = DataReport.from_json(meta["report"])
-        self._tokens = numpy.load(folder / "tokens.npy", mmap_mode="r")
-        self._ends = numpy.load(folder / "segment_ends.npy", mmap_mode="r")
-        self._first = numpy.load(folder / "first_segment.npy", mmap_mode="r")
-        self._lines = numpy.load(folder / "lines.npy", mmap_mode="r")
+        # A plain view of the mapped file: slices of numpy.memmap itself cost more than the samples they give.
+        self._tokens, self._ends, self._first, self._lines = (
+            numpy.load(folder / f"{name}.npy", mmap_mode="r").view(numpy.ndarray) for name in _ARRAYS
+        )
         self._seed = seed
         self._order: tuple[int, numpy.ndarray] | None = None
 
@@ -57,10 +59,9 @@ class PreparedData:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> EncodedSample:
-        first, last = int(self._first[index]), int(self._first[index + 1])
+        first, last = self._first[index], self._first[index + 1]
         ends = self._ends[first : last + 1].tolist()  # the entry before a segment's end is its start
-        flat = self._tokens[ends[0] : ends[-1]].tolist()
-        pieces = [flat[a - ends[0] : b - ends[0]] for a, b in itertools.pairwise(ends)]
+        pieces = [self._tokens[a:b] for a, b in itertools.pairwise(ends)]
         return EncodedSample(pieces[0], pieces[1:-1], pieces[-1], int(self._lines[index]))
 
     def samples(self, start: int, stop: int) -> list[EncodedSample]:
@@ -142,6 +143,7 @@ def fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: i
         ],
         "stage2": recipe.curriculum.stage2.enabled,
         "positions": positions,
+        "micro_batch_tokens": recipe.optimizer.micro_batch_tokens,
         "template": tokenizer.chat_template,
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "probe": tokenizer("From 3 to 48/2=24, then: été\n  end.")["input_ids"],
@@ -185,7 +187,7 @@ def _build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTok
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    for name, values in (("tokens", flat), ("segment_ends", ends), ("first_segment", first), ("lines", lines)):
+    for name, values in zip(_ARRAYS, (flat, ends, first, lines), strict=True):
         numpy.save(partial / f"{name}.npy", numpy.frombuffer(values, dtype=numpy.dtype(values.typecode)))
     (partial / "meta.json").write_text(json.dumps({"report": report.to_json()}, indent=1), encoding="utf-8")
     os.replace(partial, target)

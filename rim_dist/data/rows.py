@@ -1,20 +1,23 @@
-"""From a sample's tokens to the row the model runs, and from rows to a batch.
+"""From a sample's tokens to the row the model runs, and from rows to a packed batch.
 
-Labels and weights stand at the *predicting* position: the first token of readout k is predicted at the end
-token of block k (at the last question token without blocks), every later one at its predecessor. The
-loss never shifts.
+Rows stand one after the other in one long row without padding. Labels and weights belong to the *predicting* position: the
+first token of readout k is predicted at the end token of block k (at the last question token without blocks), every later
+one at its predecessor. The loss never shifts.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy
 import torch
 
-from rim_dist.attention.visibility import MEMORY, PADDING_SEGMENT, QUESTION, READOUT, RowLayout
+from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT, Places, RowLayout, Span
 
-IGNORE = -100
+TokenIds = Sequence[int] | numpy.ndarray
 
 
 @dataclass(frozen=True)
@@ -22,103 +25,167 @@ class Readout:
     """What is predicted after a block: `target` token ids (with the end-of-text token) at `weight` a token."""
 
     block: int
-    target: list[int]
+    target: TokenIds
     weight: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
-    """One sample as the model sees it; all lists have one entry a token."""
+    """One sample as the model sees it: `question, m_1 .. m_blocks, r_1 .. r_n` (method.md, "Sequence").
 
-    input_ids: list[int]
-    kind: list[int]
-    block: list[int]
-    position: list[int]
-    label: list[int]
-    weight: list[float]
+    Readouts are ordered by block. A readout's last target token is predicted and never an input.
+    """
+
+    question: TokenIds
+    blocks: int
+    block_size: int
+    readouts: tuple[Readout, ...]
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.question) + self.blocks * self.block_size + sum(len(r.target) - 1 for r in self.readouts)
+
+    @property
+    def targets(self) -> int:
+        """Supervised positions."""
+        return sum(len(r.target) for r in self.readouts)
 
     @property
     def total_weight(self) -> float:
-        return sum(self.weight)
+        return sum(len(r.target) * r.weight for r in self.readouts)
 
     def without_weight(self) -> Row:
         """The same row with weight 0: it keeps ranks in step without changing the loss."""
-        return Row(self.input_ids, self.kind, self.block, self.position, self.label, [0.0] * len(self))
+        return replace(self, readouts=tuple(replace(r, weight=0.0) for r in self.readouts))
+
+    def span(self, start: int = 0) -> Span:
+        """Where the row's tokens stand if it begins at token `start` of a packed row."""
+        readouts = tuple((r.block, len(r.target) - 1) for r in self.readouts if len(r.target) > 1)
+        return Span(start, len(self.question), self.blocks, self.block_size, readouts)
 
 
-def build_row(question: Sequence[int], block_ids: Sequence[int], blocks: int, readouts: Sequence[Readout]) -> Row:
-    """Lay out `question, m_1 .. m_blocks, r_1 .. r_n` (method.md, "Sequence").
+@dataclass(frozen=True)
+class Targets:
+    """What the loss is computed from, `[targets]` each: `column` predicts `label` at `weight`, for readout `block`."""
 
-    Position ids of readout k start at q + k (M + 2), where the text would stand if nothing followed block k. A readout's
-    last target token is predicted and never an input.
-    """
-    q, size = len(question), len(block_ids)
-    prefix = q + blocks * size
-    input_ids = [*question, *(list(block_ids) * blocks)]
-    kind = [QUESTION] * q + [MEMORY] * (blocks * size)
-    block = [0] * q + [k for k in range(1, blocks + 1) for _ in range(size)]
-    position = list(range(prefix))
-    label = [IGNORE] * prefix
-    weight = [0.0] * prefix
-    for readout in readouts:
-        start = q + readout.block * size
-        target = readout.target
-        label[start - 1], weight[start - 1] = target[0], readout.weight
-        count = len(target) - 1
-        input_ids += target[:-1]
-        kind += [READOUT] * count
-        block += [readout.block] * count
-        position += range(start, start + count)
-        label += target[1:]
-        weight += [readout.weight] * count
-    return Row(input_ids, kind, block, position, label, weight)
+    column: torch.Tensor
+    label: torch.Tensor
+    weight: torch.Tensor
+    block: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Targets:
+        return Targets(*(t.to(device, non_blocking=True) for t in (self.column, self.label, self.weight, self.block)))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
-    """Rows side by side, padded on the right: tensors `[rows, seq]`."""
+    """Packed rows: `input_ids` `[1, tokens]`, their places and their targets. Nothing is padding.
+
+    `order[i]` is the number, in what was packed, of the row that is segment i.
+    """
 
     input_ids: torch.Tensor
-    position_ids: torch.Tensor
     layout: RowLayout
-    labels: torch.Tensor
-    weights: torch.Tensor
-    tokens: int  # real tokens, padding not counted
+    targets: Targets
+    order: tuple[int, ...]
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        return self.layout.queries.position
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    def rows_at(self, targets: torch.Tensor) -> list[int]:
+        """Numbers, in what was packed, of the rows with any of the `targets` (boolean, `[targets]`)."""
+        columns = self.targets.column[targets.to(self.targets.column.device)]
+        return [self.order[i] for i in self.layout.queries.segment[0, columns].unique().tolist()]
 
     def to(self, device: torch.device | str) -> Batch:
-        layout = RowLayout(*(getattr(self.layout, n).to(device) for n in ("segment", "kind", "block", "position")))
-        return Batch(
-            self.input_ids.to(device),
-            self.position_ids.to(device),
-            layout,
-            self.labels.to(device),
-            self.weights.to(device),
-            self.tokens,
-        )
+        input_ids = self.input_ids.to(device, non_blocking=True)
+        return Batch(input_ids, self.layout.to(device), self.targets.to(device), self.order)
 
 
-def collate(rows: Sequence[Row]) -> Batch:
-    """Pad rows to the longest. Padding is a segment of its own that no real token sees."""
-    length = max(len(row) for row in rows)
+@functools.cache
+def _memory(block_ids: tuple[int, ...], blocks: int) -> numpy.ndarray:
+    return numpy.tile(numpy.array(block_ids, dtype=numpy.int64), blocks)
 
-    def pad(lists: Sequence[Sequence[float]], fill: float, dtype: torch.dtype = torch.long) -> torch.Tensor:
-        return torch.tensor([[*values, *[fill] * (length - len(values))] for values in lists], dtype=dtype)
 
-    position = pad([row.position for row in rows], 0)
-    layout = RowLayout(
-        segment=pad([[0] * len(row) for row in rows], PADDING_SEGMENT),
-        kind=pad([row.kind for row in rows], QUESTION),
-        block=pad([row.block for row in rows], 0),
-        position=position,
+def pack(rows: Sequence[Row], block_ids: Sequence[int], bidirectional: bool = False) -> Batch:
+    """One packed row of all rows, those of the same shape side by side so that they share attention calls.
+
+    Position ids of readout k start at q + k (M + 2), where the text would stand if nothing followed block k.
+    """
+    ids = tuple(block_ids)
+    size = len(ids)
+    tokens: list[Any] = []
+    labels: list[Any] = []
+    # A piece is a question, a block or a readout: its kind, block, first position, length and sample.
+    kinds: list[int] = []
+    blocks: list[int] = []
+    positions: list[int] = []
+    lengths: list[int] = []
+    segments: list[int] = []
+    spans: list[Span] = []
+    # A target is a readout: the column that predicts its first token, the first column of its own, its length.
+    anchors: list[int] = []
+    columns: list[int] = []
+    counts: list[int] = []
+    target_blocks: list[int] = []
+    weights: list[float] = []
+    start = 0
+    placed = sorted(((row.span(), number) for number, row in enumerate(rows)), key=lambda pair: (pair[0].shape, pair[1]))
+    for segment, (span, number) in enumerate(placed):
+        row = rows[number]
+        question = span.question
+        spans.append(replace(span, start=start))
+        tokens += (row.question, _memory(ids, row.blocks))
+        kinds += [QUESTION, *[MEMORY] * row.blocks]
+        blocks += range(row.blocks + 1)
+        positions += [0, *range(question, question + row.blocks * size, size)]
+        lengths += [question, *[size] * row.blocks]
+        column = start + span.prefix
+        for readout in row.readouts:
+            count = len(readout.target)
+            end = question + readout.block * size
+            tokens.append(readout.target[:-1])
+            kinds.append(READOUT)
+            blocks.append(readout.block)
+            positions.append(end)
+            lengths.append(count - 1)
+            labels.append(readout.target)
+            anchors.append(start + end - 1)
+            columns.append(column)
+            counts.append(count)
+            target_blocks.append(readout.block)
+            weights.append(readout.weight)
+            column += count - 1
+        segments += [segment] * (1 + row.blocks + len(row.readouts))
+        start = column
+
+    def spread(values: list[int], times: numpy.ndarray) -> torch.Tensor:
+        return torch.from_numpy(numpy.repeat(numpy.array(values, dtype=numpy.int64), times))
+
+    times = numpy.array(lengths, dtype=numpy.int64)
+    firsts = numpy.cumsum(times) - times
+    offsets = numpy.array(positions, dtype=numpy.int64) - firsts
+    position = torch.from_numpy(numpy.arange(start) + numpy.repeat(offsets, times))
+    segment_of, kind_of, block_of = (spread(values, times).unsqueeze(0) for values in (segments, kinds, blocks))
+    places = Places(segment_of, kind_of, block_of, position.unsqueeze(0))
+
+    repeats = numpy.array(counts, dtype=numpy.int64)
+    target_firsts = numpy.cumsum(repeats) - repeats
+    # Target j of a readout is predicted one column before the column of its j-th own token; the first at the anchor.
+    column_of = numpy.arange(int(repeats.sum())) + numpy.repeat(
+        numpy.array(columns, dtype=numpy.int64) - 1 - target_firsts, repeats
     )
-    return Batch(
-        input_ids=pad([row.input_ids for row in rows], 0),
-        position_ids=position,
-        layout=layout,
-        labels=pad([row.label for row in rows], IGNORE),
-        weights=pad([row.weight for row in rows], 0.0, torch.float32),
-        tokens=sum(len(row) for row in rows),
+    column_of[target_firsts] = anchors
+    targets = Targets(
+        torch.from_numpy(column_of),
+        torch.from_numpy(numpy.concatenate(labels).astype(numpy.int64)),
+        torch.from_numpy(numpy.repeat(numpy.array(weights, dtype=numpy.float32), repeats)),
+        spread(target_blocks, repeats),
     )
+    input_ids = torch.from_numpy(numpy.concatenate(tokens).astype(numpy.int64)).unsqueeze(0)
+    layout = RowLayout(places, places, tuple(spans), bidirectional)
+    return Batch(input_ids, layout, targets, tuple(number for _, number in placed))

@@ -14,7 +14,7 @@ from rim_dist.config import Recipe
 from rim_dist.data.encoding import DataReport
 from rim_dist.data.loader import BatchLoader, plan_stages
 from rim_dist.data.prepared import PreparedData, SampleStream, StreamedData, prepare
-from rim_dist.data.rows import IGNORE, Row
+from rim_dist.data.rows import Row, pack
 from rim_dist.data.sources import source_name
 from rim_dist.model import Foundation, lay_foundation
 
@@ -74,11 +74,12 @@ def _print_row(console: Console, foundation: Foundation, row: Row, title: str) -
         table.add_column(name, justify="left" if name in ("token", "kind", "target") else "right")
 
     def text(token: int) -> str:
-        return repr(foundation.tokenizer.decode([token]))[1:-1] if token != IGNORE else ""
+        return repr(foundation.tokenizer.decode([token]))[1:-1]
 
-    for i, token in enumerate(row.input_ids):
-        label = row.label[i]
-        kind, block = KIND_NAMES[row.kind[i]], str(row.block[i] or "")
-        weight = f"{row.weight[i]:.3f}" if label != IGNORE else ""
-        table.add_row(str(i), text(token), kind, block, str(row.position[i]), text(label), weight)
+    batch = pack([row], foundation.tokens.block)
+    columns, labels, weights = (t.tolist() for t in (batch.targets.column, batch.targets.label, batch.targets.weight))
+    targets = {column: (text(label), f"{weight:.3f}") for column, label, weight in zip(columns, labels, weights, strict=True)}
+    places = zip(*(t[0].tolist() for t in batch.layout.queries), strict=True)
+    for i, (token, (_, kind, block, position)) in enumerate(zip(batch.input_ids[0].tolist(), places, strict=True)):
+        table.add_row(str(i), text(token), KIND_NAMES[kind], str(block or ""), str(position), *targets.get(i, ("", "")))
     console.print(table)

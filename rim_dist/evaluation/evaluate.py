@@ -13,14 +13,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from rim_dist.attention.probe import probe_family
 from rim_dist.config import ColumnsSection, Recipe
 from rim_dist.data.sources import BadSample, Sample, read_file, recognise
 from rim_dist.data.synthetic import SyntheticTask
-from rim_dist.errors import CheckpointError, DataError
-from rim_dist.evaluation.generation import Decoding, Latency, answer_questions, measure_latency, padding_note
+from rim_dist.errors import CheckpointError, DataError, ModelError
+from rim_dist.evaluation.generation import Decoding, Latency, answer_questions, answer_texts, measure_latency, padding_note
+from rim_dist.evaluation.readouts import readout_ids
 from rim_dist.evaluation.scoring import extract_answer, same_answer
 from rim_dist.memory import prompt_ids
+from rim_dist.model import bare_model
 
+_TAKES_MASK = "_rim_dist_takes_mask"
 COT_FACTOR = 16  # a chain of thought may be so many times longer than an answer
 
 
@@ -73,12 +77,35 @@ def recipe_samples(recipe: Recipe) -> list[Sample]:
 
 
 def block_answers(
-    model: Any, tokenizer: PreTrainedTokenizerBase, questions: list[str], blocks: int, decoding: Decoding
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[str],
+    blocks: int,
+    decoding: Decoding,
+    bidirectional: bool = False,
 ) -> list[list[str]]:
     """Answer texts of every question after each of 1 .. `blocks` blocks (one text each with 0 blocks)."""
-    budgets: Sequence[int | None] = range(1, blocks + 1) if blocks else [None]
-    columns = [answer_questions(model, tokenizer, questions, budget, decoding) for budget in budgets]
-    return [list(row) for row in zip(*columns, strict=True)]
+    if not blocks:
+        return [[text] for text in answer_questions(model, tokenizer, questions, None, decoding)]
+    budgets = range(1, blocks + 1)
+    if not bidirectional and not _takes_mask(bare_model(model)):
+        columns = [answer_questions(model, tokenizer, questions, budget, decoding) for budget in budgets]
+        return [list(row) for row in zip(*columns, strict=True)]
+    prompts = prompt_ids(tokenizer, questions, blocks)
+    block_size = (len(prompts[0]) - len(prompt_ids(tokenizer, questions[:1], 0)[0])) // blocks if prompts else 0
+    answers = readout_ids(model, tokenizer, prompts, block_size, budgets, decoding, bidirectional)
+    return [answer_texts(tokenizer, row, decoding) for row in answers]
+
+
+def _takes_mask(model: Any) -> bool:
+    """Whether a model can decode all readouts from one prefix: its family honours the RiM mask."""
+    if not hasattr(model, _TAKES_MASK):
+        try:
+            probe_family(model.config)
+            setattr(model, _TAKES_MASK, True)
+        except ModelError:
+            setattr(model, _TAKES_MASK, False)
+    return getattr(model, _TAKES_MASK)
 
 
 def score(samples: Sequence[Sample], texts: Sequence[Sequence[str]]) -> Evaluation:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 from rim_dist.errors import DataError
 from rim_dist.memory import prompt_ids
@@ -16,11 +16,31 @@ from rim_dist.memory import prompt_ids
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are generated. `synced_ranks`: every rank runs as many steps as the slowest (ZeRO-3 gathers)."""
+    """How answers are generated: at most `max_new_tokens`, up to the end-of-text token or the first of the `stop` texts.
+
+    `batch` prompts run together. `synced_ranks`: every rank runs as many steps as the slowest (ZeRO-3 gathers).
+    """
 
     max_new_tokens: int
     batch: int = 64
     synced_ranks: bool = False
+    stop: tuple[str, ...] = ()
+
+
+def stopped(tokenizer: PreTrainedTokenizerBase, answers: torch.Tensor, stop: Sequence[str]) -> torch.Tensor:
+    """Which of the answers (token ids `[answers, tokens]`) have one of the stop texts in them."""
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return torch.tensor([any(s in text for s in stop) for text in texts], device=answers.device)
+
+
+class _StopTexts(StoppingCriteria):
+    """transformers' own stop strings fail on tokenizers whose first word is not written as the others."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt: int) -> None:
+        self._tokenizer, self._stop, self._prompt = tokenizer, stop, prompt
+
+    def __call__(self, input_ids: Any, scores: Any, **_keywords: Any) -> Any:  # noqa: ARG002 - transformers' signature
+        return stopped(self._tokenizer, input_ids[:, self._prompt :], self._stop)
 
 
 def padding_note(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -73,9 +93,10 @@ def generate_ids(
         config = generation_config(tokenizer, min(decoding.max_new_tokens, positions - length))
         ids = torch.tensor([[config.pad_token_id] * (length - len(p)) + list(p) for p in part], device=device)
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in part], device=device)
+        stop = {"stopping_criteria": [_StopTexts(tokenizer, decoding.stop, length)]} if decoding.stop else {}
         with torch.no_grad():
             output = model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=decoding.synced_ranks
+                input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=decoding.synced_ranks, **stop
             )
         for row in output[:, length:].tolist():
             end = row.index(config.eos_token_id) if config.eos_token_id in row else len(row)
@@ -87,8 +108,15 @@ def answer_questions(
     model: Any, tokenizer: PreTrainedTokenizerBase, questions: list[str], blocks: int | None, decoding: Decoding
 ) -> list[str]:
     """Answer texts after `blocks` memory blocks (None: as many as the chat template appends)."""
-    answers = generate_ids(model, tokenizer, prompt_ids(tokenizer, questions, blocks), decoding)
-    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return answer_texts(tokenizer, generate_ids(model, tokenizer, prompt_ids(tokenizer, questions, blocks), decoding), decoding)
+
+
+def answer_texts(tokenizer: PreTrainedTokenizerBase, answers: list[list[int]], decoding: Decoding) -> list[str]:
+    """Answers as text, cut before the first of the stop texts (the token that completed it may say more)."""
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    for stop in decoding.stop:
+        texts = [text.partition(stop)[0] for text in texts]
+    return texts
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from rim_dist.errors import ConfigError
 # What the trainer decides itself; a user's JSON that sets one would silently train something else.
 OWNED_KEYS = {
     "train_batch_size": "optimizer.global_batch",
-    "train_micro_batch_size_per_gpu": "optimizer.micro_batch",
-    "gradient_accumulation_steps": "optimizer.global_batch and optimizer.micro_batch",
+    "train_micro_batch_size_per_gpu": "optimizer.micro_batch_tokens",
+    "gradient_accumulation_steps": "optimizer.global_batch and optimizer.micro_batch_tokens",
     "gradient_clipping": "optimizer.gradient_clipping",
     "optimizer": "the optimizer section",
     "scheduler": "the schedule of each stage",

@@ -13,10 +13,12 @@ from torch import nn
 
 from rim_dist.checkpoint.store import ENGINE
 from rim_dist.config import OptimizerSection, Recipe
+from rim_dist.data.packing import RowCost
 from rim_dist.data.rows import Batch
 from rim_dist.errors import CheckpointError
-from rim_dist.model import bare_model, keeps_logits, set_dropout
-from rim_dist.objective.loss import ReadoutLoss, readout_loss, supervised_columns
+from rim_dist.model import bare_model, set_dropout
+from rim_dist.objective.forward import run_batch
+from rim_dist.objective.loss import ReadoutLoss
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.ops import load_cpu_adam
 
@@ -74,12 +76,12 @@ class Engine:
 
         self._process = process
         self._blocks = max(recipe.memory.blocks, recipe.curriculum.stage1.max_steps + 1)
-        self._keeps_logits = keeps_logits(bare_model(model))
-        self._cost = _Cost(model)
+        self.row_cost = row_cost(model)
         offload = "offload_optimizer" in ds_config["zero_optimization"]
         optimizer = build_optimizer(model, recipe.optimizer, offload)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
         self._zero_stage = ds_config["zero_optimization"]["stage"]
+        self._fp16 = recipe.model.dtype == "fp16"
         self.operations = 0.0
 
     @property
@@ -100,22 +102,12 @@ class Engine:
         batch = batch.to(self._process.device)
         self._engine.train()
         self._engine.set_gradient_accumulation_boundary(last)
-        columns = supervised_columns(batch)
-        extra = {"logits_to_keep": columns} if self._keeps_logits else {}
-        logits = self._engine(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            rim_layout=batch.layout,
-            use_cache=False,
-            **extra,
-        ).logits
-        if not self._keeps_logits:
-            logits = logits[:, columns]
-        loss = readout_loss(logits, batch, columns, self._blocks)
-        self._engine.backward(loss.weighted_sum * (scale * self._process.ranks))
-        rows, length = batch.input_ids.shape
-        self.operations += self._cost.operations(rows, length, logits.shape[0] * logits.shape[1])
-        return loss
+        factor = scale * self._process.ranks
+        loss_scale = getattr(self._engine.optimizer, "cur_scale", 1.0) if self._fp16 else 1.0
+        weighted_sum, token_losses = run_batch(self._engine, batch, gradient_scale=factor * float(loss_scale))
+        self._engine.backward(weighted_sum * factor)
+        self.operations += self.row_cost.of_batch(batch)
+        return ReadoutLoss.of(weighted_sum.detach(), token_losses, batch.targets, self._blocks)
 
     def step(self, learning_rate: float) -> float:
         """Update the parameters; returns the gradient norm before clipping (0 if fp16 skipped the step)."""
@@ -160,30 +152,24 @@ class Engine:
             raise CheckpointError(f"{checkpoint}: the engine's shards cannot be read")
 
 
-class _Cost:
-    """Floating-point operations of forward and backward, counted from what is run (padding and masked pairs included)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        bare = bare_model(model)
-        head = bare.get_output_embeddings()
-        embeddings = {id(bare.get_input_embeddings().weight), id(head.weight)}
-        frozen = trainable = 0
-        for parameter in model.parameters():
-            if parameter.ndim < 2 or id(parameter) in embeddings:
-                continue
-            if parameter.requires_grad:
-                trainable += parameter.numel()
-            else:
-                frozen += parameter.numel()
-        # A frozen matrix needs no gradient of its own: two passes instead of three.
-        self._per_token = 6.0 * trainable + 4.0 * frozen
-        self._per_logit = (6.0 if head.weight.requires_grad else 4.0) * head.weight.numel()
-        config = bare.config
-        width = config.num_attention_heads * (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        self._per_pair = 12.0 * config.num_hidden_layers * width
-
-    def operations(self, rows: int, length: int, logits: int) -> float:
-        """Of `rows` rows of `length` tokens with `logits` rows of logits: 6 a weight and token, 12 a pair and channel."""
-        return rows * length * (self._per_token + length * self._per_pair) + logits * self._per_logit
+def row_cost(model: nn.Module) -> RowCost:
+    """What a token, a supervised position and an attended pair cost: 6 operations a trained weight (4 a frozen one, which
+    needs no gradient of its own), 12 a pair and channel."""
+    bare = bare_model(model)
+    head = bare.get_output_embeddings()
+    embeddings = {id(bare.get_input_embeddings().weight), id(head.weight)}
+    frozen = trainable = 0
+    for parameter in model.parameters():
+        if parameter.ndim < 2 or id(parameter) in embeddings:
+            continue
+        if parameter.requires_grad:
+            trainable += parameter.numel()
+        else:
+            frozen += parameter.numel()
+    config = bare.config.get_text_config()
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return RowCost(
+        token=6.0 * trainable + 4.0 * frozen,
+        target=(6.0 if head.weight.requires_grad else 4.0) * head.weight.numel(),
+        pair=12.0 * config.num_hidden_layers * width,
+    )

@@ -29,6 +29,7 @@ from rim_dist.evaluation.evaluate import COT_FACTOR, block_answers, recipe_sampl
 from rim_dist.evaluation.generation import Decoding, check_prompts, generation_config, padding_note
 from rim_dist.memory import prompt_ids
 from rim_dist.model import Foundation, bare_model, build_model, lay_foundation
+from rim_dist.objective.loss import ReadoutLoss
 from rim_dist.parallel.degrees import check_ranks
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.zero import compose
@@ -49,7 +50,8 @@ def finished_state(recipe: Recipe) -> TrainingState | None:
     """
     check_run_folder(recipe)
     found = store.complete_checkpoints(recipe.folder / "checkpoints")
-    if found and (recipe.folder / "hf" / "rim_dist.json").is_file():
+    result = recipe.folder / ("hf/rim_dist.json" if recipe.exportable else "report/curves.png")
+    if found and result.is_file():
         state = store.read_state(found[-1])
         return state if state.finished else None
     return None
@@ -123,7 +125,8 @@ class Trainer:
 
     def _run_stage(self, plan: StagePlan, state: TrainingState) -> TrainingState:
         stage = self._recipe.curriculum.stage(plan.name)
-        loader = BatchLoader(self._recipe, self._data, self._foundation.tokens, self._process.rank, self._process.ranks)
+        process, cost = self._process, self._engine.row_cost
+        loader = BatchLoader(self._recipe, self._data, self._foundation.tokens, process.rank, process.ranks, cost)
         first = state.step - plan.first_step
         if first == 0:
             self._engine.begin_stage(stage.dropout)
@@ -161,28 +164,28 @@ class Trainer:
         # Dropout depends on the seed, the step and the rank alone: there is no random state to save.
         entropy = numpy.random.SeedSequence([self._recipe.run.seed, plan.first_step + step, self._process.rank])
         torch.manual_seed(int(entropy.generate_state(1, numpy.uint64)[0] >> 1))
-        sums = torch.zeros(2 + 2 * (self._engine.blocks + 1), dtype=torch.float64)
+        last = len(share.micro_batches) - 1
         operations = self._engine.operations
-        finite = []
-        for number, batch in enumerate(share.micro_batches):
-            loss = self._engine.forward_backward(batch, 1.0 / divisor, last=number == len(share.micro_batches) - 1)
-            value = float(loss.weighted_sum.detach())
-            finite.append(math.isfinite(value))
-            sums[0] += value
-            sums[1] += batch.tokens
-            sums[2:] += torch.cat([loss.block_sums, loss.block_counts]).double().cpu()
-        totals = self._sum([*sums.tolist(), self._engine.operations - operations])
+        losses = [
+            self._engine.forward_backward(batch, 1.0 / divisor, last=number == last)
+            for number, batch in enumerate(share.micro_batches)
+        ]
+        # Read back once a step: a read a micro-batch would hold the device up.
+        values = torch.stack([loss.weighted_sum for loss in losses]).double().tolist()
+        by_block = torch.stack([torch.cat([loss.block_sums, loss.block_counts]) for loss in losses]).double().sum(0).tolist()
+        tokens = float(sum(batch.tokens for batch in share.micro_batches))
+        totals = self._sum([sum(values), tokens, *by_block, self._engine.operations - operations])
         loss_value = totals[0] / divisor
         if not math.isfinite(loss_value):
-            self._refuse_loss(plan, step, share, finite)
+            self._refuse_loss(plan, step, share, losses)
         rate = learning_rate(stage, step, plan.steps)
         norm = self._engine.step(rate)
         self._operations += totals[-1]
         half = self._engine.blocks + 1
         block_sums, block_counts = totals[2 : 2 + half], totals[2 + half : 2 + 2 * half]
-        by_block = [s / c if c else None for s, c in zip(block_sums, block_counts, strict=True)][1:]
-        while by_block and by_block[-1] is None:
-            by_block.pop()
+        block_losses = [s / c if c else None for s, c in zip(block_sums, block_counts, strict=True)][1:]
+        while block_losses and block_losses[-1] is None:
+            block_losses.pop()
         done = step + 1
         state = TrainingState(
             plan.name,
@@ -199,11 +202,13 @@ class Trainer:
             "step": state.step,
             "samples": state.samples,
             "loss": loss_value,
-            "block_loss": by_block,
+            "block_loss": block_losses,
             "learning_rate": rate,
             "grad_norm": norm,
             "batch_samples": batch_samples,
             "tokens": int(totals[1]),
+            "packing_efficiency": share.packing.efficiency,
+            "packing_balance": share.packing.balance,
             "operations": self._operations,
         }
         return state, line, known[1] > 0
@@ -226,9 +231,13 @@ class Trainer:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def _refuse_loss(self, plan: StagePlan, step: int, share: RankShare, finite: list[bool]) -> None:
-        micro = self._recipe.optimizer.micro_batch
-        bad = [s.line for i, ok in enumerate(finite) if not ok for s in share.samples[i * micro : (i + 1) * micro]]
+    def _refuse_loss(self, plan: StagePlan, step: int, share: RankShare, losses: list[ReadoutLoss]) -> None:
+        bad = [
+            samples[i].line
+            for loss, batch, samples in zip(losses, share.micro_batches, share.samples, strict=True)
+            for i in batch.rows_at(~loss.token_losses.isfinite())
+            if samples
+        ]
         gathered: list[Any] = [None] * self._process.ranks
         dist.all_gather_object(gathered, bad)
         lines = sorted({line for part in gathered for line in part})
@@ -320,8 +329,9 @@ class Trainer:
         model = self._engine.module
         model.eval()
         use_plain_attention(bare_model(model))
-        texts = block_answers(model, self._foundation.tokenizer, [s.question for s in asked], blocks, decoding)
-        use_rim_attention(bare_model(model))
+        bidirectional = recipe.memory.inside_block == "bidirectional"
+        texts = block_answers(model, self._foundation.tokenizer, [s.question for s in asked], blocks, decoding, bidirectional)
+        use_rim_attention(bare_model(model), self._foundation.attention.path)
         gathered: list[Any] = [None] * process.ranks
         dist.all_gather_object(gathered, list(zip(mine, texts, strict=False)))
         beat(f"evaluation after step {state.step}")
@@ -363,7 +373,7 @@ class Trainer:
         self._progress.say(
             f"{self._recipe.run.name}: method {self._recipe.method}, {stages}; ZeRO-{self._recipe.parallel.zero_stage} on "
             f"{self._process.ranks} rank(s) of {self._process.device.partition(':')[0]}, {self._recipe.model.dtype}; "
-            "attention dense"
+            f"attention {self._foundation.attention.path} ({self._foundation.attention.reason})"
         )
         if self._questions and (note := padding_note(self._foundation.tokenizer)):
             self._progress.say(note)
@@ -392,11 +402,15 @@ class Trainer:
     def _finish(self) -> None:
         """First rank: the export, from the last checkpoint by the same code as `rim-dist export`, and the curves."""
         try:
-            export_checkpoint(self._checkpoints, self._folder / "hf")
+            if self._recipe.exportable:
+                export_checkpoint(self._checkpoints, self._folder / "hf")
             draw_curves(read_metrics(self._folder / "metrics.jsonl"), self._folder / "report" / "curves.png")
         except OSError as error:
             raise TrainingError(f"{self._folder}: the report cannot be written ({error.strerror or error})") from error
-        print(f"done: {self._folder / 'hf'} is a plain HF folder", file=sys.stderr, flush=True)
+        result = f"{self._folder / 'hf'} is a plain HF folder"
+        if not self._recipe.exportable:
+            result = "blocks that are bidirectional inside are not exported: no server runs them"
+        print(f"done: {result}", file=sys.stderr, flush=True)
 
 
 def prepare_run(recipe: Recipe) -> tuple[Foundation, SampleStream]:

@@ -1,0 +1,68 @@
+"""FlexAttention with a block mask made from the predicate: one kernel for the whole packed row, on CUDA.
+
+On a CPU PyTorch has no backward pass for it; there its forward serves to test this module against the other paths.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from rim_dist.attention.visibility import RowLayout
+
+
+@functools.cache
+def _kernel(device_type: str) -> Any:
+    # Uncompiled it materialises all scores; compiling is what makes it a kernel. Rows differ in length from batch to batch.
+    return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
+
+
+def block_mask(layout: RowLayout, sliding_window: int | None = None) -> BlockMask:
+    """The block mask of a packed row, built once per batch and window."""
+    key = ("flex", sliding_window)
+    if key not in layout.cache:
+        row = layout.queries.map(lambda t: t[0])
+        length, device = row.segment.shape[0], row.segment.device
+
+        def seen(_row: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            return layout.mask(row.map(lambda t: t[query]), row.map(lambda t: t[key]), sliding_window)
+
+        layout.cache[key] = create_block_mask(
+            seen, None, None, length, length, device=str(device), _compile=device.type == "cuda"
+        )
+    return layout.cache[key]
+
+
+def flex_path(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: RowLayout,
+    scale: float | None,
+    dropout: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention `[1, seq, heads, head_dim]` of a packed row; `query` `[1, heads, seq, head_dim]`, key/value with KV heads.
+
+    FlexAttention has no dropout: `choose_path` refuses the pair, `dropout` is 0 here.
+    """
+    assert dropout == 0.0
+
+    def cap(score: torch.Tensor, *_place: Any) -> torch.Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
+
+    output = _kernel(query.device.type)(
+        query,
+        key,
+        value,
+        score_mod=cap if softcap is not None else None,
+        block_mask=block_mask(layout, sliding_window),
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2)

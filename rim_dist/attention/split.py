@@ -1,0 +1,283 @@
+"""Attention sample by sample, without any mask over a whole row: on every device, with memory linear in the row.
+
+Question and memory of a sample are one plain causal call. Its readouts are a second call over the sample's keys, under a
+mask of readout tokens x sample tokens. Where that mask would be large (many or long blocks), readouts are taken in groups:
+the blocks that a whole group sees need no mask; the few keys left get a small one, and the parts are merged by their
+log-sum-exp, as blockwise attention does. Samples of the same shape that stand side by side share one call.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from rim_dist.attention.dense import masked_attention
+from rim_dist.attention.visibility import Places, RowLayout, Span
+
+MASK_ENTRIES = 1 << 20  # largest mask of one call
+CHUNK = 512  # queries of one call where a window or a softcap rules out the plain causal kernel
+
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Keys of a sample in `ranges` (start, stop): all seen (no mask), seen as an additive `mask` says, or causally."""
+
+    ranges: tuple[Range, ...]
+    mask: torch.Tensor | None = None
+    causal: bool = False
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part's keys (or values) of `[rows, heads, seq, head_dim]`."""
+        pieces = [tensor[:, :, start:stop] for start, stop in self.ranges]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Queries `start` .. `stop` - 1 of a sample over some parts of its keys."""
+
+    start: int
+    stop: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` samples of one shape, `length` tokens each, side by side; `calls` cover a sample's queries in order."""
+
+    count: int
+    length: int
+    calls: tuple[Call, ...]
+
+
+def split_plan(layout: RowLayout, sliding_window: int | None, dtype: torch.dtype, whole_masks: bool) -> list[Group]:
+    """The calls for every sample, built once per batch and window.
+
+    `whole_masks`: one mask over all readouts of a sample, whatever its size (where parts cannot be merged).
+    """
+    key = ("split", sliding_window, dtype, whole_masks)
+    if key not in layout.cache:
+        groups = []
+        for _, same in itertools.groupby(layout.spans, key=lambda span: span.shape):
+            spans = list(same)
+            calls = _sample_calls(layout, spans[0], sliding_window, dtype, whole_masks)
+            groups.append(Group(len(spans), spans[0].length, tuple(calls)))
+        layout.cache[key] = groups
+    return layout.cache[key]
+
+
+def _sample_calls(layout: RowLayout, span: Span, window: int | None, dtype: torch.dtype, whole_masks: bool) -> Iterator[Call]:
+    def places(start: int, stop: int) -> Places:
+        return layout.queries.map(lambda t: t[0, span.start + start : span.start + stop])
+
+    def part(queries: Range, *ranges: Range) -> Part:
+        rows = places(*queries).map(lambda t: t[:, None])
+        at = torch.cat([torch.arange(*r) for r in ranges]).to(layout.queries.kind.device) + span.start
+        columns = layout.queries.map(lambda t: t[:, at])
+        seen = layout.mask(rows, columns, window)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+        return Part(ranges, mask)
+
+    # Positions run from 0 without gaps along every unrolled sequence; a window beyond the longest has no effect.
+    longest = max([span.prefix, *(span.question + b * span.block_size + n for b, n in span.readouts)])
+    if window is not None and window >= longest:
+        window = None
+    prefix = span.prefix
+    if layout.bidirectional:
+        if span.question:
+            yield Call(0, span.question, (Part(((0, span.question),), causal=True),))
+        for end in range(span.question + span.block_size, prefix + 1, span.block_size):
+            yield Call(end - span.block_size, end, (Part(((0, end),)),))
+    else:
+        plain = prefix if window is None else min(prefix, window)
+        yield Call(0, plain, (Part(((0, plain),), causal=True),))
+        for start in range(plain, prefix, CHUNK):
+            stop = min(start + CHUNK, prefix)
+            yield Call(start, stop, (part((start, stop), (max(0, start - (window or 0) + 1), stop)),))
+
+    if span.length == prefix:
+        return
+    if whole_masks or (span.length - prefix) * span.length <= MASK_ENTRIES:
+        yield Call(prefix, span.length, (part((prefix, span.length), (0, span.length)),))
+        return
+    start = prefix
+    for first, last, tokens in _readout_groups(span, window):
+        queries = (start, start + tokens)
+        shared, end = span.question + first * span.block_size, span.question + last * span.block_size
+        # A readout token sees itself, so that no row of a mask is empty.
+        parts: tuple[Part, ...]
+        if window is None:
+            parts = (Part(((0, shared),)), part(queries, (shared, end), queries))
+        else:
+            parts = (part(queries, (max(0, shared - window + 1), end), queries),)
+        yield Call(*queries, parts)
+        start += tokens
+
+
+def _readout_groups(span: Span, window: int | None) -> Iterator[tuple[int, int, int]]:
+    """First block, last block and tokens of readouts taken together: as many as `MASK_ENTRIES` allows, at least one."""
+    first = last = tokens = 0
+    for block, more in span.readouts:
+        masked = (block - first) * span.block_size + min(window or 0, span.prefix)
+        if tokens and (tokens + more) * max(masked, tokens + more) > MASK_ENTRIES:
+            yield first, last, tokens
+            first, tokens = block, 0
+        first, last, tokens = (first if tokens else block), block, tokens + more
+    yield first, last, tokens
+
+
+def split_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: RowLayout,
+    scale: float | None,
+    dropout: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention `[1, seq, heads, head_dim]` of a packed row; `query` `[1, heads, seq, head_dim]`, key/value with KV heads."""
+    # Parts are merged by PyTorch's CPU flash kernel, which returns the log-sum-exp and knows no dropout.
+    whole_masks = query.device.type != "cpu" or dropout > 0 or softcap is not None
+    groups = split_plan(layout, sliding_window, query.dtype, whole_masks)
+    sizes = [group.count * group.length for group in groups]
+    outputs: list[torch.Tensor] = []
+    for group, *tensors in zip(groups, *(t.split(sizes, dim=2) for t in (query, key, value)), strict=True):
+        # [1, heads, count x length, head_dim] -> [count, heads, length, head_dim], a view
+        q, k, v = (t[0].unflatten(1, (group.count, group.length)).transpose(0, 1) for t in tensors)
+        pieces = [
+            _run_call(part, k, v, call, scale, dropout, softcap).transpose(1, 2)
+            for part, call in zip(q.split([c.stop - c.start for c in group.calls], dim=2), group.calls, strict=True)
+        ]
+        if group.count > 1 and len(pieces) > 1:
+            pieces = [torch.cat(pieces, dim=1)]
+        outputs += [piece.flatten(0, 1) for piece in pieces]
+    return torch.cat(outputs).unsqueeze(0)
+
+
+def _run_call(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    call: Call,
+    scale: float | None,
+    dropout: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    if len(call.parts) > 1:
+        return _MergedParts.apply(query, key, value, call, scale)
+    (part,) = call.parts
+    key, value = part.of(key), part.of(value)
+    if softcap is not None:
+        return _softcapped(query, key, value, part, scale, dropout, softcap)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=part.mask,
+        is_causal=part.causal,
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _softcapped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, part: Part, scale: float | None, dropout: float, softcap: float
+) -> torch.Tensor:
+    """No kernel of PyTorch's caps scores but FlexAttention: scores in full, some queries at a time, kept for no backward."""
+
+    def some(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torch.Tensor:
+        if part.causal:
+            at = torch.arange(start, start + q.shape[2], device=q.device)
+            seen = at[:, None] >= torch.arange(k.shape[2], device=q.device)
+        elif part.mask is not None:
+            seen = part.mask[start : start + q.shape[2]] == 0
+        else:
+            seen = torch.ones((), dtype=torch.bool, device=q.device)
+        return masked_attention(q, k, v, seen, scale, dropout, softcap)
+
+    outputs = []
+    for start in range(0, query.shape[2], CHUNK):
+        q = query[:, :, start : start + CHUNK]
+        stop = start + q.shape[2] if part.causal else key.shape[2]
+        arguments = (q, key[:, :, :stop], value[:, :, :stop], start)
+        if q.shape[2] * stop > CHUNK * CHUNK:
+            outputs.append(checkpoint(some, *arguments, use_reentrant=False))
+        else:
+            outputs.append(some(*arguments))
+    return torch.cat(outputs, dim=2)
+
+
+class _MergedParts(torch.autograd.Function):
+    """Attention over parts of the keys, each by the CPU flash kernel, merged by their log-sum-exp.
+
+    With the merged output and log-sum-exp handed to it, the kernel's backward pass gives each part's share of the exact
+    gradient: softmax weights are exp(score - log-sum-exp) wherever the keys stand.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, scale: float | None
+    ) -> torch.Tensor:
+        folded = _fold(query, key.shape[1])
+        groups = query.shape[1] // key.shape[1]
+        outputs, sums = [], []
+        for part in call.parts:
+            output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                folded, part.of(key), part.of(value), 0.0, False, attn_mask=_tile(part.mask, groups), scale=scale
+            )
+            outputs.append(output)
+            sums.append(log_sum)
+        merged_sum = torch.logsumexp(torch.stack(sums), dim=0)
+        merged = torch.zeros_like(outputs[0], dtype=torch.float32)
+        for output, log_sum in zip(outputs, sums, strict=True):
+            merged += output.float() * torch.exp(log_sum - merged_sum).unsqueeze(-1)
+        merged = merged.to(query.dtype)
+        ctx.save_for_backward(folded, key, value, merged, merged_sum)
+        ctx.call, ctx.scale, ctx.shape, ctx.groups = call, scale, query.shape, groups
+        return merged.reshape(query.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        folded, key, value, merged, merged_sum = ctx.saved_tensors
+        gradient = _fold(gradient, key.shape[1])
+        d_query = torch.zeros_like(folded, dtype=torch.float32)
+        d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
+        for part in ctx.call.parts:
+            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                gradient,
+                folded,
+                part.of(key),
+                part.of(value),
+                merged,
+                merged_sum,
+                0.0,
+                False,
+                attn_mask=_tile(part.mask, ctx.groups),
+                scale=ctx.scale,
+            )
+            d_query += dq
+            sizes = [stop - start for start, stop in part.ranges]
+            for whole, piece in ((d_key, dk), (d_value, dv)):
+                for (start, stop), share in zip(part.ranges, piece.split(sizes, dim=2), strict=True):
+                    whole[:, :, start:stop] += share
+        return d_query.to(gradient.dtype).reshape(ctx.shape), d_key, d_value, None, None
+
+
+def _fold(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """`[rows, heads, queries, dim]` -> `[rows, KV heads, groups x queries, dim]`: grouped heads as more queries."""
+    return tensor.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+
+
+def _tile(mask: torch.Tensor | None, groups: int) -> torch.Tensor | None:
+    return None if mask is None else mask.repeat(groups, 1)[None, None]

@@ -1,0 +1,69 @@
+"""The loss inside the model's forward: hidden states from the backbone, then the head at supervised positions only.
+
+The model is not wrapped, so that its parameters keep their names, and the head is called as the module it is, so that
+ZeRO-3 gathers its weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rim_dist.data.rows import Batch, Targets
+from rim_dist.errors import ModelError
+from rim_dist.objective.loss import HeadWeights, LogitRule, weighted_cross_entropy
+
+
+def head_weights(head: nn.Module) -> HeadWeights:
+    """The weights of an output head: a linear layer, or one that peft wrapped to train some of its rows."""
+    adapter = getattr(head, "token_adapter", None)
+    linear = head if adapter is None else adapter.get_base_layer()
+    if not isinstance(linear, nn.Linear):
+        raise ModelError(f"the output head is a {type(linear).__name__}; a linear layer is what the loss can be computed from")
+    if adapter is None:
+        return HeadWeights(linear.weight, linear.bias)
+    (name,) = adapter.active_adapters
+    rows = adapter.trainable_tokens_delta[name]
+    return HeadWeights(linear.weight, linear.bias, rows, tuple(adapter.token_indices[name]))
+
+
+def install_readout_loss(model: PreTrainedModel) -> None:
+    """Let the model's forward take `rim_targets`: it then returns (weighted loss sum, token losses `[targets]`).
+
+    Without the keyword the forward is unchanged. Raises ModelError for a head that is no linear layer.
+    """
+    head = model.get_output_embeddings()
+    rule = LogitRule.of(model.config)
+    head_weights(head)
+    plain_forward, plain_head = model.forward, head.forward
+
+    @functools.wraps(plain_head)
+    def head_forward(*args: Any, rim_targets: Targets | None = None, gradient_scale: float = 1.0, **keywords: Any) -> Any:
+        if rim_targets is None:
+            return plain_head(*args, **keywords)
+        return weighted_cross_entropy(args[0], head_weights(head), rule, rim_targets, gradient_scale)
+
+    @functools.wraps(plain_forward)
+    def forward(*args: Any, rim_targets: Targets | None = None, gradient_scale: float = 1.0, **keywords: Any) -> Any:
+        if rim_targets is None:
+            return plain_forward(*args, **keywords)
+        wanted = {name: keywords[name] for name in ("input_ids", "position_ids", "rim_layout")}
+        hidden = model.base_model(**wanted, use_cache=False)[0]
+        return head(hidden[0].index_select(0, rim_targets.column), rim_targets=rim_targets, gradient_scale=gradient_scale)
+
+    head.forward, model.forward = head_forward, forward
+
+
+def run_batch(model: nn.Module, batch: Batch, gradient_scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weighted loss sum, token losses) of a batch by a model, or an engine around it, with the readout loss installed."""
+    return model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        rim_layout=batch.layout,
+        rim_targets=batch.targets,
+        gradient_scale=gradient_scale,
+    )
