@@ -124,8 +124,20 @@ def lost_steps(run: Path) -> list[int]:
 
 def job_output(run: Path) -> str:
     """What the run's jobs printed, without the lines of steps."""
-    lines = [line for path in run.parent.glob("slurm-*.out") for line in path.read_text(errors="replace").splitlines()]
+    lines = [
+        line
+        for path in [*run.parent.glob("slurm-*.out"), *run.glob("logs/slurm-*.out")]
+        for line in path.read_text(errors="replace").splitlines()
+    ]
     return "\n".join(line for line in lines if not re.search(r"\| stage\d step", line))
+
+
+def complete(cluster: Cluster, job: str, run: Path, seconds: float) -> None:
+    """Wait until a job is COMPLETED; what it printed if it does not come to that."""
+    try:
+        cluster.wait(job, "COMPLETED", seconds)
+    except (AssertionError, TimeoutError) as error:
+        raise AssertionError(f"{error}\n{job_output(run)}") from None
 
 
 def rank_processes(run: Path, rank: int) -> list[int]:

@@ -17,6 +17,7 @@ import pytest
 from slurm_cluster import Cluster, missing
 from slurm_jobs import (
     LONG,
+    complete,
     job_output,
     last_step,
     lost_steps,
@@ -64,7 +65,7 @@ def healthy(cluster: Cluster) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    cluster.wait(train_job(cluster, steps_recipe(folder, "run")), "COMPLETED", 240)
+    complete(cluster, train_job(cluster, steps_recipe(folder, "run")), folder / "run", 240)
     return folder / "run"
 
 
@@ -72,16 +73,13 @@ def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> P
 def undisturbed_long(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twice as many steps, for what SLURM takes half a minute to notice."""
     folder = tmp_path_factory.mktemp("long")
-    cluster.wait(train_job(cluster, steps_recipe(folder, "run", steps=300)), "COMPLETED", 240)
+    complete(cluster, train_job(cluster, steps_recipe(folder, "run", steps=300)), folder / "run", 240)
     return folder / "run"
 
 
 def finish(cluster: Cluster, job: str, run: Path, undisturbed: Path, what: str, began: float, seconds: float = 300) -> None:
     """The job completes, the parameters are those of the undisturbed run, and little was done twice."""
-    try:
-        cluster.wait(job, "COMPLETED", seconds)
-    except (AssertionError, TimeoutError) as error:
-        raise AssertionError(f"{error}\n{job_output(run)}") from None
+    complete(cluster, job, run, seconds)
     lost, starts = lost_steps(run), starts_of(run)
     print(f"\n| {what} | {len(starts) - 1} | {max(lost, default=0)} | {time.monotonic() - began:.0f} |", flush=True)
     assert len(starts) >= 2, "the run was not disturbed"

@@ -15,7 +15,7 @@ import pytest
 from conftest import tiny_recipe, write_recipe
 from ranks import ROOT, run
 from slurm_cluster import Cluster, missing
-from slurm_jobs import DEMO_CUT, JOB_ENVIRONMENT, LONG, job_output, last_step, losses, shape, steps_recipe, until
+from slurm_jobs import DEMO_CUT, JOB_ENVIRONMENT, LONG, complete, last_step, losses, shape, steps_recipe, until
 
 from rim_dist.cluster.starts import starts_of
 from rim_dist.cluster.status import run_status
@@ -68,10 +68,7 @@ def test_every_launcher_equals_one_process(
         **JOB_ENVIRONMENT,
         RIM_LAUNCHER=launcher,
     )
-    try:
-        cluster.wait(job, "COMPLETED", 300)
-    except (AssertionError, TimeoutError) as error:
-        raise AssertionError(f"{error}\n{job_output(tmp_path / 'several')}") from None
+    complete(cluster, job, tmp_path / "several", 300)
     found = losses(tmp_path / "several")
     assert [line[:2] for line in found] == [line[:2] for line in one_process]
     assert len(found) == 40
@@ -111,12 +108,8 @@ def test_chain_goes_from_nothing_to_an_export_that_answers(cluster: Cluster, tmp
     jobs = curriculum(cluster, chain_recipe(tmp_path))
     folder = tmp_path / "chain"
     assert len(jobs) == 5
-    try:
-        for job in jobs:
-            cluster.wait(job, "COMPLETED", 200)
-    except (AssertionError, TimeoutError) as error:
-        output = "\n".join(path.read_text()[-2000:] for path in folder.glob("logs/slurm-*.out"))
-        raise AssertionError(f"{error}\n{output}") from None
+    for job in jobs:
+        complete(cluster, job, folder, 200)
     print(f"\nchain of 5 jobs: {time.monotonic() - began:.0f} s", flush=True)
     times = [cluster.job(job)[name] for job in jobs for name in ("StartTime", "EndTime")]
     assert times == sorted(times), "each job began after the one before it"
