@@ -17,8 +17,14 @@ rim_site() {
     RIM_SBATCH_EXTRA=()
     RIM_CONTAINER=()
     if [[ -f $RIM_SITE ]]; then
+        # The ranks see the site's settings; what was set for this job goes before them.
+        local given
+        given=$(export -p | grep '^declare -x RIM_' | sed 's/^declare -x/declare -gx/' || true)
+        set -a
         # shellcheck disable=SC1090  # the user's file
         source "$RIM_SITE"
+        set +a
+        eval "$given"
     fi
     export RIM_SLURM RIM_HOME RIM_SITE
 }

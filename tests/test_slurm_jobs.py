@@ -83,7 +83,7 @@ def test_every_launcher_equals_one_process(
     assert not list(start.folder.glob("ended-*"))
 
 
-def curriculum(cluster: Cluster, recipe: Path, *overrides: str) -> list[str]:
+def curriculum(cluster: Cluster, recipe: Path, *overrides: str, **environment: str) -> list[str]:
     """Start the chain; returns its job ids."""
     output = cluster.client(
         "slurm/curriculum.sh",
@@ -99,13 +99,14 @@ def curriculum(cluster: Cluster, recipe: Path, *overrides: str) -> list[str]:
 
 def chain_recipe(folder: Path) -> Path:
     # A container is a command in front of python: here one that leaves a mark in the environment.
-    (folder / "site.env").write_text("RIM_PARTITION=batch\nRIM_CONTAINER=(env RIM_IN_CONTAINER=1)\n")
+    settings = "RIM_PARTITION=batch\nRIM_CONTAINER=(env RIM_IN_CONTAINER=1)\nRIM_HANG_MINUTES=7\nRIM_LAUNCHER=torchrun\n"
+    (folder / "site.env").write_text(settings)
     return write_recipe(folder / "recipe.yaml", tiny_recipe(folder, run={"name": "chain"}, parallel={"zero_stage": 1}))
 
 
 def test_chain_goes_from_nothing_to_an_export_that_answers(cluster: Cluster, tmp_path: Path) -> None:
     began = time.monotonic()
-    jobs = curriculum(cluster, chain_recipe(tmp_path))
+    jobs = curriculum(cluster, chain_recipe(tmp_path), RIM_LAUNCHER="srun")
     folder = tmp_path / "chain"
     assert len(jobs) == 5
     for job in jobs:
@@ -125,7 +126,11 @@ def test_chain_goes_from_nothing_to_an_export_that_answers(cluster: Cluster, tmp
     # Two jobs trained what one run trains: the second stage began where the first job had saved.
     assert "resumed from" in (starts_of(folder)[1].folder / "rank-00000.log").read_text()
     assert run_status(folder).state == "finished"
-    assert all(start.record["environment"]["RIM_IN_CONTAINER"] == "1" for start in starts_of(folder))
+    for start in starts_of(folder):
+        seen = {name: start.record["environment"][f"RIM_{name}"] for name in ("IN_CONTAINER", "HANG_MINUTES", "LAUNCHER")}
+        assert seen == {"IN_CONTAINER": "1", "HANG_MINUTES": "7", "LAUNCHER": "srun"}, (
+            "the job's own choice goes before the site's"
+        )
 
 
 def test_failing_stage_leaves_nothing_in_the_queue(cluster: Cluster, tmp_path: Path) -> None:

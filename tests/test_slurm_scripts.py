@@ -77,9 +77,7 @@ def dry_run(recipe: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> st
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "script", [*SCRIPTS, ROOT / "slurm" / "lib.sh", ROOT / "slurm" / "curriculum.sh"], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_scripts_are_clean(script: Path) -> None:
     lint(script.read_text())
     counted, ignored = options_of(script.read_text())

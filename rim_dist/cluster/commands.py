@@ -71,7 +71,7 @@ _OPTIONS = (
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from rim_dist.cluster.submit import Request, _options, render, submit
+    from rim_dist.cluster.submit import Request, parse_options, render, submit
     from rim_dist.config import load_recipe
     from rim_dist.training.folder import check_run_folder
 
@@ -79,7 +79,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--chain: {arguments.chain} is not allowed; allowed: 1 or more")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     check_run_folder(recipe)
-    options = _options(arguments.sbatch, "--sbatch")
+    options = parse_options(arguments.sbatch, "--sbatch")
     for flag, option, _ in _OPTIONS:
         value = getattr(arguments, flag.removeprefix("--").replace("-", "_"))
         if value is not None:

@@ -30,7 +30,7 @@ class Request:
     until: str | None = None
 
 
-def _options(arguments: Sequence[str], origin: str) -> dict[str, str]:
+def parse_options(arguments: Sequence[str], origin: str) -> dict[str, str]:
     """`--name=value` words by name; a flag without a value has an empty one."""
     found: dict[str, str] = {}
     for argument in arguments:
@@ -52,7 +52,7 @@ def _template() -> tuple[dict[str, str], str]:
         ) from None
     header = [line.removeprefix("#SBATCH ").strip() for line in lines if line.startswith("#SBATCH ")]
     body = "".join(line for line in lines[1:] if not line.startswith("#SBATCH "))
-    return _options(header, str(path)), body
+    return parse_options(header, str(path)), body
 
 
 def job_options(recipe: Recipe, request: Request) -> dict[str, str]:
@@ -60,7 +60,7 @@ def job_options(recipe: Recipe, request: Request) -> dict[str, str]:
     options, _ = _template()
     options["--job-name"] = f"rim-{recipe.run.name}"
     options["--output"] = f"{recipe.folder.resolve()}/logs/slurm-%j.out"
-    options.update(_options(site_arguments(request.site), request.site or "site.env"))
+    options.update(parse_options(site_arguments(request.site), request.site or "site.env"))
     options.update(request.options)
     counts = {}
     for name in ("--nodes", "--ntasks-per-node"):
