@@ -40,6 +40,7 @@ setup(
     ],
     extras_require={
         "mpi": ["openmpi>=5"],
+        "cuda": ["cut-cross-entropy>=25.1"],
         "tensorboard": ["tensorboard>=2.21"],
         "dev": [
             "pytest>=9",

@@ -98,6 +98,9 @@ def machine() -> dict[str, str]:
     }
 
 
+_ABOUT = machine()  # before anything is measured: the code may change while a long benchmark runs
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
@@ -105,7 +108,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def publish(name: str, title: str, text: str, figures: Any, quick: bool) -> None:
     """Print a result; a full run also leaves it in `benchmarks/results/`, as a page and as JSON."""
-    about = machine()
+    about = _ABOUT
     page = f"# {title}\n\n" + "".join(f"- {key}: {value}\n" for key, value in about.items()) + f"\n{text}"
     print(page)
     if not quick:

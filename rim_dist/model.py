@@ -175,13 +175,18 @@ def build_model(recipe: Recipe, foundation: Foundation) -> PreTrainedModel:
     if section.lora is not None:
         model = add_adapters(model, recipe, foundation.tokens)
     if section.activation_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        if section.activation_offload:
-            bare_model(model)._set_gradient_checkpointing(True, _offloaded_checkpoint)
+        recompute_layers(bare_model(model), section.activation_offload)
         if section.lora is not None:
             model.enable_input_require_grads()
     install_readout_loss(bare_model(model))
     return model
+
+
+def recompute_layers(model: PreTrainedModel, offload: bool) -> None:
+    """Activation checkpointing: keep each layer's input only (`offload`: in CPU memory) and run the layer again in backward."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if offload:
+        model._set_gradient_checkpointing(True, _offloaded_checkpoint)
 
 
 def _offloaded_checkpoint(layer: Any, hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:

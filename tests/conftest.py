@@ -68,6 +68,15 @@ def tiny_recipe(folder: Path, **sections: object) -> dict:
     return recipe
 
 
+def partitioned(folder: Path) -> str:
+    """A ZeRO-3 configuration in which even the tiny model's parameters are really partitioned."""
+    path = folder / "zero3.json"
+    tree = json.loads((Path(__file__).parents[1] / "ds_configs" / "zero3.json").read_text())
+    tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    path.write_text(json.dumps(tree))
+    return str(path)
+
+
 def write_recipe(path: Path, recipe: dict) -> Path:
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path

@@ -14,7 +14,7 @@ from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT
 from rim_dist.config import Recipe
 from rim_dist.data.loader import BatchLoader, plan_stages
 from rim_dist.data.rows import Readout, Row
-from rim_dist.model import build_model
+from rim_dist.model import bare_model, build_model, set_dropout
 from rim_dist.training.schedule import learning_rate
 from rim_dist.training.trainer import prepare_run
 
@@ -83,13 +83,15 @@ def train_one_process(recipe: Recipe) -> list[tuple[float, float]]:
     """(loss, gradient norm) of every step by a bare loop: unrolled runs, one sample at a time, torch's AdamW, no DeepSpeed."""
     foundation, data = prepare_run(recipe)
     model = build_model(recipe, foundation)
-    use_plain_attention(model)
+    use_plain_attention(bare_model(model))
+    set_dropout(model, 0.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
     block = foundation.tokens.block
     results = []
     for plan in plan_stages(recipe, len(data)):
         section = recipe.curriculum.stage(plan.name)
         optimizer = torch.optim.AdamW(
-            model.parameters(),
+            trained,
             lr=0.0,
             betas=(recipe.optimizer.beta1, recipe.optimizer.beta2),
             eps=recipe.optimizer.eps,
@@ -105,7 +107,7 @@ def train_one_process(recipe: Recipe) -> list[tuple[float, float]]:
             loss = loss / weight
             optimizer.zero_grad()
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.gradient_clipping or 1e9)
+            norm = torch.nn.utils.clip_grad_norm_(trained, recipe.optimizer.gradient_clipping or 1e9)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(section, step, plan.steps)
             optimizer.step()

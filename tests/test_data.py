@@ -187,6 +187,13 @@ def test_too_long_too_many_steps_and_memory_text(recipe_file: Make, tmp_path: Pa
         "more than curriculum.stage1.max_steps=4 steps": 1,
         "the text contains a memory token": 1,
     }
+    # A row holds all readouts, so it can be longer than any plain sequence that it stands for.
+    prepared, _ = open_prepared(
+        recipe_file(data=section, optimizer={"micro_batch_tokens": 20}, memory={"blocks": 2}), tmp_path / "c"
+    )
+    assert prepared.report.skipped["its row is above optimizer.micro_batch_tokens=20"] == 0
+    with pytest.raises(DataError, match=r"no usable sample .*1 rows: its row is above optimizer.micro_batch_tokens=12"):
+        open_prepared(recipe_file(data=section, optimizer={"micro_batch_tokens": 12}, memory={"blocks": 2}), tmp_path / "c")
     cut = {"stage1": {"samples": 64, "max_steps": 4, "longer": "truncate"}, "stage2": {"samples": 64}}
     prepared, _ = open_prepared(recipe_file(data=section, curriculum=cut), tmp_path / "c")
     assert (prepared.report.used, prepared.report.truncated) == (2, 1)

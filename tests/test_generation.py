@@ -93,6 +93,7 @@ def test_bidirectional_blocks_are_decoded_as_trained() -> None:
 
     model = build("Llama").eval()
     question = QUESTIONS[1]
+    prompts = [question + BLOCK * 3, [9] + BLOCK * 3]
     seen: list[torch.Tensor] = []
     hook = model.register_forward_hook(lambda _m, _a, output: seen.append(output.logits))
     answers = [

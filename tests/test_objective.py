@@ -12,7 +12,7 @@ from rim_dist.data.rows import Readout, Row, pack
 from rim_dist.evaluation.scoring import extract_answer, same_answer
 from rim_dist.objective import loss as loss_module
 from rim_dist.objective.curriculum import longest_row, longest_sequence, sample_row, stage1_weights, stage2_weights
-from rim_dist.objective.loss import HeadWeights, LogitRule, ReadoutLoss, weighted_cross_entropy
+from rim_dist.objective.loss import HeadWeights, LogitRule, ReadoutLoss, plain_cross_entropy, weighted_cross_entropy
 from rim_dist.training.schedule import learning_rate
 
 BLOCK = [90, 91, 92]
@@ -163,12 +163,16 @@ def test_chunked_loss_is_the_plain_one(
 
     wanted = leaves()
     weight = wanted[1].index_copy(0, torch.tensor(ids), wanted[-1]) if rows else wanted[1]
-    logits = torch.nn.functional.linear(wanted[0], weight, wanted[2] if bias else None) * rule.scale
+    logits = torch.nn.functional.linear(wanted[0], weight, wanted[2] if bias else None)
+    in_full = plain_cross_entropy(logits.detach(), rule, batch.targets)
+    logits = logits * rule.scale
     if rule.softcap is not None:
         logits = rule.softcap * torch.tanh(logits / rule.softcap)
     losses = torch.nn.functional.cross_entropy(logits, batch.targets.label, reduction="none")
     ((losses * batch.targets.weight).sum() * 0.5).backward()
-    assert torch.allclose(token_losses, losses, rtol=1e-5, atol=1e-6)
+    for found in (token_losses, in_full[1]):
+        assert torch.allclose(found, losses, rtol=1e-5, atol=1e-6)
+    assert float(in_full[0]) == pytest.approx(float(total), rel=1e-5)
     for a, b in zip(ours, wanted, strict=True):
         if b.grad is None:
             assert a.grad is None

@@ -7,10 +7,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
-from families import BLOCK, FAMILIES, PATHS, REFUSED, build, measure, pack_samples, random_samples, refusal
+from families import BLOCK, FAMILIES, PATHS, REFUSED, build, gradients, measure, pack_samples, random_samples, refusal
 from oracle import plain_row
 
 from rim_dist.attention import split
@@ -20,6 +21,8 @@ from rim_dist.attention.split import split_plan
 from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT, Places, RowLayout, visible
 from rim_dist.data.rows import Batch, Readout, Row, pack
 from rim_dist.errors import ConfigError, ModelError
+from rim_dist.model import recompute_layers
+from rim_dist.objective.forward import install_readout_loss, run_batch
 
 LAYERS = torch.nn.Identity()
 
@@ -90,8 +93,6 @@ def test_no_sample_sees_another(path: str) -> None:
 
 
 def test_paths_agree_in_every_block_loss() -> None:
-    from rim_dist.objective.forward import install_readout_loss, run_batch
-
     model = build("Llama").eval()
     install_readout_loss(model)
     batch = pack_samples(random_samples(5))
@@ -102,6 +103,46 @@ def test_paths_agree_in_every_block_loss() -> None:
             losses[path] = run_batch(model, batch)[1]
     for path in ("split", "flex"):
         assert torch.allclose(losses[path], losses["dense"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_recomputed_layers_give_the_same_gradients(offload: bool) -> None:
+    """Activation checkpointing, with and without its inputs in CPU memory, on the split path."""
+    found = []
+    for checkpointing in (False, True):
+        model = build("Llama").train()
+        install_readout_loss(model)
+        use_rim_attention(model, "split")
+        if checkpointing:
+            recompute_layers(model, offload)
+        weighted_sum, _ = run_batch(model, pack_samples(random_samples(2)))
+        weighted_sum.backward()
+        found.append(gradients(model))
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+
+
+@pytest.mark.parametrize("modules", [["lm_head", "q_proj"], ["q_proj"]])
+def test_heads_that_peft_wraps(modules: list[str]) -> None:
+    """Adapters on the head, or trained rows in it: the loss is that of the model's own logits, and so are all gradients."""
+    rows = {} if "lm_head" in modules else {"embed_tokens": [94, 95, 96], "lm_head": [94, 95, 96]}
+    config = peft.LoraConfig(r=2, target_modules=modules, init_lora_weights=False, trainable_token_indices=rows or None)
+    model = peft.get_peft_model(build("Llama"), config)
+    bare = model.get_base_model()
+    use_rim_attention(bare, "split")
+    install_readout_loss(bare)
+    batch = pack_samples(random_samples(1))
+    run_batch(model, batch)[0].backward()
+    got = gradients(model)
+    logits = model(batch.input_ids, position_ids=batch.position_ids, rim_layout=batch.layout, use_cache=False).logits[0]
+    losses = torch.nn.functional.cross_entropy(logits[batch.targets.column], batch.targets.label, reduction="none")
+    (losses * batch.targets.weight).sum().backward()
+    wanted = gradients(model)
+    assert got.keys() == wanted.keys()
+    assert len(wanted) > (6 if rows else 7)
+    largest = max(float(g.abs().max()) for g in wanted.values())
+    for name, gradient in wanted.items():
+        assert float((got[name] - gradient).abs().max()) <= 1e-5 * largest, name
 
 
 def test_packed_rows_are_the_plain_rows() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from conftest import TINY_MODEL, tiny_recipe, write_recipe
+from conftest import TINY_MODEL, partitioned, tiny_recipe, write_recipe
 from oracle import train_one_process
-from ranks import ROOT, run
+from ranks import run
 
 from rim_dist.config import STAGE_NAMES, load_recipe
 from rim_dist.training.metrics import read_metrics
@@ -55,15 +54,6 @@ def demo_like(folder: Path, stage: str, **parallel: object) -> dict:
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[float, float]]]:
     folder = tmp_path_factory.mktemp("reference")
     return {s: train_one_process(load_recipe(write_recipe(folder / "r.yaml", demo_like(folder, s)))) for s in STAGE_NAMES}
-
-
-def partitioned(folder: Path) -> str:
-    """A ZeRO-3 configuration in which even the tiny model's parameters are really partitioned."""
-    path = folder / "zero3.json"
-    tree = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
-    tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    path.write_text(json.dumps(tree))
-    return str(path)
 
 
 @pytest.mark.timeout(900)

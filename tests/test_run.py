@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL
+from conftest import TINY_MODEL, partitioned
 from oracle import train_one_process
 from ranks import ROOT, run
 from safetensors.torch import load_file, safe_open
@@ -280,7 +280,7 @@ def test_begin_of_text_comes_once_where_the_tokenizer_adds_it() -> None:
 def test_lora_trains_adapters_and_memory_rows_only(
     trained: Path, tmp_path: Path, recipe_file: Make, zero: int, dtype: str, ranks: int
 ) -> None:
-    """Old rows and base weights stay, memory rows move, the merged export is plain."""
+    """Old rows and base weights stay, memory rows move, the merged export is plain; the steps are those of a bare loop."""
     start = tmp_path / "start"
     AutoModelForCausalLM.from_pretrained(
         trained / "hf", dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
@@ -290,10 +290,10 @@ def test_lora_trains_adapters_and_memory_rows_only(
         run={"name": "lora"},
         model={"config": None, "tokenizer": None, "init_from": str(start), "dtype": dtype, "lora": {"rank": 4, "alpha": 8}},
         curriculum={
-            "stage1": {"samples": 48, "max_steps": 4, "learning_rate": 1e-2},
-            "stage2": {"samples": 48, "learning_rate": 1e-2, "dropout": 0.1},
+            "stage1": {"samples": 48, "max_steps": 4, "learning_rate": 1e-3},
+            "stage2": {"samples": 48, "learning_rate": 1e-3, "dropout": 0.1},
         },
-        parallel={"zero_stage": zero},
+        parallel={"zero_stage": zero, **({"deepspeed_config": partitioned(tmp_path)} if zero == 3 else {})},
     )
     run("torchrun", ranks, ["-m", "rim_dist", "train", str(path)])
     before, after = (load_file(f / "model.safetensors") for f in (start, tmp_path / "runs" / "lora" / "hf"))
@@ -303,6 +303,12 @@ def test_lora_trains_adapters_and_memory_rows_only(
     assert (before[embedding][-3:] != after[embedding][-3:]).any(dim=1).all()
     assert torch.equal(before["model.norm.weight"], after["model.norm.weight"])
     assert not torch.equal(before["model.layers.0.self_attn.q_proj.weight"], after["model.layers.0.self_attn.q_proj.weight"])
+    if dtype == "fp32":
+        lines = [m for m in read_metrics(tmp_path / "runs" / "lora" / "metrics.jsonl") if m["stage"] == "stage1"]
+        expected = train_one_process(load_recipe(path, ["curriculum.stage2.samples=0", "run.name=bare"]))
+        for line, (loss, norm) in zip(lines, expected, strict=True):
+            assert line["loss"] == pytest.approx(loss, rel=1e-5)
+            assert line["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.timeout(600)
@@ -313,6 +319,7 @@ def test_lora_trains_adapters_and_memory_rows_only(
         "model.dtype=bf16 parallel.zero_stage=2 logging.wandb=off",
         "curriculum.normalisation=sample optimizer.weight_decay=0.1 curriculum.stage1.weights=absolute",
         "model.activation_checkpointing=true parallel.zero_stage=0 curriculum.stage1.targets=same_step",
+        "model.activation_checkpointing=true model.activation_offload=true model.attention=dense",
         "method=direct curriculum.stage1.schedule=cosine curriculum.stage2.schedule=linear",
         "method=cot memory.blocks=0 curriculum.stage2.weight_power=0 evaluation.max_new_tokens=1",
     ],
@@ -325,6 +332,24 @@ def test_other_ways_to_train(recipe_file: Make, tmp_path: Path, overrides: str) 
     assert lines[9]["loss"] < lines[0]["loss"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "tiny" / "hf")
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.timeout(300)
+def test_bidirectional_blocks_train_and_are_not_exported(
+    recipe_file: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They learn and are evaluated as trained; no folder that a server would run otherwise comes out of it."""
+    path = recipe_file(memory={"inside_block": "bidirectional"})
+    train(path, "curriculum.stage1.samples=160")
+    folder = tmp_path / "runs" / "tiny"
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert lines[9]["loss"] < lines[0]["loss"]
+    assert lines[-1]["kind"] == "evaluation"
+    assert not (folder / "hf").exists()
+    assert main(["train", str(path), "curriculum.stage1.samples=160"]) == 0  # finished: nothing to do
+    assert main(["export", str(folder), str(tmp_path / "out")]) == 2
+    assert "memory.inside_block=bidirectional, which no ordinary server can run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.timeout(300)

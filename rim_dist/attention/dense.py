@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional as F
 
 from rim_dist.attention.visibility import RowLayout
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """What a layer asks of its attention besides the visibility. `scale` None: 1 / sqrt(head_dim)."""
+
+    scale: float | None = None
+    dropout: float = 0.0
+    sliding_window: int | None = None
+    softcap: float | None = None
 
 
 def dense_mask(layout: RowLayout, sliding_window: int | None = None) -> torch.Tensor:
@@ -22,14 +34,10 @@ def dense_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     layout: RowLayout,
-    scale: float | None,
-    dropout: float,
-    sliding_window: int | None,
-    softcap: float | None,
+    rule: ScoreRule,
 ) -> torch.Tensor:
     """Attention `[rows, queries, heads, head_dim]`; `query` `[rows, heads, queries, head_dim]`, key/value with KV heads."""
-    mask = dense_mask(layout, sliding_window)
-    return masked_attention(query, key, value, mask, scale, dropout, softcap).transpose(1, 2)
+    return masked_attention(query, key, value, dense_mask(layout, rule.sliding_window), rule).transpose(1, 2)
 
 
 def masked_attention(
@@ -37,18 +45,17 @@ def masked_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor,
-    scale: float | None,
-    dropout: float,
-    softcap: float | None,
+    rule: ScoreRule,
 ) -> torch.Tensor:
-    """Attention `[rows, heads, queries, head_dim]` under a boolean mask (True: visible), or an additive one without softcap."""
-    if softcap is None:
+    """Attention `[rows, heads, queries, head_dim]` under a boolean mask (True: visible)."""
+    if rule.softcap is None:
+        grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+            query, key, value, attn_mask=mask, dropout_p=rule.dropout, scale=rule.scale, enable_gqa=grouped
         )
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, float("-inf"))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if rule.scale is None else rule.scale)
+    scores = (torch.tanh(scores / rule.softcap) * rule.softcap).masked_fill(~mask, float("-inf"))
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return F.dropout(weights, p=dropout, training=dropout > 0) @ value
+    return F.dropout(weights, p=rule.dropout, training=rule.dropout > 0) @ value

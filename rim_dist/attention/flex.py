@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from rim_dist.attention.dense import ScoreRule
 from rim_dist.attention.visibility import RowLayout
 
 
@@ -41,16 +42,14 @@ def flex_path(
     key: torch.Tensor,
     value: torch.Tensor,
     layout: RowLayout,
-    scale: float | None,
-    dropout: float,
-    sliding_window: int | None,
-    softcap: float | None,
+    rule: ScoreRule,
 ) -> torch.Tensor:
     """Attention `[1, seq, heads, head_dim]` of a packed row; `query` `[1, heads, seq, head_dim]`, key/value with KV heads.
 
-    FlexAttention has no dropout: `choose_path` refuses the pair, `dropout` is 0 here.
+    FlexAttention has no dropout: `choose_path` refuses the pair, it is 0 here.
     """
-    assert dropout == 0.0
+    assert rule.dropout == 0.0
+    softcap = rule.softcap
 
     def cap(score: torch.Tensor, *_place: Any) -> torch.Tensor:
         assert softcap is not None
@@ -61,8 +60,8 @@ def flex_path(
         key,
         value,
         score_mod=cap if softcap is not None else None,
-        block_mask=block_mask(layout, sliding_window),
-        scale=scale,
+        block_mask=block_mask(layout, rule.sliding_window),
+        scale=rule.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output.transpose(1, 2)

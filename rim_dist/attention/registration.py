@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
-from rim_dist.attention.dense import dense_attention
+from rim_dist.attention.dense import ScoreRule, dense_attention
 from rim_dist.attention.flex import flex_path
 from rim_dist.attention.split import split_attention
 from rim_dist.attention.visibility import RowLayout
@@ -57,7 +57,7 @@ def rim_attention(
     if rim_layout.bidirectional and sliding_window is not None:
         raise ModelError(f"{family}: bidirectional blocks and a sliding window of {sliding_window} cannot be combined")
     rim_layout.attended.add(id(module))
-    output = _PATHS[path](query, key, value, rim_layout, scaling, dropout, sliding_window, softcap)
+    output = _PATHS[path](query, key, value, rim_layout, ScoreRule(scaling, dropout, sliding_window, softcap))
     return output.contiguous(), None
 
 

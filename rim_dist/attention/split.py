@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rim_dist.attention.dense import masked_attention
+from rim_dist.attention.dense import ScoreRule, masked_attention
 from rim_dist.attention.visibility import Places, RowLayout, Span
 
 MASK_ENTRIES = 1 << 20  # largest mask of one call
@@ -140,22 +140,19 @@ def split_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     layout: RowLayout,
-    scale: float | None,
-    dropout: float,
-    sliding_window: int | None,
-    softcap: float | None,
+    rule: ScoreRule,
 ) -> torch.Tensor:
     """Attention `[1, seq, heads, head_dim]` of a packed row; `query` `[1, heads, seq, head_dim]`, key/value with KV heads."""
     # Parts are merged by PyTorch's CPU flash kernel, which returns the log-sum-exp and knows no dropout.
-    whole_masks = query.device.type != "cpu" or dropout > 0 or softcap is not None
-    groups = split_plan(layout, sliding_window, query.dtype, whole_masks)
+    whole_masks = query.device.type != "cpu" or rule.dropout > 0 or rule.softcap is not None
+    groups = split_plan(layout, rule.sliding_window, query.dtype, whole_masks)
     sizes = [group.count * group.length for group in groups]
     outputs: list[torch.Tensor] = []
     for group, *tensors in zip(groups, *(t.split(sizes, dim=2) for t in (query, key, value)), strict=True):
         # [1, heads, count x length, head_dim] -> [count, heads, length, head_dim], a view
         q, k, v = (t[0].unflatten(1, (group.count, group.length)).transpose(0, 1) for t in tensors)
         pieces = [
-            _run_call(part, k, v, call, scale, dropout, softcap).transpose(1, 2)
+            _run_call(part, k, v, call, rule).transpose(1, 2)
             for part, call in zip(q.split([c.stop - c.start for c in group.calls], dim=2), group.calls, strict=True)
         ]
         if group.count > 1 and len(pieces) > 1:
@@ -164,36 +161,26 @@ def split_attention(
     return torch.cat(outputs).unsqueeze(0)
 
 
-def _run_call(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    call: Call,
-    scale: float | None,
-    dropout: float,
-    softcap: float | None,
-) -> torch.Tensor:
+def _run_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, rule: ScoreRule) -> torch.Tensor:
     if len(call.parts) > 1:
-        return _MergedParts.apply(query, key, value, call, scale)
+        return _MergedParts.apply(query, key, value, call, rule.scale)
     (part,) = call.parts
     key, value = part.of(key), part.of(value)
-    if softcap is not None:
-        return _softcapped(query, key, value, part, scale, dropout, softcap)
+    if rule.softcap is not None:
+        return _softcapped(query, key, value, part, rule)
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=part.mask,
         is_causal=part.causal,
-        dropout_p=dropout,
-        scale=scale,
+        dropout_p=rule.dropout,
+        scale=rule.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
 
 
-def _softcapped(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, part: Part, scale: float | None, dropout: float, softcap: float
-) -> torch.Tensor:
+def _softcapped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, part: Part, rule: ScoreRule) -> torch.Tensor:
     """No kernel of PyTorch's caps scores but FlexAttention: scores in full, some queries at a time, kept for no backward."""
 
     def some(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torch.Tensor:
@@ -204,7 +191,7 @@ def _softcapped(
             seen = part.mask[start : start + q.shape[2]] == 0
         else:
             seen = torch.ones((), dtype=torch.bool, device=q.device)
-        return masked_attention(q, k, v, seen, scale, dropout, softcap)
+        return masked_attention(q, k, v, seen, rule)
 
     outputs = []
     for start in range(0, query.shape[2], CHUNK):

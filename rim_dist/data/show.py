@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +13,15 @@ from rich.table import Table
 from rim_dist.attention.visibility import KIND_NAMES
 from rim_dist.config import Recipe
 from rim_dist.data.encoding import DataReport
-from rim_dist.data.loader import BatchLoader, plan_stages
+from rim_dist.data.loader import BatchLoader, StagePlan, plan_stages
+from rim_dist.data.packing import RowCost, pack_step
 from rim_dist.data.prepared import PreparedData, SampleStream, StreamedData, prepare
 from rim_dist.data.rows import Row, pack
 from rim_dist.data.sources import source_name
 from rim_dist.model import Foundation, lay_foundation
 
 _STREAM_LOOK = 1000
+_STEPS_LOOK = 20
 
 
 def show_data(recipe: Recipe, samples: int) -> None:
@@ -41,6 +44,7 @@ def show_data(recipe: Recipe, samples: int) -> None:
             if isinstance(data, PreparedData):
                 _print_lengths(console, plan.name, [len(loader.row(plan, 0, data[i])) for i in range(min(len(data), 2000))])
             console.print(f"{plan.name}: {plan.steps} optimizer steps, {plan.samples} samples")
+            _print_packing(console, recipe, loader, plan)
             for number, sample in enumerate(data.samples(plan.first_sample, plan.first_sample + samples), 1):
                 title = f"{plan.name}, sample {number} ({source_name(recipe.data)}:{sample.line})"
                 _print_row(console, foundation, loader.row(plan, 0, sample), title)
@@ -66,6 +70,24 @@ def _print_lengths(console: Console, stage: str, lengths: Sequence[int]) -> None
         f"{stage}: row length in tokens over {len(ordered)} samples: min {ordered[0]}, median {ordered[len(ordered) // 2]}, "
         f"95% {ordered[int(len(ordered) * 0.95)]}, max {ordered[-1]}"
     )
+
+
+def _print_packing(console: Console, recipe: Recipe, loader: BatchLoader, plan: StagePlan) -> None:
+    """How full and how even micro-batches are over the stage's first steps, by number of ranks (cost: tokens)."""
+    budget = recipe.optimizer.micro_batch_tokens
+    steps = [
+        [loader.row(plan, step, s) for s in loader.step_samples(plan, step)] for step in range(min(plan.steps, _STEPS_LOOK))
+    ]
+    for ranks in (1, 8, 64):
+        if ranks > recipe.optimizer.global_batch:
+            break
+        packings = [pack_step(rows, ranks, budget, RowCost()) for rows in steps]
+        full, even = (statistics.fmean(getattr(p, name) for p in packings) for name in ("efficiency", "balance"))
+        rounds = statistics.fmean(len(p.bins) for p in packings)
+        console.print(
+            f"  on {ranks} rank(s): {rounds:.1f} micro-batches a step and rank, {100 * full:.0f}% of {budget} tokens, "
+            f"no padding; mean cost / largest cost {even:.3f}"
+        )
 
 
 def _print_row(console: Console, foundation: Foundation, row: Row, title: str) -> None:

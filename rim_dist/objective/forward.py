@@ -14,16 +14,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rim_dist.data.rows import Batch, Targets
-from rim_dist.errors import ModelError
-from rim_dist.objective.loss import HeadWeights, LogitRule, weighted_cross_entropy
+from rim_dist.objective.loss import HeadWeights, LogitRule, plain_cross_entropy, weighted_cross_entropy
 
 
-def head_weights(head: nn.Module) -> HeadWeights:
-    """The weights of an output head: a linear layer, or one that peft wrapped to train some of its rows."""
+def head_weights(head: nn.Module) -> HeadWeights | None:
+    """The weights of an output head that is a linear layer, or one that peft wrapped to train some of its rows.
+
+    None for any other head, for example one with adapters of its own.
+    """
     adapter = getattr(head, "token_adapter", None)
     linear = head if adapter is None else adapter.get_base_layer()
     if not isinstance(linear, nn.Linear):
-        raise ModelError(f"the output head is a {type(linear).__name__}; a linear layer is what the loss can be computed from")
+        return None
     if adapter is None:
         return HeadWeights(linear.weight, linear.bias)
     (name,) = adapter.active_adapters
@@ -34,18 +36,20 @@ def head_weights(head: nn.Module) -> HeadWeights:
 def install_readout_loss(model: PreTrainedModel) -> None:
     """Let the model's forward take `rim_targets`: it then returns (weighted loss sum, token losses `[targets]`).
 
-    Without the keyword the forward is unchanged. Raises ModelError for a head that is no linear layer.
+    Without the keyword the forward is unchanged. A head of another kind (`head_weights`) computes all its logits at once.
     """
     head = model.get_output_embeddings()
     rule = LogitRule.of(model.config)
-    head_weights(head)
     plain_forward, plain_head = model.forward, head.forward
 
     @functools.wraps(plain_head)
     def head_forward(*args: Any, rim_targets: Targets | None = None, gradient_scale: float = 1.0, **keywords: Any) -> Any:
         if rim_targets is None:
             return plain_head(*args, **keywords)
-        return weighted_cross_entropy(args[0], head_weights(head), rule, rim_targets, gradient_scale)
+        weights = head_weights(head)
+        if weights is None:
+            return plain_cross_entropy(plain_head(*args), rule, rim_targets)
+        return weighted_cross_entropy(args[0], weights, rule, rim_targets, gradient_scale)
 
     @functools.wraps(plain_forward)
     def forward(*args: Any, rim_targets: Targets | None = None, gradient_scale: float = 1.0, **keywords: Any) -> Any:

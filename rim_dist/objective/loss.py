@@ -82,21 +82,26 @@ def weighted_cross_entropy(
     )
 
 
+def plain_cross_entropy(logits: torch.Tensor, rule: LogitRule, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from a head's output `[targets, vocabulary]`, for heads whose weights are not at hand."""
+    logits = logits * rule.scale
+    if rule.softcap is not None:
+        logits = rule.softcap * torch.tanh(logits / rule.softcap)
+    losses = F.cross_entropy(logits.float(), targets.label, reduction="none")
+    return (losses * targets.weight).sum(), losses.detach()
+
+
 def _fused_kernel(hidden: torch.Tensor, head: HeadWeights, rule: LogitRule, targets: Targets) -> torch.Tensor | None:
-    """Token losses by cut-cross-entropy, where it is installed and computes this: CUDA, half precision, a plain head."""
-    if (
-        not hidden.is_cuda
-        or hidden.dtype == torch.float32
-        or head.rows is not None
-        or (head.bias is not None and rule.scale != 1)
-    ):
+    """Token losses by cut-cross-entropy, where it is installed and computes this: CUDA, half precision, a head without bias."""
+    if not hidden.is_cuda or hidden.dtype == torch.float32 or head.rows is not None or head.bias is not None:
         return None
     try:
         from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
     except ImportError:
         return None
+    # Its default leaves out small parts of the gradient; without the filter it is exact.
     return linear_cross_entropy(
-        hidden * rule.scale, head.weight, targets.label, bias=head.bias, softcap=rule.softcap, reduction="none"
+        hidden * rule.scale, head.weight, targets.label, softcap=rule.softcap, reduction="none", filter_eps=None
     )
 
 
