@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import re
 import shutil
@@ -56,6 +57,7 @@ class Cluster:
         self.base = Path(tempfile.mkdtemp(prefix="rimslurm-"))  # short: it holds sockets
         self.conf = self.base / "slurm.conf"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._mine = False
 
     # ---- up and down ---------------------------------------------------------------------------------
 
@@ -71,6 +73,12 @@ class Cluster:
         self.close()
 
     def _start(self) -> None:
+        self._claim = open(f"/tmp/{PREFIX}.lock", "w")  # noqa: SIM115  # held until the end
+        try:
+            fcntl.flock(self._claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError("another test cluster runs on this machine; its names and addresses are taken") from None
+        self._mine = True
         for folder in ("log", "munge", "state", "dev"):
             (self.base / folder).mkdir()
         self._remove_network()
@@ -97,7 +105,9 @@ class Cluster:
                 time.sleep(0.2)
         for name in ("slurmctld", *self.nodes, "munged"):
             self._end(name, signal.SIGTERM)
-        self._remove_network()
+        if self._mine:
+            self._remove_network()
+            self._claim.close()
         shutil.rmtree(self.base, ignore_errors=True)
 
     def _network(self) -> None:
