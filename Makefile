@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SPEC := $(or $(strip $(TORCH_SPEC)),$(shell cat $(VENV)/torch-spec 2>/dev/null))
 CONSTRAINTS := $(if $(SPEC),$(VENV)/constraints.txt,constraints.txt)
 
-.PHONY: help install install-dev demo test lint format clean
+.PHONY: help install install-dev demo test test-slurm lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -31,6 +31,9 @@ test: lint  ## Lint, then all tests with coverage
 	$(VENV)/bin/python -m coverage run -m pytest $(TEST_ARGS)
 	$(VENV)/bin/python -m coverage combine --quiet
 	$(VENV)/bin/python -m coverage report
+
+test-slurm: $(VENV)/installed-dev  ## All that is done to a SLURM cluster, as root (about half an hour)
+	RIM_DIST_SLURM_LONG=1 $(VENV)/bin/python -m pytest -s tests/test_slurm_jobs.py tests/test_slurm_failures.py $(TEST_ARGS)
 
 lint: $(VENV)/installed-dev  ## Check style and types
 	$(VENV)/bin/python -m ruff check

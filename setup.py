@@ -16,9 +16,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["rim_dist", "rim_dist.*"]), "rim_dist.ds_configs"],
-    package_dir={"rim_dist.ds_configs": "ds_configs"},
-    package_data={"rim_dist.ds_configs": ["*.json"]},
+    packages=[*find_packages(include=["rim_dist", "rim_dist.*"]), "rim_dist.ds_configs", "rim_dist.slurm"],
+    package_dir={"rim_dist.ds_configs": "ds_configs", "rim_dist.slurm": "slurm"},
+    package_data={"rim_dist.ds_configs": ["*.json"], "rim_dist.slurm": ["*.sh", "*.sbatch", "*.example"]},
     install_requires=[
         "torch>=2.13",
         "deepspeed>=0.19.8",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rim_dist import __version__
+from rim_dist.cluster.commands import add_cluster_commands
 from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, ConfigError, RimError
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         "srun --ntasks-per-node 8 python -m rim_dist train recipes/gsm8k-aug-llama-3.2-3b.yaml",
     )
     recipe_arguments(train)
+    train.add_argument("--until", choices=["stage1"], help="end after this stage; the same command without it goes on")
 
     recipe_arguments(
         command(
@@ -157,6 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], metavar="TEXT", help="an answer ends before this text too (repeatable)"
     )
     evaluate.add_argument("--timed", type=int, default=32, metavar="N", help="questions timed one by one (32)")
+    add_cluster_commands(command, recipe_arguments)
     return parser
 
 
@@ -165,17 +168,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> int:
     from rim_dist.config import load_recipe
+    from rim_dist.training.heartbeat import listen
 
+    listen()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from rim_dist.parallel.launch import join, leave
     from rim_dist.training.trainer import Trainer, finished_state, prepare_run
 
+    if arguments.until and not recipe.curriculum.stage(arguments.until).enabled:
+        raise ConfigError(f"--until {arguments.until}: the recipe leaves this stage out (curriculum.{arguments.until})")
     if (state := finished_state(recipe)) is not None:
         _say(f"{recipe.folder}: finished after {state.step} steps ({state.samples} samples); nothing to do", first_only=True)
         return EXIT_DONE
     foundation, data = prepare_run(recipe)
     process = join(recipe.parallel.timeout_seconds)
-    Trainer(recipe, process, foundation, data).run()
+    Trainer(recipe, process, foundation, data).run(arguments.until)
     leave()
     return EXIT_DONE
 

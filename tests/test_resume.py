@@ -84,6 +84,24 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
+def test_a_run_in_two_halves_is_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--until stage1` saves and ends there; the same command without it goes on to the same parameters."""
+    from rim_dist.cli import main
+
+    whole, halves = (write_recipe(tmp_path / f"{n}.yaml", tiny_recipe(tmp_path, run={"name": n})) for n in ("whole", "halves"))
+    run("python", 1, ["-m", "rim_dist", "train", str(whole)])
+    run("python", 1, ["-m", "rim_dist", "train", str(halves), "--until", "stage1"])
+    state = read_state(find_checkpoint(tmp_path / "halves"))
+    assert (state.stage, state.step, state.finished) == ("stage1", 4, False)
+    assert not (tmp_path / "halves" / "hf").exists()
+    run("python", 1, ["-m", "rim_dist", "train", str(halves)])
+    same_weights(tmp_path / "whole", tmp_path / "halves")
+    assert steps_of(tmp_path / "halves") == steps_of(tmp_path / "whole")
+    assert main(["train", str(whole), "curriculum.stage1.samples=0", "--until", "stage1"]) == 2
+    assert "the recipe leaves this stage out" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(300)
 def test_signal_stops_all_ranks_and_the_run_goes_on(tmp_path: Path) -> None:
     """Two ranks: SIGTERM to one of them; both finish the step, save and end with 75; then the run is completed."""
     whole = write_recipe(tmp_path / "whole.yaml", long_recipe(tmp_path, "whole"))

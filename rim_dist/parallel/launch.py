@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rim_dist.errors import ConfigError
 from rim_dist.parallel.ops import skip_shared_memory_op
+from rim_dist.parallel.place import find_place
 
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
@@ -40,9 +41,8 @@ def _free_port() -> int:
 def _set_environment_from_slurm() -> None:
     """Map srun's variables to torch's. The port follows from the job id, so that all ranks agree on it."""
     environment = os.environ
-    environment["RANK"] = environment["SLURM_PROCID"]
-    environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
-    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+    place = find_place(environment)
+    environment.update(RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), WORLD_SIZE=str(place.ranks))
     if int(environment.get("SLURM_STEP_NUM_NODES", "1")) == 1:
         environment.setdefault("MASTER_ADDR", "127.0.0.1")
     elif "MASTER_ADDR" not in environment:
@@ -50,7 +50,31 @@ def _set_environment_from_slurm() -> None:
             "MASTER_ADDR is not set: on several nodes export the head node's address before srun, for example "
             'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
         )
-    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 12000))
+
+
+def _set_environment_from_mpi() -> None:
+    """Ask MPI for the ranks. DeepSpeed's own discovery takes any address of the head node and always the same port."""
+    from mpi4py import MPI
+
+    environment = os.environ
+    world = MPI.COMM_WORLD
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    address = "127.0.0.1" if node.size == world.size else socket.gethostname()
+    head = (environment.get("MASTER_ADDR") or address, environment.get("MASTER_PORT") or str(_free_port()))
+    environment["MASTER_ADDR"], environment["MASTER_PORT"] = world.bcast(head)
+    environment.update(RANK=str(world.rank), LOCAL_RANK=str(node.rank), WORLD_SIZE=str(world.size))
+
+
+def _started_by_mpi() -> bool:
+    """mpirun's own variables come first: its daemons are started with srun, whose variables then describe the daemon.
+
+    A site may let srun set MPI's variables for every step, also where nobody uses MPI; RIM_LAUNCHER says who does.
+    """
+    environment = os.environ
+    if "SLURM_STEP_NUM_TASKS" in environment and environment.get("RIM_LAUNCHER") not in ("mpi", "mpirun"):
+        return any(name in environment for name in ("OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID"))
+    return any(name in environment for name in _MPI_VARIABLES)
 
 
 def started_by_launcher() -> bool:
@@ -62,7 +86,7 @@ def started_by_launcher() -> bool:
 def join(timeout_seconds: float) -> Process:
     """Initialise torch.distributed through DeepSpeed for any launcher, also for a single process.
 
-    deepspeed, torchrun: their variables. srun: SLURM's, mapped. mpirun: discovered by DeepSpeed with mpi4py. The import
+    deepspeed, torchrun: their variables. srun: SLURM's, mapped. mpirun, srun --mpi: discovered with mpi4py. The import
     of deepspeed happens here: it is slow and needs DS_ACCELERATOR set before.
     """
     import torch
@@ -71,9 +95,11 @@ def join(timeout_seconds: float) -> Process:
     cuda = torch.cuda.is_available()
     environment.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     if "RANK" not in environment:
-        if int(environment.get("SLURM_STEP_NUM_TASKS", "0")) > 0 and "SLURM_PROCID" in environment:
+        if _started_by_mpi():
+            _set_environment_from_mpi()
+        elif int(environment.get("SLURM_STEP_NUM_TASKS", "0")) > 0 and "SLURM_PROCID" in environment:
             _set_environment_from_slurm()
-        elif not any(name in environment for name in _MPI_VARIABLES):
+        else:
             environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     if shutil.which("ninja") is None:  # torch looks for it on PATH when DeepSpeed loads an op; pip put it beside Python
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rim_dist.attention.registration import use_plain_attention, use_rim_attenti
 from rim_dist.checkpoint import store
 from rim_dist.checkpoint.hf_export import export_checkpoint
 from rim_dist.checkpoint.store import TrainingState
-from rim_dist.config import Recipe, dump_recipe, load_recipe
+from rim_dist.config import Recipe, StageName, dump_recipe
 from rim_dist.data.loader import BatchLoader, RankShare, StagePlan, plan_stages
 from rim_dist.data.prepared import SampleStream, StreamedData, prepare
 from rim_dist.data.sources import Sample, source_name
@@ -30,44 +30,17 @@ from rim_dist.evaluation.generation import Decoding, check_prompts, generation_c
 from rim_dist.memory import prompt_ids
 from rim_dist.model import Foundation, bare_model, build_model, lay_foundation
 from rim_dist.objective.loss import ReadoutLoss
+from rim_dist.parallel.degrees import check_ranks
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.zero import compose
 from rim_dist.training.engine import Engine
+from rim_dist.training.folder import check_run_folder
 from rim_dist.training.hardware import peak_memory_bytes, peak_operations
+from rim_dist.training.heartbeat import beat
 from rim_dist.training.metrics import Metrics, MetricsLog, draw_curves, read_metrics
 from rim_dist.training.progress import ProgressReport
 from rim_dist.training.schedule import learning_rate
 from rim_dist.training.signals import StopRequest
-
-# Fields that may change between two starts of the same run: they do not change what is trained.
-_FREE_FIELDS = ("logging", "checkpoint", "evaluation", "run.output_dir", "parallel.timeout_seconds", "data.cache_dir")
-
-
-def _difference(old: Any, new: Any, path: str = "") -> list[str]:
-    if any(path == free or path.startswith(free + ".") for free in _FREE_FIELDS):
-        return []
-    if isinstance(old, dict) and isinstance(new, dict) and path != "model.config":
-        return [d for k in old.keys() | new.keys() for d in _difference(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))]
-    return [] if old == new else [f"{path}: {old!r} there, {new!r} here"]
-
-
-def check_run_folder(recipe: Recipe) -> None:
-    """Refuse a folder that cannot be written or that holds a run with another recipe. Writes nothing."""
-    folder = recipe.folder
-    ancestor = folder
-    while not ancestor.exists():
-        ancestor = ancestor.parent
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise ConfigError(f"run.output_dir: {ancestor} is not a writable folder")
-    if (folder / "recipe.yaml").is_file():
-        differences = _difference(load_recipe(folder / "recipe.yaml").model_dump(mode="json"), recipe.model_dump(mode="json"))
-        if differences:
-            raise ConfigError(
-                f"{folder} holds a run with another recipe ({'; '.join(sorted(differences)[:5])}); "
-                "choose another run.name, or remove the folder to start over"
-            )
-    elif folder.is_dir() and any(p.name not in ("data", "logs") for p in folder.iterdir()):
-        raise ConfigError(f"{folder}: not empty and not a run of rim_dist; choose another run.name")
 
 
 def finished_state(recipe: Recipe) -> TrainingState | None:
@@ -96,11 +69,7 @@ class Trainer:
     """Owns the loop. Everything that needs other ranks happens in the same order on every rank."""
 
     def __init__(self, recipe: Recipe, process: Process, foundation: Foundation, data: SampleStream) -> None:
-        if recipe.optimizer.global_batch < process.ranks:
-            raise ConfigError(
-                f"optimizer.global_batch: {recipe.optimizer.global_batch} samples cannot be spread over {process.ranks} "
-                f"data ranks; allowed: {process.ranks} or more"
-            )
+        check_ranks(recipe, process.ranks)
         if recipe.model.dtype == "fp16" and process.device == "cpu":
             raise ConfigError("model.dtype: fp16 needs a GPU; on a CPU use fp32 or bf16")
         self._recipe, self._process, self._foundation, self._data = recipe, process, foundation, data
@@ -116,8 +85,11 @@ class Trainer:
 
     # ---- the run -------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Train what is left of the run, then evaluate, export and draw. Raises Stopped after a signal."""
+    def run(self, until: StageName | None = None) -> None:
+        """Train what is left of the run, then evaluate, export and draw. Raises Stopped after a signal.
+
+        `until`: return after this stage, as the run was saved there.
+        """
         resume = self._find_resume()
         if self._process.is_first:
             self._write_run_folder()
@@ -137,7 +109,9 @@ class Trainer:
                 for plan in self._plans:
                     if state.step < plan.first_step + plan.steps:
                         state = self._run_stage(plan, state)
-            if self._recipe.evaluation.at_end:
+                    if plan.name == until:
+                        break
+            if state.finished and self._recipe.evaluation.at_end:
                 self._evaluate(state, report=True)
         finally:
             self._stop.close()
@@ -145,7 +119,7 @@ class Trainer:
                 self._progress.close()
             if self._log is not None:
                 self._log.close()
-        if self._process.is_first:
+        if self._process.is_first and state.finished:
             self._finish()
         dist.barrier()
 
@@ -161,6 +135,7 @@ class Trainer:
         for step in range(first, plan.steps):
             started = time.perf_counter()
             state, line, stop = self._step(loader, plan, step)
+            beat(f"{plan.name} step {state.step}")
             seconds = time.perf_counter() - started
             if self._log is not None and self._progress is not None:
                 self._complete(line, seconds)
@@ -174,6 +149,7 @@ class Trainer:
                 self._evaluate(state, report=False)
             if last or stop or (every and state.step % every == 0):
                 self._save(state)
+                beat(f"saving step {state.step}")
             if stop and state.step < self._total_steps:
                 raise Stopped(f"stopped by a signal after step {state.step}, saved; start the same command again to go on")
         return state
@@ -332,6 +308,8 @@ class Trainer:
             self._folder.mkdir(parents=True, exist_ok=True)
             store.write_atomically(self._folder / "ds_config.json", json.dumps(self._ds_config, indent=1) + "\n")
             store.write_atomically(self._folder / "recipe.yaml", dump_recipe(self._recipe))
+            plan = {"total_steps": self._total_steps, "stages": [asdict(plan) for plan in self._plans]}
+            store.write_atomically(self._folder / "plan.json", json.dumps(plan, indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"{self._folder}: cannot be written ({error.strerror or error})") from None
 
@@ -356,6 +334,7 @@ class Trainer:
         use_rim_attention(bare_model(model), self._foundation.attention.path)
         gathered: list[Any] = [None] * process.ranks
         dist.all_gather_object(gathered, list(zip(mine, texts, strict=False)))
+        beat(f"evaluation after step {state.step}")
         if not process.is_first or self._log is None or self._progress is None:
             return
         pairs: list[tuple[Sample, list[str]]] = [pair for part in gathered for pair in part]

@@ -1,0 +1,396 @@
+"""Job scripts and what they ask of the package, without a cluster: rendering, records, restarts, ranks, logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from ranks import ROOT, environment, free_port
+
+from rim_dist.checkpoint.store import TrainingState
+from rim_dist.cli import main
+from rim_dist.cluster import nodes, starts
+from rim_dist.cluster.logs import merged
+from rim_dist.cluster.status import describe, run_status
+from rim_dist.cluster.sweep import best_run, sweep_overrides
+from rim_dist.config import load_recipe
+from rim_dist.errors import ConfigError
+from rim_dist.parallel.degrees import check_ranks
+from rim_dist.parallel.place import Place, find_place, interface_to, own_cores
+from rim_dist.training.folder import check_run_folder
+
+Make = Callable[..., Path]
+SCRIPTS = sorted(p for p in (ROOT / "slurm").iterdir() if p.suffix in (".sbatch", ".sh"))
+SITES = {
+    "account": "RIM_ACCOUNT=p1\nRIM_QOS=long\nRIM_PARTITION=gpu\nRIM_RANKS_PER_NODE=4\nRIM_GPUS_PER_NODE=4\n",
+    "container": 'RIM_CONTAINER=(apptainer exec --nv "/images/rim dist.sif")\nRIM_SBATCH_EXTRA=(--mem=0 --exclusive)\n',
+    "bare": "",
+}
+
+
+@pytest.fixture(params=sorted(SITES))
+def site(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / f"{request.param}.env"
+    path.write_text(SITES[request.param])
+    return path
+
+
+def options_of(script: str) -> tuple[list[str], list[str]]:
+    """#SBATCH lines that count, and those that SLURM ignores: after the first command."""
+    counted: list[str] = []
+    ignored: list[str] = []
+    commands = False
+    for line in script.splitlines():
+        if line.startswith("#SBATCH"):
+            (ignored if commands else counted).append(line.removeprefix("#SBATCH").strip())
+        elif line.strip() and not line.startswith("#"):
+            commands = True
+    return counted, ignored
+
+
+def lint(script: str) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(
+        ["shellcheck", "--external-sources", "--shell=bash", "-"],
+        input=script,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def dry_run(recipe: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    assert main(["submit", str(recipe), "--dry-run", *flags]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_are_clean(script: Path) -> None:
+    lint(script.read_text())
+    counted, ignored = options_of(script.read_text())
+    assert not ignored
+    assert bool(counted) == (script.suffix == ".sbatch")
+    assert not any("container" in option for option in counted)
+
+
+def test_submit_renders_for_every_site(site: Path, recipe_file: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    script = dry_run(recipe_file(), capsys, "--site", str(site), "--nodes", "2", "--time", "3:00:00", "--launcher", "torchrun")
+    lint(script)
+    counted, ignored = options_of(script)
+    assert not ignored
+    assert {"--nodes=2", "--time=3:00:00", "--requeue", "--signal=B:USR1@300"} <= set(counted)
+    assert f"export RIM_SITE={site}" in script
+    assert "export RIM_LAUNCHER=torchrun" in script
+    expected = {
+        "account": {"--account=p1", "--qos=long", "--partition=gpu", "--ntasks-per-node=4", "--gpus-per-node=4"},
+        "container": {"--mem=0", "--exclusive", "--ntasks-per-node=8"},
+        "bare": {"--ntasks-per-node=8", "--gpus-per-node=8"},
+    }[site.stem]
+    assert expected <= set(counted)
+    assert not any("apptainer" in line for line in counted)
+
+
+def test_submit_writes_nothing_and_says_what_does_not_fit(
+    recipe_file: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_file()
+    chain = dry_run(recipe, capsys, "--nodes", "1", "--chain", "3", "--sbatch=--mem=8G")
+    counted, _ = options_of(chain)
+    assert {"--no-requeue", "--mem=8G"} <= set(counted)
+    assert "--requeue" not in counted
+    assert "export RIM_REQUEUE=0" in chain
+    assert not (tmp_path / "runs").exists()
+    for flags, message in (
+        (["--nodes", "3"], "optimizer.global_batch: 16 samples cannot be spread over 24 data ranks"),
+        (["--nodes", "none"], "--nodes: 'none' is not allowed"),
+        (["--chain", "0"], "--chain: 0 is not allowed"),
+        (["--site", "no.env"], "no.env: no such file"),
+    ):
+        assert main(["submit", str(recipe), "--dry-run", *flags]) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setenv("PATH", "/nowhere:/bin")
+    if shutil.which("sbatch") is None:
+        assert main(["submit", str(recipe), "--nodes", "1"]) == 2
+        assert "sbatch: not found" in capsys.readouterr().err
+
+
+def test_ranks_must_fit(recipe_file: Make) -> None:
+    recipe = load_recipe(recipe_file())
+    check_ranks(recipe, 16)
+    with pytest.raises(ConfigError, match="17 data ranks"):
+        check_ranks(recipe, 17)
+
+
+# ---- places ------------------------------------------------------------------------------------------------
+
+
+def test_every_launcher_is_mapped() -> None:
+    slurm = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}
+    assert find_place({}) == Place(0, 1, 0, 1, "none")
+    assert find_place(slurm) == Place(5, 8, 1, 4, "slurm")
+    torch = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert find_place({**slurm, **torch}) == Place(3, 4, 1, 2, "torch")
+    deepspeed = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+    assert find_place({**slurm, **deepspeed}) == Place(3, 4, 1, 2, "deepspeed")
+    mpi = {
+        f"OMPI_COMM_WORLD_{name}": value
+        for name, value in zip(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"), "2412", strict=True)
+    }
+    # mpirun's daemon is a task of srun: its SLURM variables are not the rank's.
+    assert find_place({**slurm, **mpi}) == Place(2, 4, 1, 2, "openmpi")
+
+
+def test_cores_are_dealt_where_a_task_holds_several_ranks() -> None:
+    cores = set(range(10, 18))
+    parts = [own_cores(Place(rank, 4, rank, 4, "torch"), cores) for rank in range(4)]
+    assert parts == [{10, 11}, {12, 13}, {14, 15}, {16, 17}]
+    assert own_cores(Place(0, 4, 0, 4, "slurm"), cores) == cores
+    assert own_cores(Place(0, 16, 0, 16, "torch"), cores) == cores
+
+
+def test_interface_is_the_one_that_reaches_the_head() -> None:
+    assert interface_to("127.0.0.1") is None
+    assert interface_to("no-such-host.invalid") is None
+
+
+def test_port_follows_from_the_job_and_is_free() -> None:
+    port = nodes.rendezvous_port(4242)
+    assert port == nodes.rendezvous_port(4242) == 24242
+    with socket.socket() as taken:
+        taken.bind(("", port))
+        taken.listen()
+        assert nodes.rendezvous_port(4242) not in (port, nodes.rendezvous_port(4243))
+
+
+@pytest.mark.parametrize(
+    ("missing", "problem", "bad"),
+    [
+        ((), "", []),
+        (("n3",), "", ["n3"]),
+        (("n2", "n3", "n4"), "", ["n1"]),
+        ((), "sees nothing", ["n2"]),
+    ],
+)
+def test_nodes_report_to_the_head(
+    missing: tuple[str, ...], problem: str, bad: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who does not arrive is named; if hardly anybody does, it is the head that is hard to reach."""
+    names = ["n1", "n2", "n3", "n4"]
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    (tmp_path / "start.json").write_text("{}")
+    port = free_port()
+
+    def report(name: str) -> None:
+        deadline = 5.0
+        while deadline > 0:
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+                    connection.sendall(f"{name}\n{problem if name == 'n2' else ''}".encode())
+                    return
+            except OSError:
+                threading.Event().wait(0.05)
+                deadline -= 0.05
+
+    threads = [threading.Thread(target=report, args=(name,)) for name in names[1:] if name not in missing]
+    for thread in threads:
+        thread.start()
+    status = nodes.check_nodes(tmp_path, "127.0.0.1", port, 0, names, 1.5)
+    for thread in threads:
+        thread.join()
+    assert status == (75 if bad else 0)
+    assert starts.suspects(starts.Start(tmp_path, {})) == bad
+
+
+def test_node_that_cannot_reach_the_head_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert nodes.check_nodes(tmp_path, "127.0.0.1", free_port(), 1, ["n1", "n2"], 0.5) == 75
+    assert "cannot reach 127.0.0.1" in capsys.readouterr().err
+
+
+# ---- starts ------------------------------------------------------------------------------------------------
+
+
+def begin(recipe: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rim_dist.cluster", "begin", str(recipe)],
+        env=environment(**variables, PYTHONPATH=str(ROOT)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_start_is_recorded_without_secrets(recipe_file: Make, tmp_path: Path) -> None:
+    secret = "hf_0123456789"
+    done = begin(recipe_file(), SLURM_JOB_ID="7", HF_TOKEN=secret, SLURM_JWT=secret, WANDB_API_KEY=secret, RIM_LAUNCHER="srun")
+    assert done.returncode == 0, done.stderr
+    answer = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    start = Path(answer["RIM_START"])
+    assert start.parent.parent == Path(answer["RIM_RUN"]) == tmp_path / "runs" / "tiny"
+    assert answer["MASTER_PORT"].isdigit()
+    record = json.loads((start / "start.json").read_text())
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", record["commit"])
+    assert record["environment"]["RIM_LAUNCHER"] == "srun"
+    assert record["versions"]["torch"]
+    assert load_recipe(start / "recipe.yaml") == load_recipe(recipe_file())
+    assert not any(secret in path.read_text() for path in start.iterdir())
+    # A run whose folder holds nothing but records can still be started.
+    check_run_folder(load_recipe(recipe_file()))
+
+
+def test_starts_without_progress_are_bounded(recipe_file: Make) -> None:
+    for restart in range(2):
+        assert begin(recipe_file(), SLURM_JOB_ID="7", SLURM_RESTART_COUNT=str(restart), RIM_MAX_RESTARTS="1").returncode == 0
+    stopped = begin(recipe_file(), SLURM_JOB_ID="7", SLURM_RESTART_COUNT="2", RIM_MAX_RESTARTS="1")
+    assert stopped.returncode == 1
+    assert "2 starts in a row came no further than step 0" in stopped.stderr
+    assert begin(recipe_file(), SLURM_JOB_ID="8", RIM_MAX_RESTARTS="1").returncode == 0, "another job starts counting anew"
+
+
+def test_chain_ends_where_a_job_of_it_failed(recipe_file: Make) -> None:
+    first = begin(recipe_file(), SLURM_JOB_ID="7", RIM_CHAIN="abc")
+    start = Path(dict(line.split("=", 1) for line in first.stdout.splitlines())["RIM_START"])
+    (start / "status").write_text("75\n")
+    assert begin(recipe_file(), SLURM_JOB_ID="8", RIM_CHAIN="abc").returncode == 0
+    newest = starts.starts_of(start.parent.parent)[-1].folder
+    (newest / "status").write_text("2\n")
+    refused = begin(recipe_file(), SLURM_JOB_ID="9", RIM_CHAIN="abc")
+    assert refused.returncode == 2
+    assert "job 8 of this chain ended with 2" in refused.stderr
+    assert begin(recipe_file(), SLURM_JOB_ID="10", RIM_CHAIN="def").returncode == 0
+
+
+def test_rank_is_logged_with_time_host_and_rank_and_without_secrets(tmp_path: Path) -> None:
+    """The process around a rank: the wrong recipe's name, which holds a secret, reaches the log without it."""
+    (tmp_path / "start.json").write_text(json.dumps({"job": "1"}))
+    secret = "hf_0123456789"
+    variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    done = subprocess.run(
+        [sys.executable, "-m", "rim_dist.cluster.rank", "train", f"{secret}.yaml"],
+        env={**environment(HF_TOKEN=secret, RIM_START=str(tmp_path), SLURMD_NODENAME="n7", PYTHONPATH=str(ROOT)), **variables},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    log = (tmp_path / "rank-00003.log").read_text()
+    assert log == done.stdout
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z n7 3\| rim-dist: \*\*\*\.yaml: no such recipe\n", log), log
+    ended = json.loads((tmp_path / "ended-2").read_text())
+    assert (ended["host"], ended["rank"], ended["status"], ended["suspect"]) == ("n7", 3, 2, False)
+    assert not list(tmp_path.glob("stacks-*")), "nothing hung"
+
+
+# ---- looking -----------------------------------------------------------------------------------------------
+
+
+def fake_run(folder: Path) -> Path:
+    run = folder / "tiny"
+    for number, host in enumerate(("n1", "n2")):
+        start = run / "logs" / f"20260101T00000{number}Z-job5-{number}"
+        start.mkdir(parents=True)
+        (start / "start.json").write_text(json.dumps({"job": "5", "checkpoint_step": 0}))
+        for rank in range(2):
+            lines = [
+                f"2026-01-01T00:00:{10 * number + second:02d}.{rank:03d}Z {host} {rank}| line {second}" for second in (0, 1)
+            ]
+            (start / f"rank-{rank:05d}.log").write_text("\n".join(lines) + "\n")
+        (start / "status").write_text("75\n")
+        starts.note_end(start, 1, 75, "killed by SIGKILL", suspect=True, host=host)
+    (run / "plan.json").write_text(json.dumps({"total_steps": 10}))
+    (run / "metrics.jsonl").write_text(
+        json.dumps({"kind": "train", "stage": "stage1", "step": 4, "loss": 1.5, "seconds": 2.0}) + "\n"
+    )
+    return run
+
+
+def test_logs_are_merged_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = fake_run(tmp_path)
+    lines = list(merged(run))
+    assert lines == sorted(lines)
+    assert len(lines) == 8
+    assert main(["logs", str(run), "--rank", "1"]) == 0
+    assert all(" 1| " in line for line in capsys.readouterr().out.splitlines())
+    assert main(["logs", str(run), "--rank", "9"]) == 2
+    assert main(["logs", str(tmp_path)]) == 2
+    assert main(["logs", str(run), "--stacks"]) == 2
+
+
+def test_status_says_where_a_run_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = fake_run(tmp_path)
+    text = describe(run_status(run))
+    assert "stage1  step 4/10  loss 1.5000" in text
+    assert "restarts 1" in text
+    assert "last end 75: n2 rank 1 killed by SIGKILL" in text
+    assert main(["status", str(tmp_path)]) == 0
+    assert "tiny: " in capsys.readouterr().out
+    assert main(["status", str(tmp_path / "nothing")]) == 2
+    (tmp_path / "empty").mkdir()
+    assert main(["status", str(tmp_path / "empty")]) == 2
+
+
+def test_sweep_keeps_the_ratio_and_picks_the_best(recipe_file: Make, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file())
+    overrides = sweep_overrides(recipe, "2e-3")
+    changed = load_recipe(recipe_file(), overrides)
+    assert changed.run.name == "tiny-lr2e-3"
+    assert changed.curriculum.stage1.learning_rate == 2e-3
+    assert changed.curriculum.stage2.learning_rate == pytest.approx(1e-3)
+    with pytest.raises(ConfigError, match="learning rate 'fast' is not allowed"):
+        sweep_overrides(recipe, "fast")
+    for rate, accuracy, loss in (("1e-3", 0.5, 0.9), ("2e-3", 0.5, 0.7), ("4e-3", 0.25, 0.1), ("8e-3", 0.9, float("nan"))):
+        run = tmp_path / "runs" / f"tiny-lr{rate}"
+        checkpoint = run / "checkpoints" / "step-00000001"
+        checkpoint.mkdir(parents=True)
+        state = TrainingState("stage2", 1, 1, 1, 0.0, 1, finished=True)
+        (checkpoint / "state.json").write_text(json.dumps(asdict(state)))
+        (checkpoint / "manifest.json").write_text(json.dumps({"files": {}}))
+        lines = [{"kind": "train", "step": 1, "loss": loss}, {"kind": "evaluation", "step": 1, "accuracy": accuracy}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answer = best_run(recipe, ["1e-3", "2e-3", "4e-3", "8e-3", "1"])
+    assert answer["best"] == "2e-3"
+    assert answer["finished"] == 3
+    assert json.loads((tmp_path / "runs" / "tiny-sweep.json").read_text())["best"] == "2e-3"
+
+
+def test_curriculum_shows_its_jobs(recipe_file: Make, tmp_path: Path) -> None:
+    site = tmp_path / "site.env"
+    site.write_text(SITES["account"])
+    command = [str(ROOT / "slurm" / "curriculum.sh"), "--dry-run", "--nodes=2", str(recipe_file())]
+    variables = environment(RIM_SITE=str(site), RIM_VENV=sys.prefix)
+    done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    jobs = done.stdout.splitlines()
+    assert [re.search(r"--job-name=(\S+)", job)[1] for job in jobs] == [  # type: ignore[index]
+        "tiny-stage1",
+        "tiny-stage1-evaluate",
+        "tiny-stage2",
+        "tiny-stage2-evaluate",
+        "tiny-export",
+    ]
+    assert all("--account=p1" in job and "--kill-on-invalid-dep=yes" in job for job in jobs)
+    assert ["--ntasks-per-node=4" in job for job in jobs] == [True, False, True, False, False]
+    assert ["--nodes=2" in job for job in jobs] == [True, False, True, False, False]
+    assert ["--until stage1" in job for job in jobs] == [True, False, False, False, False]
+    assert all(f"--dependency=afterok:{number}" in job for number, job in enumerate(jobs[1:]))
+    assert not (tmp_path / "runs").exists()
+    wrong = subprocess.run(
+        [*command[:1], "--nodes", "2"], env=variables, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 2
+    assert "write --name=value" in wrong.stderr
+    assert os.access(command[0], os.X_OK)
