@@ -80,7 +80,7 @@ def index_text(files: list[OutputFile]) -> str:
     return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
 
 
-def _values(tensor: ModelTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+def tensor_values(tensor: ModelTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """The tensor's elements in order, in chunks, in the dtype asked for."""
     if tensor.low_rank is None:
         for part in tensor.parts:
@@ -110,7 +110,7 @@ def write_file(folder: Path, file: OutputFile) -> FileRecord:
     try:
         writer.write(header)
         for name, (tensor, dtype) in file.tensors.items():
-            for chunk in _values(tensor, dtype):
+            for chunk in tensor_values(tensor, dtype):
                 if dtype == torch.float16 and not torch.isfinite(chunk).all():
                     raise CheckpointError(f"{name}: a value does not fit into fp16; export with --dtype bf16 or fp32")
                 writer.write(chunk.view(torch.uint8).numpy())

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from rim_dist.checkpoint import store
-from rim_dist.checkpoint.adapters import adapter_config, adapter_tensors
+from rim_dist.checkpoint.adapters import adapter_config, adapter_tensors, extract_lora, merged_tensors
 from rim_dist.checkpoint.assemble import OutputFile, Workers, index_text, plan_files, write_all
 from rim_dist.checkpoint.card import about_export, model_card
 from rim_dist.checkpoint.contents import Contents, empty_module, read_contents
@@ -239,3 +239,53 @@ def check_export_target(out: Path) -> None:
     """Refuse to write over a folder that is not an earlier export."""
     if out.exists() and not (out / ABOUT).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: already holds something else; choose another folder")
+
+
+def _copy_others(source: Path, target: Path) -> None:
+    """Everything of an HF folder but its weights and what an earlier export said of itself."""
+    skipped = {ABOUT, store.MANIFEST, "model.safetensors.index.json", "adapter_config.json"}
+    for file in source.iterdir():
+        if file.is_file() and file.name not in skipped and not file.name.endswith((".safetensors", ".bin", ".pt")):
+            shutil.copy(file, target / file.name)
+
+
+def merge_adapter(adapter: Path, base: Path, out: Path, dtype: str | None, shard_bytes: int, workers: Workers) -> Path:
+    """Write base + adapter as a plain folder. The adapter's tokenizer goes before the base's. Raises CheckpointError."""
+    workers.on_first(lambda: check_export_target(out))
+    config, tensors = merged_tensors(base, adapter)
+    files = plan_files(tensors, DTYPES[dtype] if dtype else None, shard_bytes)
+
+    def write_rest(folder: Path) -> None:
+        _copy_others(base, folder)
+        if (adapter / "tokenizer_config.json").is_file():
+            _copy_others(adapter, folder)
+        if len(files) > 1:
+            (folder / "model.safetensors.index.json").write_text(index_text(files), encoding="utf-8")
+        if dtype:
+            config.dtype = DTYPES[dtype]
+        config.save_pretrained(folder)
+        about = {}
+        for place in (adapter, base):
+            if (place / ABOUT).is_file():
+                about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+                break
+        _write_json(folder / ABOUT, {**about, **({"dtype": dtype} if dtype else {}), "merged": [str(base), str(adapter)]})
+
+    write_folder(out, {"": files}, write_rest, workers)
+    return out
+
+
+def extract_adapter(tuned: Path, base: Path, out: Path, rank: int) -> dict[str, float]:
+    """Write the difference as an adapter folder; returns each matrix's relative error. Raises CheckpointError."""
+    check_export_target(out)
+    errors: dict[str, float] = {}
+
+    def write_rest(folder: Path) -> None:
+        errors.update(extract_lora(base, tuned, folder, rank))
+        _copy_others(tuned, folder)
+        (folder / "config.json").unlink(missing_ok=True)
+        if (tuned / ABOUT).is_file():
+            shutil.copy(tuned / ABOUT, folder / ABOUT)
+
+    write_folder(out, {"": []}, write_rest, Workers())
+    return errors

@@ -142,10 +142,8 @@ def read_chunks(stored: StoredTensor) -> Iterator[torch.Tensor]:
             yield buffer[:length].view(stored.dtype)
 
 
-def rows_of(stored: StoredTensor, first: int, last: int) -> StoredTensor:
-    """Rows `first` to `last` of a matrix, as bytes where they lie."""
-    row = stored.nbytes // stored.shape[0]
-    start, stop = first * row, last * row
+def _part(stored: StoredTensor, start: int, stop: int) -> tuple[Extent, ...]:
+    """Bytes `start` to `stop` of a tensor, where they lie."""
     extents = []
     position = 0
     for extent in stored.extents:
@@ -153,7 +151,19 @@ def rows_of(stored: StoredTensor, first: int, last: int) -> StoredTensor:
         if low < high:
             extents.append(Extent(extent.file, extent.offset + low - position, high - low))
         position += extent.length
-    return StoredTensor((last - first, *stored.shape[1:]), stored.dtype, tuple(extents))
+    return tuple(extents)
+
+
+def rows_of(stored: StoredTensor, first: int, last: int) -> StoredTensor:
+    """Rows `first` to `last` of a matrix."""
+    row = stored.nbytes // stored.shape[0]
+    return StoredTensor((last - first, *stored.shape[1:]), stored.dtype, _part(stored, first * row, last * row))
+
+
+def elements_of(stored: StoredTensor, first: int, count: int) -> StoredTensor:
+    """`count` elements from `first` on, flat."""
+    size = stored.dtype.itemsize
+    return StoredTensor((count,), stored.dtype, _part(stored, first * size, (first + count) * size))
 
 
 # ---- safetensors files ---------------------------------------------------------------------------------------

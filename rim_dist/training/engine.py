@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rim_dist.checkpoint.portable import is_portable
+from rim_dist.checkpoint.restore import restore_optimizer
 from rim_dist.checkpoint.snapshot import Capture
 from rim_dist.checkpoint.store import ENGINE
 from rim_dist.config import OptimizerSection, Recipe
@@ -165,7 +167,10 @@ class Engine:
         return capture.files
 
     def load(self, checkpoint: Path) -> None:
-        """Read what `save` wrote, bit for bit, at the same number of ranks. Collective."""
+        """Read what `capture` gave, bit for bit, at the same number of ranks; or a portable checkpoint at any. Collective."""
+        if is_portable(checkpoint):
+            restore_optimizer(checkpoint, self._engine, self._inner_optimizer(), self._zero_stage)
+            return
         with restricted_loading():
             path, _ = self._engine.load_checkpoint(str(checkpoint), tag=ENGINE)
         if path is None:

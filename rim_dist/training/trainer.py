@@ -18,6 +18,7 @@ import torch.distributed as dist
 from rim_dist.attention.registration import use_plain_attention, use_rim_attention
 from rim_dist.checkpoint import store
 from rim_dist.checkpoint.hf_export import export_checkpoint
+from rim_dist.checkpoint.portable import is_portable, starts_fresh
 from rim_dist.checkpoint.resume import agree_on_checkpoint
 from rim_dist.checkpoint.retention import note_scores
 from rim_dist.checkpoint.saver import CheckpointSaver
@@ -124,7 +125,8 @@ class Trainer:
         resume = self._find_resume()
         if self._process.is_first:
             self._write_run_folder()
-        self._engine = Engine(self._recipe, build_model(self._recipe, self._foundation), self._ds_config, self._process)
+        model = build_model(self._recipe, self._foundation, resume)
+        self._engine = Engine(self._recipe, model, self._ds_config, self._process)
         state = TrainingState(self._plans[0].name, 0, 0, 0, 0.0, self._process.ranks)
         if resume is not None:
             state = self._load(resume)
@@ -279,11 +281,13 @@ class Trainer:
 
     def _load(self, checkpoint: Path) -> TrainingState:
         state = store.read_state(checkpoint)
-        if state.ranks != self._process.ranks:
+        if state.ranks != self._process.ranks and not is_portable(checkpoint):
             raise CheckpointError(
-                f"{checkpoint}: saved by {state.ranks} ranks, this run has {self._process.ranks}; start it with {state.ranks}"
+                f"{checkpoint}: saved by {state.ranks} ranks, this run has {self._process.ranks}; start it with {state.ranks}, "
+                f"or make it one for others: rim-dist convert reshape {checkpoint} OUT --data {self._process.ranks}"
             )
-        self._engine.load(checkpoint)
+        if not starts_fresh(checkpoint):
+            self._engine.load(checkpoint)
         self._operations = self._logged_operations = state.operations
         self._saved_step = state.step
         return state
