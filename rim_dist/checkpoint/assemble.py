@@ -163,6 +163,7 @@ class Workers:
         if self._mpi is not None and processes > 1:
             raise ConfigError(f"--processes: {processes} under mpirun; the ranks are the processes, leave it out")
         self.count = self._mpi.size if self._mpi is not None else processes
+        self._pool: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -174,11 +175,22 @@ class Workers:
             return self._mpi.allgather(function(*shares[self._mpi.rank]))
         if self.count == 1:
             return [function(*shares[0])]
-        # A server that has imported this once and forks: starting Python and torch anew takes seconds a process.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        with context.Pool(self.count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return pool.starmap(function, shares)
+        self.start()
+        return self._pool.starmap(function, shares)
+
+    def start(self) -> None:
+        """Start the processes; `run` does it when needed."""
+        if self._pool is None and self.count > 1 and self._mpi is None:
+            # A server that has imported this once and forks: starting Python and torch anew takes seconds a process.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            self._pool = context.Pool(self.count, initializer=torch.set_num_threads, initargs=(1,))
+            self._pool.starmap(max, [(0, 1)] * self.count)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.terminate()
+            self._pool = None
 
     def on_first(self, action: Callable[[], None]) -> None:
         """Do something on one rank while the others wait; an error ends all of them with its message."""
