@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rim_dist.checkpoint.shards import ShardIndex, index_shards
 from rim_dist.checkpoint.store import ENGINE, MODEL, PORTABLE, TrainingState, read_recipe, read_state
-from rim_dist.checkpoint.tensors import LowRank, ModelTensor, StoredTensor, rows_of
+from rim_dist.checkpoint.tensors import LowRank, ModelTensor, StoredTensor, forget_files, rows_of
 from rim_dist.config import Recipe
 from rim_dist.errors import CheckpointError
 from rim_dist.memory import MemoryTokens, add_memory_tokens
@@ -101,6 +101,7 @@ def optimizer_groups(module: torch.nn.Module, weight_decay: float) -> list[list[
 
 def read_contents(checkpoint: Path) -> Contents:
     """Index a checkpoint. Raises CheckpointError if a tensor is missing, surplus or misshapen."""
+    forget_files()
     recipe, state = read_recipe(checkpoint), read_state(checkpoint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint / MODEL)

@@ -104,7 +104,7 @@ def _descriptor(file: str) -> int:
 
 
 def forget_files() -> None:
-    """Close what was kept open: a file may be replaced by another of the same name."""
+    """Close what was kept open; before an index is made, since a file may have been replaced by another of its name."""
     while _descriptors:
         os.close(_descriptors.popitem()[1])
 
@@ -217,6 +217,7 @@ def read_folder_index(folder: Path, stem: str = "model") -> dict[str, StoredTens
 
     Raises CheckpointError if a tensor of the index is not where it should be, or one is in none or in two.
     """
+    forget_files()
     index = folder / f"{stem}.safetensors.index.json"
     if not index.is_file():
         return read_safetensors_index(folder / f"{stem}.safetensors")
