@@ -11,10 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, environment
+from conftest import tiny_recipe, write_recipe
+from ranks import ROOT, environment, run
+from states import same_state
 
 from rim_dist.checkpoint import retention, store
+from rim_dist.checkpoint.contents import read_contents
 from rim_dist.checkpoint.resume import agree_on_checkpoint
+from rim_dist.checkpoint.saver import read_saves
 from rim_dist.config import CheckpointSection
 from rim_dist.errors import CheckpointError
 from rim_dist.parallel.launch import Process
@@ -177,3 +181,42 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
     assert "is kept; make room and start the same command again" in refused
     assert "No space left on device" in full
     assert "is kept" in full
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("zero", [1, 3])
+def test_background_saves_change_nothing(tmp_path: Path, zero: int) -> None:
+    """Two ranks, a save after every step: each checkpoint holds, bit for bit, what the one written in front does."""
+    for name in ("front", "background"):
+        recipe = tiny_recipe(
+            tmp_path,
+            run={"name": name},
+            parallel={"zero_stage": zero},
+            checkpoint={"every_steps": 1, "keep": 20, "background": name == "background"},
+            evaluation={"at_end": False},
+        )
+        write_recipe(tmp_path / f"{name}.yaml", recipe)
+    paths = [str(tmp_path / f"{name}.yaml") for name in ("front", "background")]
+    run("torchrun", 2, ["tests/workers/train_many.py", *paths])
+    folders = [tmp_path / name / "checkpoints" for name in ("front", "background")]
+    assert [read_saves(f)[0]["background"] for f in folders] == [False, True]
+    assert [[line["step"] for line in read_saves(f)] for f in folders] == [list(range(1, 9))] * 2
+    for front, background in zip(*map(store.complete_checkpoints, folders), strict=True):
+        assert not store.damage(background, checksums=True)
+        assert store.read_state(front) == store.read_state(background)
+        same_state(read_contents(front), read_contents(background))
+
+
+@pytest.mark.timeout(300)
+def test_background_write_that_fails_ends_all_ranks(tmp_path: Path) -> None:
+    """One of two ranks may write only small files: both end with its message, a restart goes on."""
+    recipe = tiny_recipe(tmp_path, checkpoint={"every_steps": 3, "background": True}, evaluation={"at_end": False})
+    path = write_recipe(tmp_path / "r.yaml", recipe)
+    script = f"[[ $RANK == 1 ]] && ulimit -f 64; exec {sys.executable} -m rim_dist train {path}"
+    result = run("torchrun", 2, ["--no-python", "bash", "-c", script], check=False)
+    assert result.returncode
+    assert result.stdout.count("cannot be written (File too large on rank 1") == 2
+    assert 'Traceback (most recent call last):\n  File "/' not in result.stdout.split("torch/distributed/elastic")[0]
+    assert not store.all_checkpoints(tmp_path / "tiny" / "checkpoints")
+    run("torchrun", 2, ["-m", "rim_dist", "train", str(path)])
+    assert store.read_state(store.find_checkpoint(tmp_path / "tiny")).finished

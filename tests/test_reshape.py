@@ -11,8 +11,9 @@ import torch
 from conftest import tiny_recipe, write_recipe
 from ranks import ROOT, run
 from safetensors.torch import load_file
+from states import same_state
 
-from rim_dist.checkpoint.contents import Contents, read_contents
+from rim_dist.checkpoint.contents import read_contents
 from rim_dist.checkpoint.store import find_checkpoint, folder_of, read_state
 from rim_dist.checkpoint.tensors import read_tensor
 from rim_dist.cli import main
@@ -58,21 +59,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"]
-
-
-def same_state(a: Contents, b: Contents) -> None:
-    """Every weight, moment and step count equal, bit for bit."""
-    assert a.module.keys() == b.module.keys()
-    assert a.index.steps == b.index.steps
-    assert a.index.steps
-    for name in a.module:
-        assert torch.equal(read_tensor(a.module[name]), read_tensor(b.module[name])), name
-    for kind in ("exp_avg", "exp_avg_sq"):
-        for name in a.index.steps:
-            if name in a.module:
-                left, right = read_tensor(a.index.moments[kind][name]), read_tensor(b.index.moments[kind][name])
-                assert left.any(), name
-                assert torch.equal(left, right), (kind, name)
 
 
 @pytest.mark.timeout(900)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 
 from rim_dist.checkpoint.store import ChecksumWriter, FileRecord
-from rim_dist.checkpoint.tensors import ModelTensor, read_chunks, read_tensor, safetensors_header
+from rim_dist.checkpoint.tensors import ModelTensor, forget_files, read_chunks, read_tensor, safetensors_header
 from rim_dist.errors import CheckpointError, ConfigError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -126,9 +128,16 @@ class _Done:
     error: str = ""
 
 
-def _write_files(folder: Path, files: list[OutputFile]) -> _Done:
+def _write_files(folder: Path, files: list[OutputFile], threads: int) -> _Done:
+    def write(file: OutputFile) -> tuple[str, FileRecord]:
+        try:
+            return file.name, write_file(folder, file)
+        finally:
+            forget_files()  # this thread's
+
     try:
-        return _Done({file.name: write_file(folder, file) for file in files})
+        with ThreadPoolExecutor(threads) as pool:
+            return _Done(dict(pool.map(write, files)))
     except OSError as error:
         return _Done({}, f"{folder}: cannot be written ({error.strerror or error})")
     except CheckpointError as error:
@@ -146,7 +155,9 @@ def _deal(files: list[OutputFile], workers: int) -> list[list[OutputFile]]:
 def write_all(folder: Path, files: list[OutputFile], workers: Workers) -> dict[str, FileRecord]:
     """Write all files with the workers there are; the same result on every MPI rank. Raises CheckpointError."""
     shares = _deal(files, workers.count)
-    done = workers.run(_write_files, [(folder, share) for share in shares])
+    # Copying and summing up leave Python's lock: a process alone does two files at a time.
+    threads = min(2, os.cpu_count() or 1) if workers.count == 1 else 1
+    done = workers.run(_write_files, [(folder, share, threads) for share in shares])
     if error := next((d.error for d in done if d.error), ""):
         raise CheckpointError(error)
     return {name: record for d in done for name, record in d.records.items()}

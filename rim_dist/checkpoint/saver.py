@@ -128,12 +128,7 @@ class CheckpointSaver:
         def write() -> None:
             records.update(write_files(partial, files))
 
-        try:
-            error = self._attempt(write)
-        except RuntimeError as other:  # torch's archive writer words a refused write in its own way
-            if "inline_container" not in str(other) and "PytorchStreamWriter" not in str(other):
-                raise
-            error = "the file system took only a part of a file"
+        error = self._attempt(write)
         part = Part({} if error else records, error)
         return self._attempt(lambda: store.write_part(partial, self._process.rank, part)) or error
 

@@ -113,6 +113,8 @@ def write_files(folder: Path, files: dict[str, Any]) -> dict[str, FileRecord]:
             torch.save(tree, writer)  # type: ignore[arg-type]
         except BaseException:
             writer.close(sync=False)
+            if writer.error is not None:
+                raise writer.error from None
             raise
         records[name] = writer.close()
     return records

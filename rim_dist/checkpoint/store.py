@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import xxhash
 
@@ -69,16 +69,21 @@ class ChecksumWriter:
     """A binary file that sums up what goes through it, so that no file is read again for its checksum."""
 
     def __init__(self, path: Path) -> None:
-        self._file: BinaryIO = path.open("wb")
+        self._file = path.open("wb", buffering=0)
         self._hash = xxhash.xxh3_128()
         self._size = 0
+        self.error: OSError | None = None  # kept for callers behind a library that words it in its own way
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
         self._hash.update(view)
         rest = view.cast("B") if view.nbytes else view
-        while rest.nbytes:  # a disk that fills up takes a part and refuses the next write
-            rest = rest[self._file.write(rest) :]
+        try:
+            while rest.nbytes:  # a disk that fills up takes a part and refuses the next write
+                rest = rest[self._file.write(rest) or 0 :]
+        except OSError as error:
+            self.error = error
+            raise
         self._size += view.nbytes
         return view.nbytes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ _SAFETENSORS_NAMES = {
     torch.bool: "BOOL",
 }
 _SAFETENSORS_DTYPES = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}
-_CHUNK_BYTES = 1 << 23
+_CHUNK_BYTES = 1 << 21  # stays in the cache between reading, summing up and writing
 
 
 def safetensors_name(dtype: torch.dtype) -> str:
@@ -86,27 +87,37 @@ class ModelTensor:
 
 
 _OPEN_FILES = 64  # far below the usual limit of 1,024
-_descriptors: OrderedDict[str, int] = OrderedDict()
+
+
+class _OpenFiles(threading.local):
+    """Files this thread keeps open: a conversion reads hundreds of tensors from some dozens of shards."""
+
+    def __init__(self) -> None:
+        self.descriptors: OrderedDict[str, int] = OrderedDict()
+
+
+_open_files = _OpenFiles()
 
 
 def _descriptor(file: str) -> int:
-    if file in _descriptors:
-        _descriptors.move_to_end(file)
-        return _descriptors[file]
+    descriptors = _open_files.descriptors
+    if file in descriptors:
+        descriptors.move_to_end(file)
+        return descriptors[file]
     try:
         opened = os.open(file, os.O_RDONLY)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror or error})") from None
-    _descriptors[file] = opened
-    if len(_descriptors) > _OPEN_FILES:
-        os.close(_descriptors.popitem(last=False)[1])
+    descriptors[file] = opened
+    if len(descriptors) > _OPEN_FILES:
+        os.close(descriptors.popitem(last=False)[1])
     return opened
 
 
 def forget_files() -> None:
-    """Close what was kept open; before an index is made, since a file may have been replaced by another of its name."""
-    while _descriptors:
-        os.close(_descriptors.popitem()[1])
+    """Close what this thread keeps open; before an index is made, since a file may have been replaced under its name."""
+    while _open_files.descriptors:
+        os.close(_open_files.descriptors.popitem()[1])
 
 
 def _read_into(view: memoryview, file: str, offset: int) -> None:
