@@ -33,9 +33,8 @@ class Contents:
     tokens: MemoryTokens
     index: ShardIndex
     module: dict[str, StoredTensor]
-    base: dict[str, ModelTensor]  # adapters left out
     model: dict[str, ModelTensor]  # adapters merged
-    ties: list[list[str]]  # names of the plain model that are one tensor; the first is the one that is kept
+    embeddings: tuple[str, ...]  # the matrices that have a row a token: embedding and, if it is one of its own, head
 
 
 def empty_module(recipe: Recipe, config: Any, tokens: MemoryTokens | None) -> Any:
@@ -124,26 +123,24 @@ def read_contents(checkpoint: Path) -> Contents:
             lambda: optimizer_groups(module, recipe.optimizer.weight_decay),
         )
     found = account(checkpoint, index.weights, module, index.steps)
-    plain = empty_module(recipe, config, None)
-    ties = tied_names(plain)
-    base, model = _plain_tensors(checkpoint, module, plain, found)
-    return Contents(recipe, state, config, tokenizer, tokens, index, found, base, model, ties)
+    plain = empty_module(recipe, config, None) if hasattr(module, "get_base_model") else module
+    model = _plain_tensors(checkpoint, module, plain, found)
+    names = {id(parameter): name for name, parameter in plain.named_parameters()}
+    rows = {names[id(part.weight)] for part in (plain.get_input_embeddings(), plain.get_output_embeddings())}
+    return Contents(recipe, state, config, tokenizer, tokens, index, found, model, tuple(sorted(rows)))
 
 
-def _plain_tensors(
-    where: Path, module: Any, plain: torch.nn.Module, found: dict[str, StoredTensor]
-) -> tuple[dict[str, ModelTensor], dict[str, ModelTensor]]:
-    """The plain model's tensors without and with adapters."""
+def _plain_tensors(where: Path, module: Any, plain: torch.nn.Module, found: dict[str, StoredTensor]) -> dict[str, ModelTensor]:
+    """The plain model's tensors, adapters merged into them."""
     expected = plain.state_dict()
     second = {name for names in tied_names(plain) for name in names[1:]}
-    base: dict[str, ModelTensor] = {}
     merged: dict[str, ModelTensor] = {}
     layers = dict(module.named_modules())
     for name, stored in found.items():
         target = plain_name(name)
         if target is None or target in second:
             continue
-        base[target] = merged[target] = ModelTensor((stored,), stored.shape)
+        merged[target] = ModelTensor((stored,), stored.shape)
         layer = layers[name.rpartition(".base_layer.")[0]] if ".base_layer." in name else None
         if layer is None or not name.endswith(".weight"):
             continue
@@ -155,9 +152,9 @@ def _plain_tensors(
         else:
             rows = found[f"{prefix}.trainable_tokens_delta.default"]
             merged[target] = ModelTensor(with_rows(stored, rows, layer.token_indices["default"]), stored.shape)
-    if missing := sorted(set(expected) - second - set(base)):
+    if missing := sorted(set(expected) - second - set(merged)):
         raise CheckpointError(f"{where}: {len(missing)} tensors missing, first {missing[0]}")
-    return base, merged
+    return merged
 
 
 def plain_name(name: str) -> str | None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rim_dist.checkpoint import store
 from rim_dist.checkpoint.adapters import adapter_config, adapter_tensors, extract_lora, merged_tensors
 from rim_dist.checkpoint.assemble import OutputFile, Workers, index_text, plan_files, write_all
 from rim_dist.checkpoint.card import about_export, model_card
-from rim_dist.checkpoint.contents import Contents, empty_module, read_contents
+from rim_dist.checkpoint.contents import Contents, read_contents
 from rim_dist.checkpoint.store import find_checkpoint
 from rim_dist.checkpoint.tensors import DTYPES, ModelTensor, forget_files, read_folder_index, read_tensor, rows_of
 from rim_dist.errors import CheckpointError, ConfigError
@@ -81,8 +82,7 @@ def export_checkpoint(
     workers = workers or Workers()
     checkpoint, out = find_checkpoint(source), Path(out)
     workers.on_first(lambda: check_export_target(out))
-    check_intact(checkpoint, workers)
-    contents = read_contents(checkpoint)
+    contents = _checked_contents(checkpoint, workers)
     lora = contents.recipe.model.lora is not None and any(".lora_" in name for name in contents.module)
     if not lora and (options.adapter_only or not options.merge_lora):
         raise ConfigError(f"{checkpoint} was not trained with LoRA; leave out --adapter-only and --no-merge-lora")
@@ -154,6 +154,22 @@ def _plan(contents: Contents, options: ExportOptions, lora: bool) -> _Plan:
     return _Plan(files, write_rest)
 
 
+def _checked_contents(checkpoint: Path, workers: Workers) -> Contents:
+    """The contents of an intact checkpoint. Both take as long for a small model: a process alone does them side by side."""
+    if workers.count > 1:
+        check_intact(checkpoint, workers)
+        return read_contents(checkpoint)
+    with ThreadPoolExecutor(1) as pool:
+        check = pool.submit(check_intact, checkpoint, workers)
+        try:
+            contents = read_contents(checkpoint)
+        except CheckpointError:
+            check.result()  # damage says more than what cannot be read because of it
+            raise
+        check.result()
+    return contents
+
+
 def check_intact(checkpoint: Path, workers: Workers) -> None:
     """Raises CheckpointError on every rank unless all checksums are right."""
     wrong = workers.run(store.damage, [(checkpoint, True, i, workers.count) for i in range(workers.count)])
@@ -209,10 +225,7 @@ def write_folder(out: Path, files: dict[str, list[OutputFile]], write_rest: Call
 def _check_rows(contents: Contents, model: dict[str, ModelTensor], folder: Path, dtype: torch.dtype) -> None:
     """Compare the memory rows that were written, value by value, with those of the checkpoint."""
     written = read_folder_index(folder)
-    plain = empty_module(contents.recipe, contents.config, None)
-    names = {id(parameter): name for name, parameter in plain.named_parameters()}
-    matrices = {names[id(part.weight)] for part in (plain.get_input_embeddings(), plain.get_output_embeddings())}
-    for name in sorted(matrices):
+    for name in contents.embeddings:
         for token in contents.tokens.ids:
             expected = _row(model[name], token).to(dtype)
             found = read_tensor(rows_of(written[name], token, token + 1))
