@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,24 +154,27 @@ def _plan(contents: Contents, options: ExportOptions, lora: bool) -> _Plan:
 
 
 def _checked_contents(checkpoint: Path, workers: Workers) -> Contents:
-    """The contents of an intact checkpoint. Both take as long for a small model: a process alone does them side by side."""
-    if workers.count > 1:
-        check_intact(checkpoint, workers)
-        return read_contents(checkpoint)
-    with ThreadPoolExecutor(1) as pool:
-        check = pool.submit(check_intact, checkpoint, workers)
-        try:
-            contents = read_contents(checkpoint)
-        except CheckpointError:
-            check.result()  # damage says more than what cannot be read because of it
-            raise
-        check.result()
+    """The contents of a checkpoint, after what an export reads of it was compared with its checksums."""
+    try:
+        contents = read_contents(checkpoint)
+    except CheckpointError:
+        check_intact(checkpoint, workers)  # damage says more than what cannot be read because of it
+        raise
+    spans: dict[str, list[store.Span]] = {}
+    for stored in contents.module.values():
+        for extent in stored.extents:
+            name = str(Path(extent.file).relative_to(checkpoint))
+            spans.setdefault(name, []).append((extent.offset, extent.offset + extent.length))
+    for shard in store.read_manifest(checkpoint):
+        if shard.startswith(f"{store.ENGINE}/"):
+            spans.setdefault(shard, [])
+    check_intact(checkpoint, workers, spans)
     return contents
 
 
-def check_intact(checkpoint: Path, workers: Workers) -> None:
-    """Raises CheckpointError on every rank unless all checksums are right."""
-    wrong = workers.run(store.damage, [(checkpoint, True, i, workers.count) for i in range(workers.count)])
+def check_intact(checkpoint: Path, workers: Workers, only: dict[str, list[store.Span]] | None = None) -> None:
+    """Raises CheckpointError on every rank unless the checksums are right: all, or of files in `only` those of the spans."""
+    wrong = workers.run(store.damage, [(checkpoint, True, i, workers.count, only) for i in range(workers.count)])
     if damage := next((w for w in wrong if w), ""):
         raise CheckpointError(f"{checkpoint}: damaged: {damage}")
 

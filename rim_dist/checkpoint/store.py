@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +34,12 @@ ENGINE = "engine"
 MODEL = "model"
 PORTABLE = "portable"
 MANIFEST = "manifest.json"
-_CHECKSUM = "xxh3_128"  # guards against damage, not against an attacker; as fast as memory, so it costs no time
+# Guards against damage, not against an attacker; as fast as memory, so it costs no time. A checksum a block: an export
+# reads the weights of a shard, not the optimizer's moments beside them, and checks what it reads.
+_CHECKSUM = "xxh3_64"
+_BLOCK_BYTES = 1 << 24
+_DIGITS = 16
+Span = tuple[int, int]  # first byte and the one after the last
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,38 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest says of a file."""
+    """What a manifest says of a file. `checksum`: 16 hexadecimal digits for every block of 16 MiB."""
 
     size: int
     checksum: str
+
+
+class _Checksum:
+    """The checksums of the blocks of what goes through."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_64()
+        self._left = _BLOCK_BYTES
+        self._done: list[str] = []
+
+    def update(self, view: memoryview) -> None:
+        while view.nbytes:
+            part = view[: self._left]
+            self._hash.update(part)
+            self._left -= part.nbytes
+            view = view[part.nbytes :]
+            if not self._left:
+                self._close_block()
+
+    def _close_block(self) -> None:
+        self._done.append(self._hash.hexdigest())
+        self._hash = xxhash.xxh3_64()
+        self._left = _BLOCK_BYTES
+
+    def digits(self) -> str:
+        if self._left < _BLOCK_BYTES:
+            self._close_block()
+        return "".join(self._done)
 
 
 class ChecksumWriter:
@@ -70,14 +103,14 @@ class ChecksumWriter:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
-        self._hash = xxhash.xxh3_128()
+        self._sum = _Checksum()
         self._size = 0
         self.error: OSError | None = None  # kept for callers behind a library that words it in its own way
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
-        self._hash.update(view)
         rest = view.cast("B") if view.nbytes else view
+        self._sum.update(rest)
         try:
             while rest.nbytes:  # a disk that fills up takes a part and refuses the next write
                 rest = rest[self._file.write(rest) or 0 :]
@@ -97,19 +130,19 @@ class ChecksumWriter:
                 os.fsync(self._file.fileno())
         finally:
             self._file.close()
-        return FileRecord(self._size, self._hash.hexdigest())
+        return FileRecord(self._size, self._sum.digits())
 
 
 def record_of(file: Path) -> FileRecord:
     """Size and checksum of a file as it is on disk."""
-    digest = xxhash.xxh3_128()
+    digest = _Checksum()
     size = 0
-    buffer = bytearray(1 << 22)
+    buffer = bytearray(1 << 21)
     with file.open("rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
             size += count
-    return FileRecord(size, digest.hexdigest())
+    return FileRecord(size, digest.digits())
 
 
 def sync_path(path: Path) -> None:
@@ -149,20 +182,39 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         raise CheckpointError(f"{folder}: it has no readable {MANIFEST}") from None
 
 
-def _contents_damage(folder: Path, name: str, record: FileRecord) -> str:
+def _blocks_of(record: FileRecord, spans: Iterable[Span] | None) -> list[int]:
+    """Numbers of the blocks to compare: all, or those of the spans with the first and the last (a shard's structure)."""
+    count = len(record.checksum) // _DIGITS
+    if spans is None:
+        return list(range(count))
+    wanted = {0, count - 1} if count else set()
+    for start, stop in spans:
+        wanted.update(range(start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES)))
+    return sorted(wanted)
+
+
+def _contents_damage(file: Path, name: str, record: FileRecord, number: int) -> str:
+    digest = xxhash.xxh3_64()
+    buffer = bytearray(1 << 21)
+    left = min(_BLOCK_BYTES, record.size - number * _BLOCK_BYTES)
     try:
-        found = record_of(folder / name)
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(number * _BLOCK_BYTES)
+            while left and (count := stream.readinto(memoryview(buffer)[: min(left, len(buffer))])):
+                digest.update(memoryview(buffer)[:count])
+                left -= count
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
-    if found != record:
-        return f"{name} has other contents than its manifest says (checksum {found.checksum})"
+    if digest.hexdigest() != record.checksum[number * _DIGITS : (number + 1) * _DIGITS]:
+        where = f" (in its {_BLOCK_BYTES >> 20} MiB from byte {number * _BLOCK_BYTES:,})" if number else ""
+        return f"{name} has other contents than its manifest says{where}"
     return ""
 
 
-def damage(folder: Path, checksums: bool, rank: int = 0, ranks: int = 1) -> str:
+def damage(folder: Path, checksums: bool, rank: int = 0, ranks: int = 1, only: Mapping[str, list[Span]] | None = None) -> str:
     """What is wrong with a folder that has a manifest; empty if nothing.
 
-    Sizes are compared for every file. `checksums`: contents too, the files dealt over `ranks`.
+    Sizes are compared for every file. `checksums`: contents too, dealt over `ranks`; of the files in `only` the spans given.
     """
     try:
         records = read_manifest(folder)
@@ -175,11 +227,10 @@ def damage(folder: Path, checksums: bool, rank: int = 0, ranks: int = 1) -> str:
         if file.stat().st_size != record.size:
             return f"{name} has {file.stat().st_size} bytes instead of {record.size}"
     if checksums:
-        # Largest first, so that ranks get like amounts.
-        order = sorted(records, key=lambda name: (-records[name].size, name))
-        # Hashing and reading leave Python's lock: a few files at a time.
+        blocks = [(n, i) for n, r in sorted(records.items()) for i in _blocks_of(r, only.get(n) if only is not None else None)]
+        # Hashing and reading leave Python's lock: a few blocks at a time.
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            for wrong in pool.map(lambda name: _contents_damage(folder, name, records[name]), order[rank::ranks]):
+            for wrong in pool.map(lambda b: _contents_damage(folder / b[0], b[0], records[b[0]], b[1]), blocks[rank::ranks]):
                 if wrong:
                     return wrong
     return ""
