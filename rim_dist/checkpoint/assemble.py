@@ -164,12 +164,15 @@ def write_all(folder: Path, files: list[OutputFile], workers: Workers) -> dict[s
 
 
 class Workers:
-    """Who does the work: this process, several processes of this machine, or the ranks of an MPI run."""
+    """Who does the work: this process, several processes of this machine, or the ranks of an MPI run.
 
-    def __init__(self, processes: int = 1) -> None:
+    `mpi`: whether every rank of an MPI run is here. A trainer's first rank exports alone, whatever started it.
+    """
+
+    def __init__(self, processes: int = 1, mpi: bool = False) -> None:
         from rim_dist.checkpoint.mpi import world
 
-        self._mpi = world()
+        self._mpi = world() if mpi else None
         self._processes = processes
         if self._mpi is not None and processes > 1:
             raise ConfigError(f"--processes: {processes} under mpirun; the ranks are the processes, leave it out")

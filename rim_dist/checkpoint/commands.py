@@ -133,7 +133,7 @@ def export(arguments: argparse.Namespace) -> int:
     )
     if arguments.verify and arguments.adapter_only:
         raise ConfigError("--verify: an adapter alone is no model; verify with --no-merge-lora or the merged folder")
-    workers = Workers(_at_least_one("--processes", arguments.processes))
+    workers = Workers(_at_least_one("--processes", arguments.processes), mpi=True)
     checkpoint = choose(arguments.checkpoint, arguments.stage, arguments.step, arguments.best)
     out = export_checkpoint(checkpoint, arguments.out_dir, options, workers)
     if workers.is_first:
@@ -149,7 +149,7 @@ def _from_hf(arguments: argparse.Namespace) -> int:
     from rim_dist.checkpoint.assemble import Workers
     from rim_dist.checkpoint.portable import from_hf
 
-    workers = Workers(_at_least_one("--processes", arguments.processes))
+    workers = Workers(_at_least_one("--processes", arguments.processes), mpi=True)
     recipe = Path(arguments.recipe) if arguments.recipe else None
     run = from_hf(Path(arguments.hf_dir), Path(arguments.out_dir), recipe, arguments.stage, arguments.data, workers)
     if workers.is_first:
@@ -162,7 +162,7 @@ def _reshape(arguments: argparse.Namespace) -> int:
     from rim_dist.checkpoint.portable import reshape
     from rim_dist.checkpoint.store import find_checkpoint
 
-    workers = Workers(_at_least_one("--processes", arguments.processes))
+    workers = Workers(_at_least_one("--processes", arguments.processes), mpi=True)
     source = find_checkpoint(arguments.checkpoint)
     run = reshape(source, Path(arguments.out_dir), arguments.tensor, arguments.sequence, arguments.data, workers)
     if workers.is_first:
@@ -193,7 +193,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     from rim_dist.checkpoint.assemble import Workers, parse_size
     from rim_dist.checkpoint.hf_export import merge_adapter
 
-    workers = Workers(_at_least_one("--processes", arguments.processes))
+    workers = Workers(_at_least_one("--processes", arguments.processes), mpi=True)
     shard_bytes = parse_size(arguments.max_shard_size)
     out = merge_adapter(
         Path(arguments.adapter), Path(arguments.base), Path(arguments.out_dir), arguments.dtype, shard_bytes, workers
