@@ -302,3 +302,15 @@ def test_verify_finds_what_differs(runs: Path, tmp_path: Path, monkeypatch: pyte
     template.write_text(template.read_text().replace("<|mem|><|mem|>", "<|mem|>"))
     with pytest.raises(CheckpointError, match="renders question 1 with 1 blocks to other tokens"):
         verify_export(checkpoint, out)
+
+
+def test_inspect_names_damaged_checkpoints_beside_the_one_it_shows(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs / "full0" / "checkpoints", tmp_path / "checkpoints")
+    shard = tmp_path / "checkpoints" / "step-00000003" / "engine" / "mp_rank_00_model_states.pt"
+    shard.write_bytes(shard.read_bytes()[:100])
+    assert main(["convert", "inspect", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "step: 2\n" in output
+    assert "damaged beside it: step-00000003: engine/mp_rank_00_model_states.pt has 100 bytes instead of" in output

@@ -52,6 +52,11 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         "scores": read_scores(folder.parent).get(folder.name, {}),
         "bytes": _size(folder),
         "damage": store.damage(folder, checksums=True),
+        "damaged_beside_it": {
+            other.name: wrong
+            for other in store.all_checkpoints(folder.parent)
+            if other != folder and (wrong := store.damage(other, checksums=False))
+        },
         "recipe": recipe.model_dump(mode="json"),
     }
 
@@ -94,6 +99,8 @@ def describe(facts: dict[str, Any]) -> str:
             continue
         if key == "bytes":
             lines.append(f"size: {value / 2**20:,.1f} MiB")
+        elif key == "damaged_beside_it":
+            lines += [f"damaged beside it: {name}: {wrong}" for name, wrong in value.items()]
         elif isinstance(value, dict):
             lines.append(f"{key}: {', '.join(f'{k} {v:g}' for k, v in value.items())}")
         else:
