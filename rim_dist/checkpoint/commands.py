@@ -171,7 +171,7 @@ def _reshape(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from rim_dist.checkpoint.inspect import describe, inspect_path
+    from rim_dist.checkpoint.facts import describe, inspect_path
 
     facts = inspect_path(arguments.path)
     print(json.dumps(facts, indent=1) if arguments.json else describe(facts))
@@ -179,7 +179,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from rim_dist.checkpoint.inspect import differences
+    from rim_dist.checkpoint.facts import differences
 
     lines = differences(arguments.a, arguments.b)
     for line in lines:
