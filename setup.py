@@ -37,6 +37,7 @@ setup(
         "matplotlib>=3.11",
         "numpy>=2",
         "filelock>=3",
+        "xxhash>=3.5",
     ],
     extras_require={
         "mpi": ["openmpi>=5"],

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rim_dist import __version__
+from rim_dist.checkpoint.commands import add_export_arguments, add_verbs, export
 from rim_dist.cluster.commands import add_cluster_commands
 from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, ConfigError, RimError
 
@@ -88,35 +89,24 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--show", type=int, default=0, metavar="N", help="draw the rows of the first N samples of each stage")
     recipe_arguments(data)
 
-    def export_arguments(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("checkpoint", help="a checkpoint folder, or a run's folder (its newest checkpoint)")
-        sub.add_argument("out_dir", help="folder to write; must not hold anything else")
-
-    export_arguments(
+    add_export_arguments(
         command(
             "export",
-            _export,
+            export,
             "Write a checkpoint as a plain HF folder (short for `convert to-hf`).",
             "rim-dist export runs/demo exported/",
+            "rim-dist export runs/demo exported/ --dtype bf16 --best --verify",
         )
     )
     convert = commands.add_parser(
         "convert",
-        help="Convert checkpoints.",
-        description="Convert checkpoints.",
-        epilog=_example("rim-dist convert to-hf runs/demo exported/"),
+        help="Convert, inspect and compare checkpoints and HF folders.",
+        description="Convert, inspect and compare checkpoints and HF folders.",
+        epilog=_example("rim-dist convert to-hf runs/demo exported/", "rim-dist convert inspect runs/demo"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = convert.add_subparsers(dest="verb", required=True, metavar="VERB")
-    export_arguments(
-        command(
-            "to-hf",
-            _export,
-            "Write a checkpoint as a plain HF folder.",
-            "rim-dist convert to-hf runs/demo exported/",
-            under=verbs,
-        )
-    )
+    add_verbs(lambda *given: command(*given, under=verbs))
     generate = command(
         "generate",
         _generate,
@@ -206,13 +196,6 @@ def _data(arguments: argparse.Namespace) -> int:
     if arguments.show < 0:
         raise ConfigError(f"--show: {arguments.show} is not allowed; allowed: 0 or more")
     show_data(load_recipe(arguments.recipe, arguments.overrides), arguments.show)
-    return EXIT_DONE
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from rim_dist.checkpoint.hf_export import export_checkpoint
-
-    print(export_checkpoint(arguments.checkpoint, arguments.out_dir))
     return EXIT_DONE
 
 

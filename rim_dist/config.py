@@ -309,7 +309,19 @@ class CheckpointSection(Section):
     """When the state is saved, and how much of it is kept."""
 
     every_steps: StrictInt = Field(500, ge=0, description="Save after so many optimizer steps; 0: only at the end of a stage.")
-    keep: StrictInt = Field(2, ge=1, description="Complete checkpoints that are kept.")
+    keep: StrictInt = Field(2, ge=1, description="The newest so many complete checkpoints are kept.")
+    keep_every_steps: StrictInt = Field(0, ge=0, description="Checkpoints of every so many steps are kept as well; 0: none.")
+    keep_stage_ends: StrictBool = Field(False, description="The last checkpoint of every stage is kept as well.")
+    keep_best: StrictInt = Field(0, ge=0, description="So many of the best checkpoints by `metric` are kept as well.")
+    metric: Literal["accuracy", "any_block_accuracy", "loss"] = Field(
+        "accuracy",
+        description="What `best` means: an evaluation at the checkpoint's step (highest) or the step's loss (lowest).",
+    )
+    background: StrictBool = Field(
+        False,
+        description="Copy the state to CPU memory and write it while training goes on. Needs CPU memory for one more copy of "
+        "each rank's parameters and optimizer.",
+    )
 
 
 class EvaluationSection(Section):

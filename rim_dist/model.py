@@ -149,14 +149,22 @@ def _check_positions(recipe: Recipe, foundation: Foundation) -> None:
         )
 
 
-def build_model(recipe: Recipe, foundation: Foundation) -> PreTrainedModel:
+def build_model(recipe: Recipe, foundation: Foundation, resume: Path | None = None) -> PreTrainedModel:
     """The model in fp32 with memory rows (and adapters), the RiM attention selected, all dropouts 0.
 
-    From the seed and the source alone: every rank builds the same weights.
+    From the seed and the source alone: every rank builds the same weights. `resume`: the checkpoint the run goes on from;
+    one of whole tensors gives the model its weights here, one of shards later, in the engine.
     """
+    from rim_dist.checkpoint.portable import fill_module, is_portable, starts_fresh
+
     section = recipe.model
     torch.manual_seed(recipe.run.seed)
-    if foundation.checkpoint is not None:
+    start = resume if resume is not None and starts_fresh(resume) else None
+    if start is not None:
+        from rim_dist.checkpoint.hf_export import load_trained_model
+
+        model = load_trained_model(start)
+    elif foundation.checkpoint is not None:
         from rim_dist.checkpoint.hf_export import load_trained_model
 
         model = load_trained_model(foundation.checkpoint)
@@ -169,7 +177,8 @@ def build_model(recipe: Recipe, foundation: Foundation) -> PreTrainedModel:
             )
         except Exception as error:
             raise ModelError(f"model.init_from: {section.init_from!r} cannot be loaded ({_first_line(error)})") from error
-    prepare_embeddings(model, foundation.tokens, recipe.memory.initialise, recipe.run.seed)
+    if start is None:
+        prepare_embeddings(model, foundation.tokens, recipe.memory.initialise, recipe.run.seed)
     set_dropout(model, 0.0)
     use_rim_attention(model, foundation.attention.path)
     if section.lora is not None:
@@ -178,6 +187,8 @@ def build_model(recipe: Recipe, foundation: Foundation) -> PreTrainedModel:
         recompute_layers(bare_model(model), section.activation_offload)
         if section.lora is not None:
             model.enable_input_require_grads()
+    if resume is not None and start is None and is_portable(resume):
+        fill_module(model, resume)
     install_readout_loss(bare_model(model))
     return model
 

@@ -41,7 +41,7 @@ def environment(**extra: str) -> dict[str, str]:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     clean = {k: v for k, v in os.environ.items() if k not in names}
     path = f"{BIN}{os.pathsep}{clean.get('PATH', '')}"
-    return {**clean, "PATH": path, "PYTHONPATH": str(ROOT / "tests"), "DS_ACCELERATOR": "cpu", **extra}
+    return {**clean, "PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "DS_ACCELERATOR": "cpu", **extra}
 
 
 def run(

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Convert checkpoints: `python tools/convert_checkpoint.py to-hf CHECKPOINT OUT_DIR` is `rim-dist convert to-hf`."""
 
 import sys

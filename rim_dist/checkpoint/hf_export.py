@@ -5,42 +5,39 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-import rim_dist
-from rim_dist.checkpoint.store import ENGINE, MODEL, TrainingState, find_checkpoint, read_recipe, read_state
-from rim_dist.config import Recipe, dump_recipe
-from rim_dist.errors import CheckpointError
+from rim_dist.checkpoint import store
+from rim_dist.checkpoint.adapters import adapter_config, adapter_tensors, extract_lora, merged_tensors
+from rim_dist.checkpoint.assemble import OutputFile, Workers, index_text, plan_files, write_all
+from rim_dist.checkpoint.card import about_export, model_card
+from rim_dist.checkpoint.contents import Contents, read_contents
+from rim_dist.checkpoint.store import find_checkpoint
+from rim_dist.checkpoint.tensors import DTYPES, ModelTensor, forget_files, read_folder_index, read_tensor, rows_of
+from rim_dist.errors import CheckpointError, ConfigError
 from rim_dist.evaluation.generation import generation_config
-from rim_dist.memory import MemoryTokens, add_memory_tokens
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_LICENCE_NOTE = "The licence of the base model and of the training data applies; this card does not grant one."
+DEFAULT_SHARD_BYTES = 5 * 10**9
+ABOUT = "rim_dist.json"
+ADAPTER = "adapter"
 
 
-def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All parameters and buffers of a checkpoint in fp32 (the optimizer's own copy where there is one), by name."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a checkpoint is exported. `dtype`: fp32, bf16, fp16; None is the recipe's."""
 
-    from rim_dist.training.engine import restricted_loading
-
-    weights: dict[str, torch.Tensor] = {}
-    with restricted_loading():
-        zero_stage = read_recipe(checkpoint).parallel.zero_stage
-        if zero_stage < 3:
-            # The module itself is whole here; zero_to_fp32 leaves out frozen parameters with ZeRO-1 in bf16.
-            state = torch.load(checkpoint / ENGINE / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
-            weights = {name: tensor.float() for name, tensor in state["module"].items()}
-        if zero_stage > 0:
-            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-                weights |= get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE)
-    return weights
+    dtype: str | None = None
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    merge_lora: bool = True
+    adapter_only: bool = False
 
 
 def load_trained_model(checkpoint: Path) -> PreTrainedModel:
@@ -48,128 +45,267 @@ def load_trained_model(checkpoint: Path) -> PreTrainedModel:
 
     Raises CheckpointError naming missing, surplus or misshapen tensors.
     """
+    contents = read_contents(checkpoint)
+    module = load_module(contents)
+    return module.merge_and_unload() if hasattr(module, "merge_and_unload") else module
+
+
+def load_module(contents: Contents) -> Any:
+    """The checkpoint's own module on the CPU in fp32, adapters beside their layers as in training."""
     from rim_dist.model import add_adapters  # that module starts from checkpoints and so imports this one
 
-    recipe = read_recipe(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint / MODEL)
-    tokens = add_memory_tokens(tokenizer, recipe.memory)
-    config = AutoConfig.from_pretrained(checkpoint / MODEL, trust_remote_code=recipe.model.trust_remote_code)
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code).float()
-    adapted: Any = add_adapters(model, recipe, tokens) if recipe.model.lora else model
-    _load_strictly(adapted, trained_weights(checkpoint), checkpoint)
-    return adapted.merge_and_unload() if recipe.model.lora else model
+    recipe = contents.recipe
+    model = AutoModelForCausalLM.from_config(contents.config, trust_remote_code=recipe.model.trust_remote_code).float()
+    adapted = any(".lora_" in name for name in contents.module)
+    module: Any = add_adapters(model, recipe, contents.tokens) if adapted else model
+    own = module.state_dict()
+    with torch.no_grad():
+        for name, stored in contents.module.items():
+            own[name].copy_(read_tensor(stored))
+    return module
 
 
-def _load_strictly(model: torch.nn.Module, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
-    expected = model.state_dict()
-    # Tied parameters are one tensor under several names; a checkpoint may hold any one of them.
-    groups: dict[int, list[str]] = {}
-    for name, tensor in expected.items():
-        groups.setdefault(tensor.data_ptr(), []).append(name)
-    for names in groups.values():
-        present = [name for name in names if name in weights]
-        for name in names:
-            if present and name not in weights:
-                weights[name] = weights[present[0]]
-    missing = sorted(set(expected) - set(weights))
-    surplus = sorted(set(weights) - set(expected))
-    misshapen = [n for n in expected if n in weights and weights[n].shape != expected[n].shape]
-    for what, names in (("missing", missing), ("unexpected", surplus), ("of another shape", misshapen)):
-        if names:
-            raise CheckpointError(f"{checkpoint}: {len(names)} tensors {what}, first {names[0]}")
-    model.load_state_dict(weights, strict=True)
+def trained_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint in fp32 (the optimizer's own copy where there is one), by their names in the module."""
+    return {name: read_tensor(stored).float() for name, stored in read_contents(checkpoint).module.items()}
 
 
-def export_checkpoint(source: str | Path, out: str | Path) -> Path:
+def export_checkpoint(
+    source: str | Path, out: str | Path, options: ExportOptions = ExportOptions(), workers: Workers | None = None
+) -> Path:
     """Write the checkpoint meant by `source` as a plain HF folder `out` (safetensors, tokenizer, chat template, card).
 
     Written beside and renamed, so that `out` is whole or absent. Raises CheckpointError if `out` exists and is not an
-    empty folder or an earlier export, or if the checkpoint is incomplete.
+    empty folder or an earlier export, if the checkpoint is damaged or incomplete, or if the disk is too small.
     """
+    workers = workers or Workers()
     checkpoint, out = find_checkpoint(source), Path(out)
-    check_export_target(out)
-    recipe, state = read_recipe(checkpoint), read_state(checkpoint)
-    if not recipe.exportable:
+    workers.on_first(lambda: check_export_target(out))
+    contents = _checked_contents(checkpoint, workers)
+    if not contents.recipe.exportable:
         raise CheckpointError(
-            f"{checkpoint}: trained with memory.inside_block={recipe.memory.inside_block}, which no ordinary server can run; "
-            "only causal blocks can be exported"
+            f"{checkpoint}: trained with memory.inside_block={contents.recipe.memory.inside_block}, which no ordinary server "
+            "can run; only causal blocks can be exported"
         )
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint / MODEL)
-    model = load_trained_model(checkpoint)
-    model = model.to(DTYPES[recipe.model.dtype])
-    model.generation_config = generation_config(tokenizer)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        tokens = add_memory_tokens(tokenizer, recipe.memory)
-        about = _about(recipe, state, tokens)
-        (partial / "rim_dist.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(_card(recipe, about), encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(partial, out)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from None
+    lora = contents.recipe.model.lora is not None and any(".lora_" in name for name in contents.module)
+    if not lora and (options.adapter_only or not options.merge_lora):
+        raise ConfigError(f"{checkpoint} was not trained with LoRA; leave out --adapter-only and --no-merge-lora")
+    plan = _plan(contents, options, lora)
+    write_folder(out, plan.files, plan.write_rest, workers)
     return out
+
+
+@dataclass(frozen=True)
+class _Plan:
+    files: dict[str, list[OutputFile]]  # by folder below the export
+    write_rest: Callable[[Path], None]
+
+
+def _plan(contents: Contents, options: ExportOptions, lora: bool) -> _Plan:
+    dtype_name = options.dtype or contents.recipe.model.dtype
+    dtype = DTYPES[dtype_name]
+    rows = contents.config.get_text_config().vocab_size
+    about = about_export(contents.recipe, contents.state, contents.tokens, rows, len(contents.tokenizer), dtype_name)
+
+    def card(folder: Path, note: str = "") -> None:
+        (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(model_card(contents.recipe, about, note), encoding="utf-8")
+        contents.tokenizer.save_pretrained(folder)
+
+    if options.adapter_only:
+        tensors = adapter_tensors(contents, with_rows=True)
+
+        def write_adapter(folder: Path) -> None:
+            _write_json(folder / "adapter_config.json", adapter_config(contents, with_rows=True))
+            card(
+                folder, "An unmerged PEFT adapter: resize the base's embeddings to the tokenizer's length before loading it.\n"
+            )
+
+        return _Plan({"": plan_files(tensors, dtype, options.shard_bytes, "adapter_model")}, write_adapter)
+
+    model = contents.model
+    files: dict[str, list[OutputFile]] = {}
+    if lora and not options.merge_lora:
+        # Servers take no trained rows in an adapter: the rows go into the base, the adapter keeps to its matrices.
+        model = {name: t if t.low_rank is None else ModelTensor(t.parts, t.shape) for name, t in model.items()}
+        files[ADAPTER] = plan_files(adapter_tensors(contents, with_rows=False), dtype, options.shard_bytes, "adapter_model")
+    # Some families (mixtures of experts) have other tensors on disk than in the module; transformers knows how to write those.
+    other_layout = bool(get_checkpoint_conversion_mapping(contents.config.model_type))
+    files[""] = [] if other_layout else plan_files(model, dtype, options.shard_bytes)
+    unmerged = lora and not options.merge_lora
+    if other_layout and unmerged:
+        raise ConfigError(f"--no-merge-lora: not for {contents.config.model_type}, whose files are laid out in another way")
+
+    def write_rest(folder: Path) -> None:
+        if other_layout:
+            print(f"{contents.config.model_type}: written by transformers, the whole model in memory", file=sys.stderr)
+            whole = load_module(contents)
+            whole = whole.merge_and_unload() if lora else whole
+            whole.to(dtype).save_pretrained(folder, max_shard_size=options.shard_bytes)
+        elif len(files[""]) > 1:
+            (folder / "model.safetensors.index.json").write_text(index_text(files[""]), encoding="utf-8")
+        config = contents.config
+        config.dtype = dtype
+        config.save_pretrained(folder)
+        generation_config(contents.tokenizer).save_pretrained(folder)
+        note = ""
+        if unmerged:
+            _write_json(folder / ADAPTER / "adapter_config.json", adapter_config(contents, with_rows=False))
+            note = f"The adapter is not merged: load `{ADAPTER}/` with peft on top of this folder.\n"
+        card(folder, note)
+        _check_rows(contents, model, folder, dtype)
+
+    return _Plan(files, write_rest)
+
+
+def _checked_contents(checkpoint: Path, workers: Workers) -> Contents:
+    """The contents of a checkpoint, after what an export reads of it was compared with its checksums."""
+    try:
+        contents = read_contents(checkpoint)
+    except CheckpointError:
+        check_intact(checkpoint, workers)  # damage says more than what cannot be read because of it
+        raise
+    spans: dict[str, list[store.Span]] = {}
+    for stored in contents.module.values():
+        for extent in stored.extents:
+            name = str(Path(extent.file).relative_to(checkpoint))
+            spans.setdefault(name, []).append((extent.offset, extent.offset + extent.length))
+    for shard in store.read_manifest(checkpoint):
+        if shard.startswith(f"{store.ENGINE}/"):
+            spans.setdefault(shard, [])
+    check_intact(checkpoint, workers, spans)
+    return contents
+
+
+def check_intact(checkpoint: Path, workers: Workers, only: dict[str, list[store.Span]] | None = None) -> None:
+    """Raises CheckpointError on every rank unless the checksums are right: all, or of files in `only` those of the spans."""
+    wrong = workers.run(store.damage, [(checkpoint, True, i, workers.count, only) for i in range(workers.count)])
+    if damage := next((w for w in wrong if w), ""):
+        raise CheckpointError(f"{checkpoint}: damaged: {damage}")
+
+
+def write_folder(out: Path, files: dict[str, list[OutputFile]], write_rest: Callable[[Path], None], workers: Workers) -> None:
+    """Write tensors and whatever else, with a manifest, beside `out`; then put it in its place."""
+    partial = out.with_name(out.name + ".partial")
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        for name in files:
+            (partial / name).mkdir(parents=True, exist_ok=True)
+        needed = sum(file.data_bytes for group in files.values() for file in group)
+        free = shutil.disk_usage(partial).free
+        if needed > free:
+            raise CheckpointError(
+                f"{out}: cannot be written: it takes {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} are free, "
+                f"{(needed - free) / 2**20:,.1f} MiB are missing"
+            )
+
+    try:
+        workers.on_first(begin)
+        records: dict[str, store.FileRecord] = {}
+        for name, group in files.items():
+            written = write_all(partial / name, group, workers)
+            records |= {f"{name}/{file}" if name else file: record for file, record in written.items()}
+
+        def finish() -> None:
+            write_rest(partial)
+            for file in (p for p in partial.rglob("*") if p.is_file()):
+                name = str(file.relative_to(partial))
+                if name not in records:
+                    store.sync_path(file)
+                    records[name] = store.record_of(file)
+            store.write_manifest(partial, records)
+            if out.exists():
+                shutil.rmtree(out)
+            os.replace(partial, out)
+            store.sync_path(out.parent)
+
+        workers.on_first(finish)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from None
+    finally:
+        forget_files()
+        if workers.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_rows(contents: Contents, model: dict[str, ModelTensor], folder: Path, dtype: torch.dtype) -> None:
+    """Compare the memory rows that were written, value by value, with those of the checkpoint."""
+    written = read_folder_index(folder)
+    for name in contents.embeddings:
+        for token in contents.tokens.ids:
+            expected = _row(model[name], token).to(dtype)
+            found = read_tensor(rows_of(written[name], token, token + 1))
+            if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
+                raise CheckpointError(f"{folder}: row {token} of {name} (a memory token) was not written as it was trained")
+            if not torch.isfinite(found).all() or not found.any():
+                raise CheckpointError(f"{folder}: row {token} of {name} (a memory token) is empty or not finite")
+
+
+def _row(tensor: ModelTensor, number: int) -> torch.Tensor:
+    first = 0
+    for part in tensor.parts:
+        if number < first + part.shape[0]:
+            return read_tensor(rows_of(part, number - first, number - first + 1))
+        first += part.shape[0]
+    raise IndexError(number)
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
 def check_export_target(out: Path) -> None:
     """Refuse to write over a folder that is not an earlier export."""
-    if out.exists() and not (out / "rim_dist.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / ABOUT).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: already holds something else; choose another folder")
 
 
-def _about(recipe: Recipe, state: TrainingState, tokens: MemoryTokens) -> dict[str, Any]:
-    return {
-        "rim_dist": rim_dist.__version__,
-        "method": recipe.method,
-        "blocks": recipe.memory.blocks if recipe.method == "rim" else 0,
-        "tokens_per_block": recipe.memory.tokens_per_block,
-        "memory_token_ids": list(tokens.ids),
-        "stage": state.stage,
-        "step": state.step,
-        "samples": state.samples,
-        "global_batch": recipe.optimizer.global_batch,
-        "synthetic_steps": recipe.data.synthetic.max_steps,
-    }
+def _copy_others(source: Path, target: Path) -> None:
+    """Everything of an HF folder but its weights and what an earlier export said of itself."""
+    skipped = {ABOUT, store.MANIFEST, "model.safetensors.index.json", "adapter_config.json"}
+    for file in source.iterdir():
+        if file.is_file() and file.name not in skipped and not file.name.endswith((".safetensors", ".bin", ".pt")):
+            shutil.copy(file, target / file.name)
 
 
-def _card(recipe: Recipe, about: dict[str, Any]) -> str:
-    blocks = (
-        f"The chat template appends {about['blocks']} memory blocks of {about['tokens_per_block']} + 2 tokens to the prompt; "
-        "the template argument `rim_blocks` changes their number for one request.\n"
-        if about["blocks"]
-        else "This is a baseline without memory blocks.\n"
-    )
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [rim_dist, {recipe.method}]
----
+def merge_adapter(adapter: Path, base: Path, out: Path, dtype: str | None, shard_bytes: int, workers: Workers) -> Path:
+    """Write base + adapter as a plain folder. The adapter's tokenizer goes before the base's. Raises CheckpointError."""
+    workers.on_first(lambda: check_export_target(out))
+    config, tensors = merged_tensors(base, adapter)
+    files = plan_files(tensors, DTYPES[dtype] if dtype else None, shard_bytes)
 
-# {recipe.run.name}
+    def write_rest(folder: Path) -> None:
+        _copy_others(base, folder)
+        if (adapter / "tokenizer_config.json").is_file():
+            _copy_others(adapter, folder)
+        if len(files) > 1:
+            (folder / "model.safetensors.index.json").write_text(index_text(files), encoding="utf-8")
+        if dtype:
+            config.dtype = DTYPES[dtype]
+        config.save_pretrained(folder)
+        about = {}
+        for place in (adapter, base):
+            if (place / ABOUT).is_file():
+                about = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+                break
+        _write_json(folder / ABOUT, {**about, **({"dtype": dtype} if dtype else {}), "merged": [str(base), str(adapter)]})
 
-Trained with rim_dist {about["rim_dist"]}, method `{recipe.method}`: {about["step"]} optimizer steps of
-{about["global_batch"]} samples, last stage `{about["stage"]}`. Base: `{recipe.model.init_from or "from scratch"}`.
-{blocks}{_LICENCE_NOTE}
+    write_folder(out, {"": files}, write_rest, workers)
+    return out
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".")
-prompt = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": "..."}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-print(tokenizer.decode(model.generate(**prompt)[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))
-```
+def extract_adapter(tuned: Path, base: Path, out: Path, rank: int) -> dict[str, float]:
+    """Write the difference as an adapter folder; returns each matrix's relative error. Raises CheckpointError."""
+    check_export_target(out)
+    errors: dict[str, float] = {}
 
-## Resolved recipe
+    def write_rest(folder: Path) -> None:
+        errors.update(extract_lora(base, tuned, folder, rank))
+        _copy_others(tuned, folder)
+        (folder / "config.json").unlink(missing_ok=True)
+        if (tuned / ABOUT).is_file():
+            shutil.copy(tuned / ABOUT, folder / ABOUT)
 
-```yaml
-{dump_recipe(recipe)}```
-"""
+    write_folder(out, {"": []}, write_rest, Workers())
+    return errors

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from rim_dist.checkpoint.portable import is_portable
+from rim_dist.checkpoint.restore import restore_optimizer
+from rim_dist.checkpoint.snapshot import Capture
 from rim_dist.checkpoint.store import ENGINE
 from rim_dist.config import OptimizerSection, Recipe
 from rim_dist.data.packing import RowCost
@@ -140,12 +143,26 @@ class Engine:
     def set_dropout(self, dropout: float) -> None:
         set_dropout(self.module, dropout)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's shards below `folder`. Collective."""
-        self._engine.save_checkpoint(str(folder), tag=ENGINE, save_latest=False)
+    def capture(self, folder: Path) -> dict[str, Any]:
+        """This rank's shards by file name below `folder`, as DeepSpeed would write them there. Nothing is written. Collective.
+
+        The tensors are the engine's own: valid until the next step.
+        """
+        capture = Capture(folder)
+        engine, own = self._engine, self._engine.checkpoint_engine
+        engine._copy_recovery_script = lambda _: None  # zero_to_fp32.py; `rim-dist export` reads every kind of shard
+        engine.checkpoint_engine = capture
+        try:
+            engine.save_checkpoint(str(folder), tag=ENGINE, save_latest=False)
+        finally:
+            engine.checkpoint_engine = own
+        return capture.files
 
     def load(self, checkpoint: Path) -> None:
-        """Read what `save` wrote, bit for bit, at the same number of ranks. Collective."""
+        """Read what `capture` gave, bit for bit, at the same number of ranks; or a portable checkpoint at any. Collective."""
+        if is_portable(checkpoint):
+            restore_optimizer(checkpoint, self._engine, self._inner_optimizer(), self._zero_stage)
+            return
         with restricted_loading():
             path, _ = self._engine.load_checkpoint(str(checkpoint), tag=ENGINE)
         if path is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +18,10 @@ import torch.distributed as dist
 from rim_dist.attention.registration import use_plain_attention, use_rim_attention
 from rim_dist.checkpoint import store
 from rim_dist.checkpoint.hf_export import export_checkpoint
+from rim_dist.checkpoint.portable import is_portable, starts_fresh
+from rim_dist.checkpoint.resume import agree_on_checkpoint
+from rim_dist.checkpoint.retention import note_scores
+from rim_dist.checkpoint.saver import CheckpointSaver
 from rim_dist.checkpoint.store import TrainingState
 from rim_dist.config import Recipe, StageName, dump_recipe
 from rim_dist.data.loader import BatchLoader, RankShare, StagePlan, plan_stages
@@ -80,7 +83,10 @@ class Trainer:
         self._questions = recipe_samples(recipe)
         self._ds_config = compose(recipe, foundation.hidden_size)
         self._peak = peak_operations(recipe.model.dtype)
-        self._saved_step = -1
+        self._saver = CheckpointSaver(recipe, self._checkpoints, process)
+        self._saved_step = self._scored_step = -1
+        self._last_loss = 0.0
+        self._scores: dict[str, float] = {}
         self._operations = self._logged_operations = 0.0
 
     # ---- the run -------------------------------------------------------------------------------------
@@ -93,7 +99,8 @@ class Trainer:
         resume = self._find_resume()
         if self._process.is_first:
             self._write_run_folder()
-        self._engine = Engine(self._recipe, build_model(self._recipe, self._foundation), self._ds_config, self._process)
+        model = build_model(self._recipe, self._foundation, resume)
+        self._engine = Engine(self._recipe, model, self._ds_config, self._process)
         state = TrainingState(self._plans[0].name, 0, 0, 0, 0.0, self._process.ranks)
         if resume is not None:
             state = self._load(resume)
@@ -149,6 +156,8 @@ class Trainer:
                 self._evaluate(state, report=False)
             if last or stop or (every and state.step % every == 0):
                 self._save(state)
+                if last or stop:
+                    self._saver.wait()
                 beat(f"saving step {state.step}")
             if stop and state.step < self._total_steps:
                 raise Stopped(f"stopped by a signal after step {state.step}, saved; start the same command again to go on")
@@ -159,7 +168,9 @@ class Trainer:
         share = loader.share(plan, step)
         batch_samples = min(self._recipe.optimizer.global_batch, plan.samples - step * self._recipe.optimizer.global_batch)
         # The weight of the whole step is known before the first forward; the wish to stop travels with it.
-        known = self._sum([share.weight, float(self._stop.requested)])
+        known = self._sum([share.weight, float(self._stop.requested), float(self._saver.failed)])
+        if known[2]:
+            self._saver.wait()  # raises what went wrong in the background, on every rank
         divisor = known[0] if self._recipe.curriculum.normalisation == "weight" else float(batch_samples)
         # Dropout depends on the seed, the step and the rank alone: there is no random state to save.
         entropy = numpy.random.SeedSequence([self._recipe.run.seed, plan.first_step + step, self._process.rank])
@@ -175,7 +186,7 @@ class Trainer:
         by_block = torch.stack([torch.cat([loss.block_sums, loss.block_counts]) for loss in losses]).double().sum(0).tolist()
         tokens = float(sum(batch.tokens for batch in share.micro_batches))
         totals = self._sum([sum(values), tokens, *by_block, self._engine.operations - operations])
-        loss_value = totals[0] / divisor
+        loss_value = self._last_loss = totals[0] / divisor
         if not math.isfinite(loss_value):
             self._refuse_loss(plan, step, share, losses)
         rate = learning_rate(stage, step, plan.steps)
@@ -250,21 +261,18 @@ class Trainer:
     # ---- state ---------------------------------------------------------------------------------------
 
     def _find_resume(self) -> Path | None:
-        """The newest complete checkpoint of this run, the same on every rank."""
-        found: list[Any] = [None]
-        if self._process.is_first:
-            complete = store.complete_checkpoints(self._checkpoints)
-            found[0] = str(complete[-1]) if complete else None
-        dist.broadcast_object_list(found, src=0)
-        return Path(found[0]) if found[0] else None
+        """The newest intact checkpoint of this run, the same on every rank; every rank reads a share of its files."""
+        return agree_on_checkpoint(self._checkpoints, self._process)
 
     def _load(self, checkpoint: Path) -> TrainingState:
         state = store.read_state(checkpoint)
-        if state.ranks != self._process.ranks:
+        if state.ranks != self._process.ranks and not is_portable(checkpoint):
             raise CheckpointError(
-                f"{checkpoint}: saved by {state.ranks} ranks, this run has {self._process.ranks}; start it with {state.ranks}"
+                f"{checkpoint}: saved by {state.ranks} ranks, this run has {self._process.ranks}; start it with {state.ranks}, "
+                f"or make it one for others: rim-dist convert reshape {checkpoint} OUT --data {self._process.ranks}"
             )
-        self._engine.load(checkpoint)
+        if not starts_fresh(checkpoint):
+            self._engine.load(checkpoint)
         self._operations = self._logged_operations = state.operations
         self._saved_step = state.step
         return state
@@ -272,33 +280,14 @@ class Trainer:
     def _save(self, state: TrainingState) -> None:
         if state.step == self._saved_step:
             return
-        partial = store.partial_folder(self._checkpoints, state.step)
-        try:
-            if self._process.is_first:
-                store.start_writing(self._checkpoints, state.step)
-            dist.barrier()
-            self._engine.save(partial)
-            if self._process.is_first:
-                model = partial / store.MODEL
-                bare_model(self._engine.module).config.save_pretrained(model)
-                generation_config(self._foundation.tokenizer).save_pretrained(model)
-                self._foundation.tokenizer.save_pretrained(model)
-            dist.barrier()
-            if self._process.is_first:
-                store.announce(partial, state, dump_recipe(self._recipe))
-                store.retain(self._checkpoints, self._recipe.checkpoint.keep)
-        except (OSError, RuntimeError) as error:
-            # torch.save words a full disk as a RuntimeError of its archive writer.
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-                raise
-            shutil.rmtree(partial, ignore_errors=True)
-            why = getattr(error, "strerror", None) or "the file system took only a part of a file"
-            free = shutil.disk_usage(self._folder).free / 2**20
-            raise TrainingError(
-                f"{self._checkpoints}: the checkpoint of step {state.step} cannot be written ({why}; {free:.0f} MiB free); "
-                "the last complete one is kept; make room and start the same command again"
-            ) from error
-        dist.barrier()
+
+        def write_model(folder: Path) -> None:
+            bare_model(self._engine.module).config.save_pretrained(folder)
+            generation_config(self._foundation.tokenizer).save_pretrained(folder)
+            self._foundation.tokenizer.save_pretrained(folder)
+
+        scores = {"loss": self._last_loss, **(self._scores if self._scored_step == state.step else {})}
+        self._saver.save(state, self._engine.capture, write_model, scores)
         self._saved_step = state.step
 
     def _write_run_folder(self) -> None:
@@ -351,6 +340,10 @@ class Trainer:
             "operations": state.operations,
         }
         self._log.write(line)
+        self._scored_step = state.step
+        self._scores = {"accuracy": result.accuracy, "any_block_accuracy": result.any_block}
+        if self._saved_step == state.step:
+            note_scores(self._checkpoints, state.step, self._scores)
         by_block = " ".join(f"{100 * a:.1f}" for a in result.per_block)
         self._progress.say(
             f"step {state.step}: accuracy {100 * result.accuracy:.1f}% of {result.questions} (by block: {by_block})"

@@ -1,0 +1,96 @@
+"""What an export says of itself: rim_dist.json for programs, the model card for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import rim_dist
+from rim_dist.checkpoint.store import TrainingState
+from rim_dist.config import Recipe, dump_recipe
+from rim_dist.memory import MemoryTokens
+
+_LICENCE_NOTE = "The licence of the base model and of the training data applies; this card does not grant one."
+
+
+def about_export(
+    recipe: Recipe, state: TrainingState, tokens: MemoryTokens, rows: int, vocabulary: int, dtype: str
+) -> dict[str, Any]:
+    """The facts of an export. `rows`: of the embedding; `vocabulary`: tokens of the tokenizer."""
+    return {
+        "rim_dist": rim_dist.__version__,
+        "method": recipe.method,
+        "blocks": recipe.memory.blocks if recipe.method == "rim" else 0,
+        "tokens_per_block": recipe.memory.tokens_per_block,
+        "memory_token_ids": list(tokens.ids),
+        "stage": state.stage,
+        "stage_step": state.stage_step,
+        "step": state.step,
+        "samples": state.samples,
+        "ranks": state.ranks,
+        "global_batch": recipe.optimizer.global_batch,
+        "synthetic_steps": recipe.data.synthetic.max_steps,
+        "dtype": dtype,
+        "embedding_rows": rows,
+        "vocabulary": vocabulary,
+        "recipe": recipe.model_dump(mode="json"),
+    }
+
+
+def _rows_note(recipe: Recipe, about: dict[str, Any]) -> str:
+    memory = recipe.memory
+    names = ", ".join(f"`{name}`" for name in (memory.begin_token, memory.memory_token, memory.end_token))
+    ids = ", ".join(map(str, about["memory_token_ids"]))
+    spare = about["embedding_rows"] - about["vocabulary"]
+    padding = (
+        f"The embedding has {spare} rows above the tokenizer's last token, as its base has; no text reaches them."
+        if spare > 0
+        else "There are no padding rows."
+    )
+    return (
+        f"Memory tokens {names} are the rows {ids} of {about['embedding_rows']} (tokenizer: {about['vocabulary']} tokens). "
+        f"{padding} To train on, start from this folder with the same names in `memory`: the rows are reused and keep their "
+        "values."
+    )
+
+
+def model_card(recipe: Recipe, about: dict[str, Any], adapter: str = "") -> str:
+    """README.md. `adapter`: what to say of an adapter that is not merged."""
+    blocks = (
+        f"The chat template appends {about['blocks']} memory blocks of {about['tokens_per_block']} + 2 tokens to the prompt; "
+        "the template argument `rim_blocks` changes their number for one request. Raw completions get no blocks.\n\n"
+        + _rows_note(recipe, about)
+        if about["blocks"]
+        else "This is a baseline without memory blocks."
+    )
+    base = recipe.model.init_from or "from scratch"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [rim_dist, {recipe.method}]
+---
+
+# {recipe.run.name}
+
+Trained with rim_dist {about["rim_dist"]}, method `{recipe.method}`: {about["step"]} optimizer steps of
+{about["global_batch"]} samples on {about["ranks"]} rank(s), last stage `{about["stage"]}`. Base: `{base}`.
+
+{blocks}
+{adapter}
+{_LICENCE_NOTE}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+prompt = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "..."}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+print(tokenizer.decode(model.generate(**prompt)[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+## Resolved recipe
+
+```yaml
+{dump_recipe(recipe)}```
+"""

@@ -1,0 +1,90 @@
+"""An export against its checkpoint: plain transformers in a new process, the logits after every number of blocks compared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from rim_dist.checkpoint.contents import read_contents
+from rim_dist.checkpoint.hf_export import ABOUT, ADAPTER, load_module
+from rim_dist.errors import CheckpointError, RimError
+from rim_dist.evaluation.evaluate import recipe_samples
+from rim_dist.evaluation.generation import model_positions
+from rim_dist.memory import prompt_ids
+
+# Rounding of weights to the export's dtype, and another order of additions, as a share of the largest logit.
+_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+_QUESTIONS = ["Tom has 3 bags of 4 nuts and eats 2. How many are left?", "What is left of 1,000 after paying 250?"]
+_COUNT = 4
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The largest difference of a logit after each number of blocks, and the largest logit."""
+
+    by_blocks: dict[int, float]
+    largest_logit: float
+    dtype: str
+    questions: int
+
+    def text(self) -> str:
+        worst = max(self.by_blocks.values())
+        blocks = ", ".join(f"{k}: {v:.1e}" for k, v in self.by_blocks.items())
+        return (
+            f"verified in plain transformers, {self.questions} questions: largest difference of a logit {worst:.2e} "
+            f"(largest logit {self.largest_logit:.1f}, {self.dtype}; by number of blocks {blocks})"
+        )
+
+
+def verify_export(checkpoint: Path, out: Path) -> Verification:
+    """Compare; raises CheckpointError if a prompt's ids differ or a logit differs by more than rounding."""
+    contents = read_contents(checkpoint)
+    recipe = contents.recipe
+    try:
+        questions = [sample.question for sample in recipe_samples(recipe)][:_COUNT] or _QUESTIONS
+    except RimError:  # the evaluation file of the run is not on this machine
+        questions = _QUESTIONS
+    blocks = list(range(1, recipe.memory.blocks + 1)) if recipe.method == "rim" else [0]
+    adapter = out / ADAPTER if (out / ADAPTER / "adapter_config.json").is_file() else None
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answer = Path(folder) / "asked.json", Path(folder) / "logits.safetensors"
+        task = {
+            "questions": questions,
+            "blocks": blocks if recipe.method == "rim" else [None],
+            "adapter": str(adapter) if adapter else None,
+        }
+        asked.write_text(json.dumps(task), encoding="utf-8")
+        # -P and the file's own path: what runs there cannot import rim_dist by accident of the working folder.
+        script = Path(__file__).with_name("plain_logits.py")
+        command = [sys.executable, "-P", str(script), str(out), str(asked), str(answer)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CheckpointError(f"{out}: does not load in plain transformers: {done.stderr.strip().splitlines()[-1]}")
+        found = load_file(answer)
+    module = load_module(contents).eval()
+    differences: dict[int, float] = {}
+    largest = 0.0
+    for k in blocks:
+        prompts = prompt_ids(contents.tokenizer, questions, k if recipe.method == "rim" else None)
+        for i, prompt in enumerate(prompts):
+            key = f"{i}/{k if recipe.method == 'rim' else None}"
+            if found[f"ids/{key}"].tolist() != prompt:
+                raise CheckpointError(f"{out}: its chat template renders question {i + 1} with {k} blocks to other tokens")
+            if len(prompt) > model_positions(contents.config):
+                continue
+            with torch.no_grad():
+                expected = module(torch.tensor([prompt])).logits[0].float()
+            differences[k] = max(differences.get(k, 0.0), float((expected - found[f"logits/{key}"]).abs().max()))
+            largest = max(largest, float(expected.abs().max()))
+    dtype = str(json.loads((out / ABOUT).read_text(encoding="utf-8"))["dtype"])
+    result = Verification(differences, largest, dtype, len(questions))
+    if not max(differences.values()) <= _TOLERANCE[dtype] * largest:
+        raise CheckpointError(f"{out}: its logits are not the checkpoint's: {result.text()}")
+    return result

@@ -1,0 +1,174 @@
+"""Checkpoints of 2 ranks go on at 1, 2 and 4, and come back: parameters and optimizer state equal, then the next 8 losses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_recipe, write_recipe
+from ranks import ROOT, run
+from safetensors.torch import load_file
+from states import same_state
+
+from rim_dist.checkpoint.contents import read_contents
+from rim_dist.checkpoint.store import find_checkpoint, folder_of, read_state
+from rim_dist.checkpoint.tensors import read_tensor
+from rim_dist.cli import main
+from rim_dist.config import load_recipe
+from rim_dist.training.metrics import read_metrics
+
+SAVED = 4
+STEPS = 12
+KINDS = ("zero0", "zero1", "zero2", "zero3", "lora1", "lora3", "bf16zero3", "bf16zero1")
+
+
+def recipe_of(folder: Path, kind: str, base: str = "") -> dict:
+    """12 steps of one stage without dropout, saved after 4; weight decay makes two parameter groups."""
+    model: dict = {"config": {**tiny_recipe(folder)["model"]["config"], "hidden_size": 36, "head_dim": 8}}
+    if kind.startswith("lora"):
+        model = {"config": None, "tokenizer": None, "init_from": base, "lora": {"rank": 4, "alpha": 8}}
+    own = folder / f"{kind}.json"
+    tree = json.loads((ROOT / "ds_configs" / f"zero{kind[-1]}.json").read_text())
+    if kind[-1] == "3":  # several sub-groups, and even tiny parameters partitioned
+        tree["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "sub_group_size": 5000}
+    own.write_text(json.dumps(tree))
+    return tiny_recipe(
+        folder,
+        run={"name": kind},
+        model={**model, "dtype": "bf16" if kind.startswith("bf16") else "fp32"},
+        curriculum={"stage1": {"samples": 16 * STEPS, "learning_rate": 1e-3, "max_steps": 4}, "stage2": {"samples": 0}},
+        optimizer={"weight_decay": 0.1, "gradient_clipping": 1.0},
+        parallel={"zero_stage": int(kind[-1]), "deepspeed_config": str(own)},
+        checkpoint={"every_steps": SAVED, "keep": 3},
+        evaluation={"at_end": False},
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All kinds trained on 2 ranks without a break."""
+    folder = tmp_path_factory.mktemp("reshape")
+    paths = [str(write_recipe(folder / f"{k}.yaml", recipe_of(folder, k, str(folder / "zero1" / "hf")))) for k in KINDS]
+    paths = [p for p in paths if "lora" not in p] + [p for p in paths if "lora" in p]
+    run("torchrun", 2, ["tests/workers/train_many.py", *paths], timeout=400)
+    return folder
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", [2, 4, 1])
+def test_goes_on_at_other_ranks(runs: Path, tmp_path: Path, ranks: int) -> None:
+    kinds = [k for k in KINDS if ranks == 2 or not k.startswith("bf16")]
+    targets = []
+    for kind in kinds:
+        source, target = folder_of(runs / kind / "checkpoints", SAVED), tmp_path / kind
+        assert main(["convert", "reshape", str(source), str(target), "--data", str(ranks)]) == 0
+        same_state(read_contents(source), read_contents(find_checkpoint(target)))
+        state = read_state(find_checkpoint(target))
+        assert state == replace(read_state(source), ranks=ranks)
+        targets.append(target)
+    run("torchrun", ranks, ["tests/workers/resave_and_train.py", *map(str, targets)], timeout=800)
+    for kind, target in zip(kinds, targets, strict=True):
+        source = folder_of(runs / kind / "checkpoints", SAVED)
+        resaved = find_checkpoint(target / "resaved")
+        same_state(read_contents(source), read_contents(resaved))  # sharded by these ranks, and read back
+        back = tmp_path / f"{kind}-back"
+        assert main(["convert", "reshape", str(resaved), str(back), "--data", "2"]) == 0
+        same_state(read_contents(source), read_contents(find_checkpoint(back)))
+        expected, found = losses(runs / kind), losses(target)
+        assert len(expected) == len(found) == STEPS
+        worst = max(abs(a / b - 1) for a, b in zip(found[SAVED:], expected[SAVED:], strict=True))
+        print(f"{kind}, 2 -> {ranks} ranks: largest relative difference of the next {STEPS - SAVED} losses {worst:.1e}")
+        assert found[:SAVED] == expected[:SAVED]
+        if ranks == 2:
+            assert found == expected, kind
+        assert worst <= 1e-5, kind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "17"], "17 ranks share a global batch of 16 samples"),
+        (["--data", "0"], "--data: 0 is not allowed"),
+        (["--data", "1", "--tensor", "2"], "--tensor: 2 is not allowed; this version trains with 1"),
+        (["--data", "1", "--sequence", "2"], "--sequence: 2 is not allowed"),
+    ],
+)
+def test_impossible_degrees(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["convert", "reshape", str(runs / "zero1"), str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_ranks_name_the_command(runs: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(runs / "zero3.yaml")
+    (runs / "zero3" / "hf" / "rim_dist.json").unlink()
+    result = run("python", 1, ["-m", "rim_dist", "train", str(runs / "zero3.yaml")], check=False)
+    assert result.returncode == 2
+    assert "saved by 2 ranks, this run has 1" in result.stdout
+    assert f"rim-dist convert reshape {recipe.folder}/checkpoints/step-00000012 OUT --data 1" in result.stdout
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["zero3", "lora3"])
+def test_to_hf_from_hf_to_hf(runs: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bit for bit in fp32; and the run that starts from it trains the weights of the folder, its memory rows kept."""
+    first, start, second = tmp_path / "first", tmp_path / "start", tmp_path / "second"
+    assert main(["export", str(folder_of(runs / kind / "checkpoints", STEPS)), str(first), "--dtype", "fp32"]) == 0
+    assert main(["convert", "from-hf", str(first), str(start), "--data", "2"]) == 0
+    assert main(["export", str(start), str(second), "--dtype", "fp32"]) == 0
+    a, b = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    capsys.readouterr()
+    assert main(["convert", "diff", str(first), str(start)]) == 1
+    assert all(line.startswith("recipe.") for line in capsys.readouterr().out.splitlines())
+    assert main(["convert", "diff", str(first), str(second)]) == 1  # the recipe again; no tensor
+    state = read_state(find_checkpoint(start))
+    assert (state.stage, state.step, state.ranks) == ("stage1", 0, 2)
+    run("torchrun", 2, ["-m", "rim_dist", "train", str(start / "recipe.yaml")])
+    by_hand = recipe_of(tmp_path, kind)
+    by_hand |= {"run": {**by_hand["run"], "name": "by-hand"}}
+    by_hand["model"] = {
+        **by_hand["model"],
+        "config": None,
+        "tokenizer": None,
+        "init_from": str(first),
+    }
+    run("torchrun", 2, ["-m", "rim_dist", "train", str(write_recipe(tmp_path / "by-hand.yaml", by_hand))])
+    assert losses(start) == losses(tmp_path / "by-hand")
+
+
+@pytest.mark.timeout(300)
+def test_from_a_plain_model_into_a_stage(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder without memory rows gets them as training would make them; the second stage begins at its own place."""
+    from transformers import AutoModelForCausalLM
+
+    from rim_dist.data.synthetic import synthetic_tokenizer
+
+    plain = tmp_path / "plain"
+    model = AutoModelForCausalLM.from_pretrained(runs / "zero1" / "hf")
+    model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] - 3)
+    model.save_pretrained(plain)
+    synthetic_tokenizer().save_pretrained(plain)
+    recipe = recipe_of(tmp_path, "zero1")
+    recipe["curriculum"]["stage2"] = {"samples": 32, "learning_rate": 1e-3}
+    path = write_recipe(tmp_path / "r.yaml", recipe)
+    assert main(["convert", "from-hf", str(plain), str(tmp_path / "s")]) == 2
+    assert "give one with --recipe" in capsys.readouterr().err
+    assert main(["convert", "from-hf", str(plain), str(tmp_path / "s"), "--recipe", str(path), "--stage", "2"]) == 0
+    state = read_state(find_checkpoint(tmp_path / "s"))
+    assert (state.stage, state.step, state.samples) == ("stage2", STEPS, 16 * STEPS)
+    rows = read_tensor(read_contents(find_checkpoint(tmp_path / "s")).module["model.embed_tokens.weight"])
+    assert torch.equal(rows[:-3], model.get_input_embeddings().weight)
+    assert rows[-3:].any(dim=1).all()
+    run("python", 1, ["-m", "rim_dist", "train", str(tmp_path / "s" / "recipe.yaml")])
+    assert [line["step"] for line in read_metrics(tmp_path / "s" / "metrics.jsonl")] == [STEPS + 1, STEPS + 2]

@@ -1,0 +1,53 @@
+"""Runs made by `convert reshape`: load each, write it again unchanged from these ranks (to `resaved/`), then train on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch.distributed as dist
+
+from rim_dist.checkpoint import store
+from rim_dist.checkpoint.snapshot import write_files
+from rim_dist.config import dump_recipe, load_recipe
+from rim_dist.model import bare_model, build_model
+from rim_dist.parallel.launch import Process, join, leave
+from rim_dist.parallel.zero import compose
+from rim_dist.training.engine import Engine
+from rim_dist.training.trainer import Trainer, prepare_run
+
+
+def resave(run: Path, process: Process) -> None:
+    recipe = load_recipe(run / "recipe.yaml")
+    foundation, _ = prepare_run(recipe)
+    source = store.find_checkpoint(run)
+    engine = Engine(recipe, build_model(recipe, foundation, source), compose(recipe, foundation.hidden_size), process)
+    engine.load(source)
+    state = replace(store.read_state(source), ranks=process.ranks)
+    partial = store.partial_folder(run / "resaved", state.step)
+    if process.is_first:
+        store.start_writing(run / "resaved", state.step)
+    dist.barrier()
+    records = write_files(partial, engine.capture(partial))
+    store.write_part(partial, process.rank, store.Part(records))
+    dist.barrier()
+    if process.is_first:
+        bare_model(engine.module).config.save_pretrained(partial / store.MODEL)
+        foundation.tokenizer.save_pretrained(partial / store.MODEL)
+        parts = [store.read_part(partial, rank) for rank in range(process.ranks)]
+        store.announce(partial, state, dump_recipe(recipe), {k: v for part in parts if part for k, v in part.records.items()})
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    process = join(120)
+    for path in (Path(a) for a in sys.argv[1:] if not a.startswith("--")):
+        resave(path, process)
+        recipe = load_recipe(path / "recipe.yaml")
+        foundation, data = prepare_run(recipe)
+        Trainer(recipe, process, foundation, data).run()
+    leave()

@@ -1,0 +1,171 @@
+"""The same questions to one export through other servers: do they give the greedy answers of plain transformers?
+
+    python tools/check_serving.py ask HF_DIR QUESTIONS.jsonl OUT.json        answers of transformers, at 1 and K blocks
+    python tools/check_serving.py gguf HF_DIR TOKENIZER.model OUT.gguf       a Llama with a SentencePiece tokenizer as GGUF
+    python tools/check_serving.py llama OUT.json MODEL.gguf                  compare with llama.cpp
+    python tools/check_serving.py lm-eval OUT.json HF_DIR                    compare with lm-evaluation-harness, log included
+
+For environments of their own, by hand: `llama` needs `xllamacpp`, `gguf` `gguf`, `lm-eval` the harness. QUESTIONS.jsonl
+has a `question` a line; a run's `report/answers.jsonl` will do. docs/serving.md says what came out.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+MOST_NEW_TOKENS = 12
+MOST_QUESTIONS = 32
+
+
+def ask(folder: str, questions: str, out: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    blocks = json.loads((Path(folder) / "rim_dist.json").read_text(encoding="utf-8"))["blocks"]
+    lines = Path(questions).read_text(encoding="utf-8").splitlines()[:MOST_QUESTIONS]
+    answers = []
+    for question in (json.loads(line)["question"] for line in lines):
+        for k in (1, blocks):
+            messages = [{"role": "user", "content": question}]
+            prompt = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, rim_blocks=k
+            )
+            output = model.generate(**prompt, max_new_tokens=MOST_NEW_TOKENS, do_sample=False)
+            text = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+            ids = prompt["input_ids"][0].tolist()
+            answers.append({"question": question, "blocks": k, "default": k == blocks, "ids": ids, "answer": text})
+    Path(out).write_text(json.dumps(answers, indent=1), encoding="utf-8")
+    print(f"{len(answers)} answers, {len({a['answer'] for a in answers})} different ones")
+
+
+def llama(expected: str, model: str) -> None:
+    """Through the chat endpoint (its own template and tokenizer) and as token ids."""
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = model
+    parameters.n_ctx, parameters.n_parallel, parameters.use_jinja, parameters.warmup = 512, 1, True, False
+    server = xllamacpp.Server(parameters)
+
+    def body(answer: Any) -> Any:
+        return json.loads(answer) if isinstance(answer, str | bytes) else answer
+
+    same = {"chat": 0, "token ids": 0}
+    rows = json.loads(Path(expected).read_text(encoding="utf-8"))
+    for row in rows:
+        limit = {"max_tokens": MOST_NEW_TOKENS, "temperature": 0}
+        chat = {
+            "messages": [{"role": "user", "content": row["question"]}],
+            "chat_template_kwargs": {"rim_blocks": row["blocks"]},
+        }
+        text = body(server.handle_chat_completions({**chat, **limit}))["choices"][0]["message"]["content"]
+        same["chat"] += text.strip() == row["answer"].strip()
+        completion = body(server.handle_completions({"prompt": row["ids"], "n_predict": MOST_NEW_TOKENS, **limit}))
+        text = completion.get("content") or completion["choices"][0]["text"]
+        same["token ids"] += text.strip() == row["answer"].strip()
+    print(f"llama.cpp: the same answer to {same} of {len(rows)}")
+
+
+def lm_eval(expected: str, folder: str) -> None:
+    rows = [r for r in json.loads(Path(expected).read_text(encoding="utf-8")) if r["default"]]
+    end = json.loads((Path(folder) / "rim_dist.json").read_text(encoding="utf-8"))["recipe"]["memory"]["end_token"]
+    with tempfile.TemporaryDirectory() as work:
+        data, task, out = Path(work) / "questions.jsonl", Path(work) / "rim_check.yaml", Path(work) / "out"
+        data.write_text("".join(json.dumps({k: r[k] for k in ("question", "answer")}) + "\n" for r in rows), encoding="utf-8")
+        task.write_text(
+            f"task: rim_check\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+            'output_type: generate_until\ndoc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
+            f"generation_kwargs: {{until: [], do_sample: false, max_gen_toks: {MOST_NEW_TOKENS}}}\n"
+            "metric_list: [{metric: exact_match}]\n",
+            encoding="utf-8",
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "lm_eval",
+            "run",
+            "--model",
+            "hf",
+            "--model_args",
+            f"pretrained={folder},dtype=float32",
+        ]
+        command += ["--device", "cpu", "--tasks", "rim_check", "--include_path", work, "--num_fewshot", "0"]
+        subprocess.run([*command, "--apply_chat_template", "--log_samples", "--output_path", str(out)], check=True)
+        log = next(out.rglob("samples_*.jsonl")).read_text(encoding="utf-8")
+    samples = [json.loads(line) for line in log.splitlines()]
+    prompts = sum(s["arguments"]["gen_args_0"]["arg_0"].endswith(end) for s in samples)
+    same = sum(s["resps"][0][0].strip() == s["target"].strip() for s in samples)
+    print(f"lm-evaluation-harness: {prompts} of {len(samples)} logged prompts end with {end}; the same answer to {same}")
+
+
+def gguf(folder: str, sentencepiece_model: str, out: str) -> None:
+    """What llama.cpp's converter does for this family, without its sources."""
+    import gguf as g
+    import numpy as np
+    import sentencepiece
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoTokenizer
+
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    writer = g.GGUFWriter(out, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(g.LlamaFileType.ALL_F32)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=sentencepiece_model)
+    kinds = g.TokenType
+    tokens, scores, types = [], [], []
+    for i in range(config.vocab_size):
+        if i < pieces.vocab_size():
+            tokens.append(pieces.id_to_piece(i).encode())
+            scores.append(pieces.get_score(i))
+            special = kinds.UNKNOWN if pieces.is_unknown(i) else kinds.CONTROL if pieces.is_control(i) else None
+            types.append(special or (kinds.BYTE if pieces.is_byte(i) else kinds.NORMAL))
+        else:
+            tokens.append(tokenizer.convert_ids_to_tokens(i).encode())
+            scores.append(-1000.0)
+            types.append(kinds.CONTROL)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(True)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = g.get_tensor_name_map(g.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in load_file(Path(folder) / "model.safetensors").items():
+        values = tensor.float().numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:  # llama.cpp's rotary embedding pairs neighbouring channels
+            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+if __name__ == "__main__":
+    verb, *arguments = sys.argv[1:] or ["help"]
+    verbs = {"ask": ask, "gguf": gguf, "llama": llama, "lm-eval": lm_eval}
+    if verb not in verbs:
+        print(__doc__)
+        sys.exit(2)
+    verbs[verb](*arguments)
