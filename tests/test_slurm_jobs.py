@@ -85,14 +85,9 @@ def test_every_launcher_equals_one_process(
 
 def curriculum(cluster: Cluster, recipe: Path, *overrides: str, **environment: str) -> list[str]:
     """Start the chain; returns its job ids."""
-    output = cluster.client(
-        "slurm/curriculum.sh",
-        *shape(2, 1),
-        str(recipe),
-        *overrides,
-        **JOB_ENVIRONMENT,
-        RIM_SITE=str(recipe.parent / "site.env"),
-    )
+    command = ["slurm/curriculum.sh", *shape(2, 1), str(recipe), *overrides]
+    site = str(recipe.parent / "site.env")
+    output = cluster.client(*command, **JOB_ENVIRONMENT, **environment, RIM_SITE=site)
     assert "to cancel: scancel" in output
     return output.split("scancel ")[1].split()
 
@@ -128,9 +123,8 @@ def test_chain_goes_from_nothing_to_an_export_that_answers(cluster: Cluster, tmp
     assert run_status(folder).state == "finished"
     for start in starts_of(folder):
         seen = {name: start.record["environment"][f"RIM_{name}"] for name in ("IN_CONTAINER", "HANG_MINUTES", "LAUNCHER")}
-        assert seen == {"IN_CONTAINER": "1", "HANG_MINUTES": "7", "LAUNCHER": "srun"}, (
-            "the job's own choice goes before the site's"
-        )
+        # What was set for the job goes before the site's.
+        assert seen == {"IN_CONTAINER": "1", "HANG_MINUTES": "7", "LAUNCHER": "srun"}
 
 
 def test_failing_stage_leaves_nothing_in_the_queue(cluster: Cluster, tmp_path: Path) -> None:
