@@ -123,7 +123,8 @@ def test_files_and_index(runs: Path, tmp_path: Path) -> None:
     assert "lm_head.weight" not in tensors
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     assert all(file.stat().st_size <= 20_000 + 2_000 or len(load_file(file)) == 1 for file in files)
-    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    config = json.loads((out / "config.json").read_text())
+    assert (config["dtype"], config["architectures"]) == ("bfloat16", ["LlamaForCausalLM"])
     assert not store.damage(out, checksums=True)
     card = (out / "README.md").read_text()
     assert "are the rows 128, 129, 130 of 131 (tokenizer: 131 tokens). There are no padding rows." in card
@@ -280,7 +281,11 @@ def test_inspect_and_diff(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["model.norm.weight"]
     assert main(["convert", "diff", str(hf), str(hf)]) == 0
     assert main(["convert", "diff", str(runs / "full1"), str(hf)]) == 1  # the folder says its dtype
-    assert {line.split(":")[0] for line in capsys.readouterr().out.splitlines()} <= {"config.dtype", "config.use_cache"}
+    assert {line.split(":")[0] for line in capsys.readouterr().out.splitlines()} <= {
+        "config.dtype",
+        "config.architectures",
+        "config.use_cache",
+    }
 
 
 def test_verify_finds_what_differs(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

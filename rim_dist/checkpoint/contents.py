@@ -34,6 +34,7 @@ class Contents:
     index: ShardIndex
     module: dict[str, StoredTensor]
     model: dict[str, ModelTensor]  # adapters merged
+    architecture: str  # the plain model's class, which servers look up
     embeddings: tuple[str, ...]  # the matrices that have a row a token: embedding and, if it is one of its own, head
 
 
@@ -127,7 +128,8 @@ def read_contents(checkpoint: Path) -> Contents:
     model = _plain_tensors(checkpoint, module, plain, found)
     names = {id(parameter): name for name, parameter in plain.named_parameters()}
     rows = {names[id(part.weight)] for part in (plain.get_input_embeddings(), plain.get_output_embeddings())}
-    return Contents(recipe, state, config, tokenizer, tokens, index, found, model, tuple(sorted(rows)))
+    architecture = type(plain).__name__
+    return Contents(recipe, state, config, tokenizer, tokens, index, found, model, architecture, tuple(sorted(rows)))
 
 
 def _plain_tensors(where: Path, module: Any, plain: torch.nn.Module, found: dict[str, StoredTensor]) -> dict[str, ModelTensor]:

@@ -146,6 +146,7 @@ def _plan(contents: Contents, options: ExportOptions, lora: bool) -> _Plan:
             (folder / "model.safetensors.index.json").write_text(index_text(files[""]), encoding="utf-8")
         config = contents.config
         config.dtype = dtype
+        config.architectures = [contents.architecture]
         config.save_pretrained(folder)
         generation_config(contents.tokenizer).save_pretrained(folder)
         note = ""
