@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="6 layers, 5 rounds, nothing written")
     options = parser.parse_args()
-    layers, rounds = (6, 5) if options.quick else (30, 25)
+    layers, rounds = (6, 5) if options.quick else (30, 12)
     vocabulary = VOCABULARIES["49k"]
     model = llama(vocabulary, num_hidden_layers=layers, tie_word_embeddings=False).eval()
     with torch.no_grad():
