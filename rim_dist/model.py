@@ -168,6 +168,7 @@ def build_model(recipe: Recipe, foundation: Foundation, resume: Path | None = No
     set_dropout(model, 0.0)
     use_rim_attention(model)
     if section.lora is not None:
+        torch.manual_seed(recipe.run.seed)  # the same adapters wherever the weights came from
         model = add_adapters(model, recipe, foundation.tokens)
     if section.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
