@@ -182,6 +182,7 @@ def build_model(recipe: Recipe, foundation: Foundation, resume: Path | None = No
     set_dropout(model, 0.0)
     use_rim_attention(model, foundation.attention.path)
     if section.lora is not None:
+        torch.manual_seed(recipe.run.seed)  # the same adapters wherever the weights came from
         model = add_adapters(model, recipe, foundation.tokens)
     if section.activation_checkpointing:
         recompute_layers(bare_model(model), section.activation_offload)
