@@ -127,6 +127,7 @@ def test_loss_is_one_weighted_sum_however_it_is_cut() -> None:
     whole = weighted_sum([rows])
     assert weighted_sum([[r] for r in rows]) == pytest.approx(whole, rel=1e-6)
     assert weighted_sum([rows[:2], rows[2:], [rows[0].without_weight()]]) == pytest.approx(whole, rel=1e-6)
+    assert loss([rows[0].without_weight()]).block_counts.sum() == 0  # nor does the filler enter the block losses
     together = loss(rows)
     assert together.block_counts.tolist() == [0, 6, 6, 0, 0]
     expected = 0.0

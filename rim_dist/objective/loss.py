@@ -61,8 +61,10 @@ class ReadoutLoss:
         """From the weighted sum and every token's loss `[targets]`."""
         sums = torch.zeros(blocks + 1, dtype=torch.float32, device=token_losses.device)
         counts = torch.zeros_like(sums)
-        sums.index_add_(0, targets.block, token_losses)
-        counts.index_add_(0, targets.block, torch.ones_like(token_losses))
+        # A weightless row fills a place on a rank; its losses are not part of the step.
+        real = (targets.weight > 0).to(token_losses.dtype)
+        sums.index_add_(0, targets.block, token_losses * real)
+        counts.index_add_(0, targets.block, real)
         return ReadoutLoss(weighted_sum, token_losses, sums, counts)
 
 
