@@ -6,6 +6,7 @@ that is missing, surplus or of another shape ends the command with its name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,7 @@ def plain_name(name: str) -> str | None:
     """The name in the plain model of a tensor of the trained module; None for an adapter's own tensors."""
     if ".lora_" in name or ".trainable_tokens_" in name:
         return None
-    return name.removeprefix("base_model.model.").replace(".token_adapter.", ".").replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model.").replace(".token_adapter.", "."))
 
 
 def with_rows(stored: StoredTensor, rows: StoredTensor, ids: list[int]) -> tuple[StoredTensor, ...]:

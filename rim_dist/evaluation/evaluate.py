@@ -22,7 +22,7 @@ from rim_dist.evaluation.generation import Decoding, Latency, answer_questions, 
 from rim_dist.evaluation.readouts import readout_ids
 from rim_dist.evaluation.scoring import extract_answer, same_answer
 from rim_dist.memory import prompt_ids
-from rim_dist.model import bare_model
+from rim_dist.unwrap import bare_model
 
 _TAKES_MASK = "_rim_dist_takes_mask"
 COT_FACTOR = 16  # a chain of thought may be so many times longer than an answer
