@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from ranks import ROOT, environment, free_port
 
-from rim_dist.checkpoint.store import TrainingState
+from rim_dist.checkpoint.store import TrainingState, record_of, write_manifest
 from rim_dist.cli import main
 from rim_dist.cluster import nodes, starts
 from rim_dist.cluster.logs import merged
@@ -358,7 +358,7 @@ def test_sweep_keeps_the_ratio_and_picks_the_best(recipe_file: Make, tmp_path: P
         checkpoint.mkdir(parents=True)
         state = TrainingState("stage2", 1, 1, 1, 0.0, 1, finished=True)
         (checkpoint / "state.json").write_text(json.dumps(asdict(state)))
-        (checkpoint / "manifest.json").write_text(json.dumps({"files": {}}))
+        write_manifest(checkpoint, {"state.json": record_of(checkpoint / "state.json")})
         lines = [{"kind": "train", "step": 1, "loss": loss}, {"kind": "evaluation", "step": 1, "accuracy": accuracy}]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     answer = best_run(recipe, ["1e-3", "2e-3", "4e-3", "8e-3", "1"])
