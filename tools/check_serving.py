@@ -6,8 +6,8 @@
     python tools/check_serving.py lm-eval OUT.json HF_DIR                    compare with lm-evaluation-harness, log included
     python tools/check_serving.py vllm OUT.json HF_DIR                       compare with vLLM
 
-For environments of their own, by hand: `llama` needs `xllamacpp`, `gguf` `gguf`, `lm-eval` the harness, `vllm` vLLM. QUESTIONS.jsonl
-has a `question` a line; a run's `report/answers.jsonl` will do. docs/serving.md says what came out.
+For environments of their own, by hand: `llama` needs `xllamacpp`, `gguf` `gguf`, `lm-eval` the harness, `vllm` vLLM.
+QUESTIONS.jsonl has a `question` a line; a run's `report/answers.jsonl` will do. docs/serving.md says what came out.
 """
 
 from __future__ import annotations
