@@ -96,8 +96,8 @@ def test_goes_on_at_other_ranks(runs: Path, tmp_path: Path, ranks: int) -> None:
     [
         (["--data", "17"], "17 ranks share a global batch of 16 samples"),
         (["--data", "0"], "--data: 0 is not allowed"),
-        (["--data", "1", "--tensor", "2"], "--tensor: 2 is not allowed; this version trains with 1"),
-        (["--data", "1", "--sequence", "2"], "--sequence: 2 is not allowed"),
+        (["--data", "1", "--tensor", "8"], "parallel.tensor: 8 ranks cannot share 4 attention heads"),
+        (["--data", "1", "--sequence", "0"], "--sequence: 0 is not allowed"),
     ],
 )
 def test_impossible_degrees(
@@ -114,7 +114,7 @@ def test_other_ranks_name_the_command(runs: Path, tmp_path: Path) -> None:
     result = run("python", 1, ["-m", "rim_dist", "train", str(runs / "zero3.yaml")], check=False)
     assert result.returncode == 2
     assert "saved by 2 ranks, this run has 1" in result.stdout
-    assert f"rim-dist convert reshape {recipe.folder}/checkpoints/step-00000012 OUT --data 1" in result.stdout
+    assert f"rim-dist convert reshape {recipe.folder}/checkpoints/step-00000012 OUT --tensor 1 --sequence 1 --data 1" in result.stdout
 
 
 @pytest.mark.timeout(400)

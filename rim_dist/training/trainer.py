@@ -278,11 +278,12 @@ class Trainer:
         return agree_on_checkpoint(self._checkpoints, self._process)
 
     def _load(self, checkpoint: Path) -> TrainingState:
-        state = store.read_state(checkpoint)
+        state, degrees = store.read_state(checkpoint), self._mesh.degrees
         if state.ranks != self._process.ranks and not is_portable(checkpoint):
             raise CheckpointError(
                 f"{checkpoint}: saved by {state.ranks} ranks, this run has {self._process.ranks}; start it with {state.ranks}, "
-                f"or make it one for others: rim-dist convert reshape {checkpoint} OUT --data {self._process.ranks}"
+                f"or make it one for others: rim-dist convert reshape {checkpoint} OUT --tensor {degrees.tensor} "
+                f"--sequence {degrees.sequence} --data {degrees.data}"
             )
         if not starts_fresh(checkpoint):
             self._engine.load(checkpoint)
