@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ from rim_dist.objective.loss import ReadoutLoss
 from rim_dist.parallel.degrees import fit_degrees
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.mesh import make_mesh
+from rim_dist.parallel.place import find_place
 from rim_dist.parallel.zero import compose, partitioner
 from rim_dist.training.engine import Engine
 from rim_dist.training.folder import check_run_folder
@@ -80,6 +82,8 @@ class Trainer:
         degrees = fit_degrees(recipe, process.ranks)
         if recipe.model.dtype == "fp16" and process.device == "cpu":
             raise ConfigError("model.dtype: fp16 needs a GPU; on a CPU use fp32 or bf16")
+        if recipe.parallel.zero_plus_plus and process.device == "cpu":
+            raise ConfigError("parallel.zero_plus_plus: true needs GPUs: its kernels are CUDA's")
         self._recipe, self._process, self._foundation, self._data = recipe, process, foundation, data
         self._mesh = make_mesh(degrees, process.rank, process.device.partition(":")[0])
         self._folder = recipe.folder
@@ -87,7 +91,7 @@ class Trainer:
         self._plans = plan_stages(recipe, len(data))
         self._total_steps = sum(plan.steps for plan in self._plans)
         self._questions = recipe_samples(recipe)
-        self._ds_config = compose(recipe, foundation.hidden_size)
+        self._ds_config = compose(recipe, foundation.hidden_size, find_place(os.environ).local_ranks)
         self._peak = peak_operations(recipe.model.dtype)
         self._saver = CheckpointSaver(recipe, self._checkpoints, process)
         self._saved_step = self._scored_step = -1
