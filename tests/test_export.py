@@ -152,6 +152,21 @@ def test_every_way_to_run_it_writes_the_same(runs: Path, tmp_path: Path) -> None
     assert "Traceback" not in failed.stdout
 
 
+@pytest.mark.parametrize("error", ["CheckpointError('only here')", "ValueError('a bug')"])
+def test_one_mpi_rank_that_fails_ends_all(runs: Path, tmp_path: Path, error: str) -> None:
+    code = (
+        "import os, sys\nfrom rim_dist.checkpoint import hf_export\nfrom rim_dist.cli import main\n"
+        "from rim_dist.errors import CheckpointError\n"
+        f"def fail(_): raise {error}\n"
+        "if os.environ['OMPI_COMM_WORLD_RANK'] == '1': hf_export.read_contents = fail\n"
+        f"sys.exit(main(['export', {str(runs / 'full1')!r}, {str(tmp_path / 'out')!r}]))"
+    )
+    failed = run("mpirun", 2, ["-c", code], timeout=60, check=False)
+    assert failed.returncode == (2 if "only" in error else 1)
+    assert error.split("'")[1] in failed.stdout
+    assert not (tmp_path / "out").exists()
+
+
 def test_unmerged_and_adapter_alone(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Base + adapter, and the adapter on the original base, compute what the merged folder computes."""
     from peft import PeftModel
