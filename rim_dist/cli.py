@@ -296,15 +296,22 @@ def _lost_a_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
-def _end_of_rank(status: int) -> int:
-    """With other ranks around, leave at once: waiting in a destructor for a collective would hang them all."""
+def _has_other_ranks() -> bool:
     if "torch" in sys.modules:
         import torch.distributed as dist
 
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+            return True
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and mpi.COMM_WORLD.Get_size() > 1
+
+
+def _end_of_rank(status: int) -> int:
+    """With other ranks around, leave at once: waiting in a destructor for a collective, or for MPI to close, would hang all."""
+    if _has_other_ranks():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     return status
 
 

@@ -302,7 +302,8 @@ class Trainer:
         def write_model(folder: Path) -> None:
             bare_model(self._engine.module).config.save_pretrained(folder)
             generation_config(self._foundation.tokenizer).save_pretrained(folder)
-            self._foundation.tokenizer.save_pretrained(folder)
+            with store.os_errors(folder):
+                self._foundation.tokenizer.save_pretrained(folder)
 
         scores = {"loss": self._last_loss, **(self._scores if self._scored_step == state.step else {})}
         self._saver.save(state, self._engine.capture, write_model, scores)
