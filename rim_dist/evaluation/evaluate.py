@@ -20,7 +20,8 @@ from rim_dist.data.synthetic import SyntheticTask
 from rim_dist.errors import CheckpointError, DataError, ModelError
 from rim_dist.evaluation.generation import Decoding, Latency, answer_questions, answer_texts, measure_latency, padding_note
 from rim_dist.evaluation.readouts import readout_ids
-from rim_dist.evaluation.scoring import extract_answer, same_answer
+from rim_dist.evaluation.rules import RULES
+from rim_dist.evaluation.scoring import extract_answer, majority_answer, same_answer
 from rim_dist.memory import prompt_ids
 from rim_dist.model import bare_model
 
@@ -30,12 +31,18 @@ COT_FACTOR = 16  # a chain of thought may be so many times longer than an answer
 
 @dataclass
 class Evaluation:
-    """Result over `questions` questions. `per_block[k - 1]` is the accuracy after block k (one entry without blocks)."""
+    """Result over `questions` questions, accuracies as shares.
+
+    `accuracy`: after the last block. `per_block[k - 1]`: after block k (one entry without blocks). `any_block`: after at least
+    one. `majority`: of the answer most blocks give. `rules`: after the last block, by the rules of others (`evaluation.rules`).
+    """
 
     questions: int
     accuracy: float
     per_block: list[float]
     any_block: float
+    majority: float
+    rules: dict[str, float]
     answers: list[dict[str, Any]] = field(default_factory=list)
     latency: dict[str, float] = field(default_factory=dict)
 
@@ -112,13 +119,14 @@ def score(samples: Sequence[Sample], texts: Sequence[Sequence[str]]) -> Evaluati
     """Compare answers after every block with the targets."""
     answers = []
     for sample, row in zip(samples, texts, strict=True):
-        given = [extract_answer(text) for text in row]
+        given = [extract_answer(text, sample.answer) for text in row]
         answers.append(
             {
                 "question": sample.question,
                 "target": sample.answer,
                 "answers": given,
                 "correct": [same_answer(text, sample.answer) for text in given],
+                "majority_correct": same_answer(majority_answer(given), sample.answer),
                 "text": row[-1],
             }
         )
@@ -128,6 +136,8 @@ def score(samples: Sequence[Sample], texts: Sequence[Sequence[str]]) -> Evaluati
         accuracy=float(correct[:, -1].mean()),
         per_block=correct.mean(dim=0).tolist(),
         any_block=float(correct.any(dim=1).double().mean()),
+        majority=statistics.fmean(a["majority_correct"] for a in answers),
+        rules={name: statistics.fmean(rule(a["text"], a["target"]) for a in answers) for name, rule in RULES.items()},
         answers=answers,
     )
 
