@@ -11,6 +11,7 @@ from decimal import Decimal, DivisionByZero, InvalidOperation
 # tolerance shrinks with the target, so that 0 does not count as an answer to them.
 TOLERANCE = Decimal("1e-3")
 
+_SIGNS: dict[str, str | int | None] = {"$": None, "€": None, "£": None, "%": None, "\u2212": "-"}
 _COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
 _PLAIN = r"(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,3}(?!\d))?"
 # A minus after a digit, a letter or a bracket subtracts; elsewhere it is a sign.
@@ -19,7 +20,7 @@ _NUMBER = re.compile(rf"(?:(?<![\w)\]])[-+]\s?)?{_PLAIN}(?:\s?/\s?{_PLAIN})?", r
 
 def _plain(text: str) -> str:
     """A text with its numbers written plainly: no thousands commas, no currency or per cent signs, an ASCII minus."""
-    return _COMMA_IN_NUMBER.sub("", text.translate(str.maketrans({"$": "", "€": "", "£": "", "%": "", "\u2212": "-"})))
+    return _COMMA_IN_NUMBER.sub("", text.translate(str.maketrans(_SIGNS)))
 
 
 def number(text: str) -> Decimal | None:
