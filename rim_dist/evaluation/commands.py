@@ -128,6 +128,16 @@ def add_evaluation_commands(command: Command) -> None:
         help="they are checkpoints of one run: choose by 20 %% of the questions, score on the rest, over 16 random splits",
     )
 
+    report = command(
+        "report",
+        _report,
+        "Runs side by side on one self-contained HTML page, and as Markdown.",
+        "rim-dist report runs/demo runs/demo-direct --output comparison/",
+        "rim-dist report runs/demo evaluated/llama --output comparison/",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or one that evaluate, sweep or analyse wrote")
+    report.add_argument("--output", metavar="DIR", default="report", help="write report.html and report.md here (report)")
+
 
 def _blocks(given: int | None, trained: int) -> int:
     """The block budget of a command: the trained one unless given. Raises ConfigError if it makes no sense."""
@@ -310,4 +320,14 @@ def _compare(arguments: argparse.Namespace) -> int:
     else:
         pairs = [(i, j) for i in range(len(folders)) for j in range(i + 1, len(folders))]
         print_comparisons([(folders[i], folders[j], compare_paired(correct[i], correct[j])) for i, j in pairs])
+    return EXIT_DONE
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from rim_dist.report.build import build_report, write_report
+    from rim_dist.report.collect import collect_all
+
+    report = build_report(collect_all(arguments.runs))
+    write_report(report, Path(arguments.output))
+    print(f"{Path(arguments.output) / 'report.html'}")
     return EXIT_DONE

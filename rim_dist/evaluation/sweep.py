@@ -172,9 +172,9 @@ def draw_sweep(figures: dict[str, Any], path: Path) -> None:
     if "early_exit" in figures["probe"]:
         entries = figures["probe"]["early_exit"]
         exits.plot([e["blocks"] for e in entries], [100 * e["accuracy"] for e in entries], marker="o")
-        for entry in entries[::3]:  # all of them would cover each other
-            place = (entry["blocks"], 100 * entry["accuracy"] - 6)
-            exits.annotate(f"at {entry['confidence']:g}", place, fontsize="x-small")
+        for entry, side in ((entries[0], "left"), (entries[-1], "right")):  # all of them would cover each other
+            place = (entry["blocks"], 100 * entry["accuracy"] - 7)
+            exits.annotate(f"at {entry['confidence']:g}", place, fontsize="x-small", ha=side)
         exits.axhline(100 * figures["probe"]["final_block"], color="grey", linestyle="--", linewidth=0.8)
     for axes in (accuracy, latency, exits):
         axes.grid(alpha=0.3)
