@@ -1,12 +1,18 @@
-"""Scoring: answers out of tricky texts, other projects' rules, majority, pass@k."""
+"""Scoring: answers out of tricky texts, other projects' rules, majority, pass@k, the harness' task files."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from rim_dist.errors import DataError
+from rim_dist.evaluation import harness, rules
+from rim_dist.evaluation.harness import tasks
 from rim_dist.evaluation.rules import RULES
 from rim_dist.evaluation.scoring import extract_answer, majority_answer, number, pass_at_k, same_answer
 
@@ -141,3 +147,51 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer() -> None:
         for k in range(1, n + 1):
             drawn = list(itertools.combinations([True] * c + [False] * (n - c), k))
             assert math.isclose(pass_at_k(n, c, k), sum(map(any, drawn)) / len(drawn), abs_tol=1e-12)
+
+
+# ---- lm-evaluation-harness task files -------------------------------------------------------------------------
+
+HARNESS = Path(harness.__file__).parent
+
+
+def harness_task(name: str) -> dict[str, Any]:
+    """A task file with its `include`; `!function` stays the name it gives."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+    task = yaml.load((HARNESS / f"{name}.yaml").read_text(), Loader)
+    return {**(harness_task(task["include"].removesuffix(".yaml")) if "include" in task else {}), **task}
+
+
+@pytest.mark.parametrize("name", ["rim_gsm8k", "rim_gsm_hard"])
+def test_harness_tasks_score_as_the_rules_do(name: str) -> None:
+    """The patterns of the task files are those of `rules`; what they call exists."""
+    task = harness_task(name)
+    assert task["task"] == name
+    assert task["num_fewshot"] == 0
+    patterns = {f["name"]: f["filter"][0].get("regex_pattern") for f in task["filter_list"]}
+    assert patterns == {"strict-match": rules._STRICT.pattern, "flexible-extract": rules._FLEXIBLE.pattern, "whole": None}
+    exact, decimal = task["metric_list"]
+    assert tuple(exact["regexes_to_ignore"]) == rules._IGNORED
+    for function in (task["custom_dataset"], decimal["metric"]):
+        assert hasattr(tasks, function.removeprefix("tasks."))
+
+
+def test_harness_questions_and_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gsm_hard").mkdir()
+    hard = tmp_path / "gsm_hard" / "gsmhardv2.jsonl"
+    hard.write_text('{"input": "q", "code": "", "target": 1446816.0}\n{"input": "r", "code": "", "target": 0.5}\n')
+    monkeypatch.delenv("RIM_DIST_DATA", raising=False)
+    with pytest.raises(DataError, match="RIM_DIST_DATA"):
+        tasks.gsm_hard(version=1.0)
+    monkeypatch.setenv("RIM_DIST_DATA", str(tmp_path))
+    rows = tasks.gsm_hard(version=1.0)["test"].to_list()
+    assert rows == [{"question": "q", "answer": "1446816"}, {"question": "r", "answer": "0.5"}]
+    assert tasks.gsm8k(data=str(hard))["test"].to_list() == rows
+    hard.write_text('{"input": "", "code": "", "target": 1}\n')
+    with pytest.raises(DataError, match=r"gsmhardv2.jsonl:1: no question"):
+        tasks.gsm_hard()
+    assert tasks.decimal(["1446816"], ["#### 1,446,816.0"]) == 1.0
+    assert tasks.decimal(references=["0.5"], predictions=["#### 0.502"]) == 0.0
