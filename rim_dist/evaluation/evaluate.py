@@ -24,7 +24,7 @@ from rim_dist.evaluation.readouts import readout_ids
 from rim_dist.evaluation.rules import RULES
 from rim_dist.evaluation.scoring import extract_answer, majority_answer, pass_at_k, same_answer
 from rim_dist.memory import prompt_ids
-from rim_dist.model import bare_model
+from rim_dist.unwrap import bare_model
 
 _TAKES_MASK = "_rim_dist_takes_mask"
 COT_FACTOR = 16  # a chain of thought may be so many times longer than an answer
