@@ -243,9 +243,10 @@ def _at_least_one(name: str, value: int) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from rim_dist.config import ColumnsSection
-    from rim_dist.evaluation.evaluate import COT_FACTOR, evaluate_export, evaluation_samples, open_export, write_evaluation
+    from rim_dist.evaluation.evaluate import evaluate_export, evaluation_samples, open_export, write_evaluation
     from rim_dist.evaluation.generation import Decoding
     from rim_dist.evaluation.table import print_evaluation
+    from rim_dist.methods import method_class
 
     for name in ("samples", "batch", "timed"):
         _at_least_one(f"--{name}", getattr(arguments, name))
@@ -254,7 +255,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     samples: list[Sample] = evaluation_samples(
         arguments.data, arguments.format, arguments.samples, ColumnsSection(), export.synthetic_steps
     )
-    limit = arguments.max_new_tokens or 32 * (COT_FACTOR if export.method == "cot" else 1)
+    limit = arguments.max_new_tokens or 32 * method_class(export.method).answer_factor
     result = evaluate_export(
         export, samples, blocks, Decoding(limit, arguments.batch, stop=tuple(arguments.stop)), arguments.timed
     )

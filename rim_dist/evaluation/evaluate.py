@@ -21,11 +21,12 @@ from rim_dist.errors import CheckpointError, DataError, ModelError
 from rim_dist.evaluation.generation import Decoding, Latency, answer_questions, answer_texts, measure_latency, padding_note
 from rim_dist.evaluation.readouts import readout_ids
 from rim_dist.evaluation.scoring import extract_answer, same_answer
+from rim_dist.evaluation.thinking import think_before_answers
 from rim_dist.memory import prompt_ids
+from rim_dist.methods import method_names
 from rim_dist.model import bare_model
 
 _TAKES_MASK = "_rim_dist_takes_mask"
-COT_FACTOR = 16  # a chain of thought may be so many times longer than an answer
 
 
 @dataclass
@@ -152,6 +153,9 @@ def open_export(folder: str | Path) -> ExportedModel:
     try:
         if (folder / "rim_dist.json").is_file():
             about = json.loads((folder / "rim_dist.json").read_text(encoding="utf-8"))
+        method = about.get("method", "direct")
+        if method not in method_names():
+            raise ValueError(f"its method {method} is not known here")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     except Exception as error:
@@ -160,9 +164,9 @@ def open_export(folder: str | Path) -> ExportedModel:
         print(note, file=sys.stderr)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    return ExportedModel(
-        model, tokenizer, about.get("blocks", 0), about.get("method", "direct"), about.get("synthetic_steps", 5)
-    )
+    if thoughts := about.get("thoughts", 0):
+        think_before_answers(model, thoughts, about["memory_token_ids"])
+    return ExportedModel(model, tokenizer, about.get("blocks", 0), method, about.get("synthetic_steps", 5))
 
 
 def latency_summary(runs: Sequence[Latency]) -> dict[str, float]:
