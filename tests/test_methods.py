@@ -114,6 +114,7 @@ def test_mixed_stages_are_drawn_from_the_samples_own_steps() -> None:
         ({"memory": {"tokens_per_block": 0}}, "memory.tokens_per_block: 0 is not allowed with method coconut"),
         ({"model": {"config": dict(TINY_MODEL), "tokenizer": "synthetic", "activation_checkpointing": True}}, "keeps a cache"),
         ({"memory": {"inside_block": "bidirectional"}}, "memory.inside_block: .*with method coconut: causal"),
+        ({"parallel": {"sequence": 2}}, "parallel.sequence: .*with method coconut: 1"),
         ({"coconut": {"c_thought": 0}}, "coconut.c_thought: 0 is not allowed"),
         ({"coconut": {"max_latent_stages": 2}}, r"did you mean coconut.max_latent_stage\?"),
     ],
@@ -274,38 +275,39 @@ def test_thoughts_leave_room_for_the_answer() -> None:
 # ---- a run -------------------------------------------------------------------------------------------------------
 
 
-def coconut_like(folder: Path, zero: int, **coconut: object) -> dict:
+def coconut_like(folder: Path, zero: int, tensor: int = 1) -> dict:
     """Latent stages 0, 1 and 2 of three steps each, then the last one; mixed stages."""
     extra = {"deepspeed_config": partitioned(folder)} if zero == 3 else {}
     return tiny_recipe(
         folder,
         method="coconut",
-        run={"name": f"zero{zero}"},
+        run={"name": f"zero{zero}-tensor{tensor}"},
         data={"synthetic": {"samples": 200, "min_steps": 1, "max_steps": 4}},
-        coconut={"max_latent_stage": 2, "c_thought": 2, "uniform_prob": 0.3, **coconut},
+        coconut={"max_latent_stage": 2, "c_thought": 2, "uniform_prob": 0.3},
         curriculum={
             "stage1": {"samples": 9 * 16, "learning_rate": 1e-3, "max_steps": 4, "warmup_fraction": 0.5},
             "stage2": {"samples": 3 * 16 - 3, "learning_rate": 5e-4},
         },
-        parallel={"zero_stage": zero, "timeout_seconds": 120, **extra},
+        parallel={"zero_stage": zero, "tensor": tensor, "timeout_seconds": 120, **extra},
         checkpoint={"every_steps": 5},
     )
 
 
 @pytest.mark.timeout(400)
 def test_coconut_on_two_ranks_equals_one_process(tmp_path: Path) -> None:
-    """ZeRO-0 to 3 against a bare loop of slow runs: loss and gradient norm of every step, over all latent stages."""
-    recipes = [write_recipe(tmp_path / f"{zero}.yaml", coconut_like(tmp_path, zero)) for zero in range(4)]
+    """ZeRO-0 to 3 and two tensor ranks against a bare loop of slow runs: every step's loss and gradient norm."""
+    cases = [(0, 1), (1, 1), (2, 1), (3, 1), (1, 2)]
+    recipes = [write_recipe(tmp_path / f"{z}-{t}.yaml", coconut_like(tmp_path, z, t)) for z, t in cases]
     reference = train_one_process(load_recipe(recipes[1]))
     run("torchrun", 2, ["tests/workers/train_many.py", *map(str, recipes)], timeout=350)
-    for zero in range(4):
-        lines = [m for m in read_metrics(tmp_path / f"zero{zero}" / "metrics.jsonl") if m["kind"] == "train"]
+    for zero, tensor in cases:
+        lines = [m for m in read_metrics(tmp_path / f"zero{zero}-tensor{tensor}" / "metrics.jsonl") if m["kind"] == "train"]
         assert len(lines) == len(reference) == 12
         for line, (loss, norm) in zip(lines, reference, strict=True):
             assert line["loss"] == pytest.approx(loss, rel=1e-5)
             assert line["grad_norm"] == pytest.approx(norm, rel=1e-5)
     # The export: evaluated with its thoughts, as in training; its card says that servers cannot.
-    folder = tmp_path / "zero3" / "hf"
+    folder = tmp_path / "zero3-tensor1" / "hf"
     about = json.loads((folder / "rim_dist.json").read_text())
     assert (about["blocks"], about["thoughts"]) == (0, 4)
     assert "cannot feed that back" in (folder / "README.md").read_text()
@@ -313,7 +315,7 @@ def test_coconut_on_two_ranks_equals_one_process(tmp_path: Path) -> None:
     recipe = load_recipe(recipes[3])
     samples = evaluation_samples("synthetic", "auto", 8, recipe.data.columns, 4)
     result = evaluate_export(export, samples, export.blocks, Decoding(3, 8), timed_questions=2)
-    answers = [json.loads(line) for line in (tmp_path / "zero3" / "report" / "answers.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (tmp_path / "zero3-tensor1" / "report" / "answers.jsonl").read_text().splitlines()]
     given = {a["question"]: a["text"] for a in answers}
     assert given == {a["question"]: a["text"] for a in result.answers}
     assert result.latency["first_token_seconds"] > 0

@@ -61,8 +61,10 @@ def rim_attention(
     rim_layout.attended.add(id(module))
     # Only packed rows have more than one path; a pass that goes on from a cache has none.
     attend = _PATHS[path if rim_layout.spans else "dense"]
-    output = attend(query, key, value, rim_layout, ScoreRule(scaling, dropout, sliding_window, softcap))
-    return output.contiguous(), None
+    rule = ScoreRule(scaling, dropout, sliding_window, softcap)
+    if rim_layout.share is not None:
+        return rim_layout.share.attend(attend, query, key, value, rim_layout, rule).contiguous(), None
+    return attend(query, key, value, rim_layout, rule).contiguous(), None
 
 
 def _no_mask(*_args: Any, **_keywords: Any) -> None:

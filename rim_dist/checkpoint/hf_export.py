@@ -168,7 +168,7 @@ def _checked_contents(checkpoint: Path, workers: Workers) -> Contents:
         raise
     spans: dict[str, list[store.Span]] = {}
     for stored in contents.module.values():
-        for extent in stored.extents:
+        for extent in stored.regions:
             name = str(Path(extent.file).relative_to(checkpoint))
             spans.setdefault(name, []).append((extent.offset, extent.offset + extent.length))
     for shard in store.read_manifest(checkpoint):

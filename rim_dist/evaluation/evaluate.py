@@ -24,7 +24,7 @@ from rim_dist.evaluation.scoring import extract_answer, same_answer
 from rim_dist.evaluation.thinking import think_before_answers
 from rim_dist.memory import prompt_ids
 from rim_dist.methods import method_names
-from rim_dist.model import bare_model
+from rim_dist.unwrap import bare_model
 
 _TAKES_MASK = "_rim_dist_takes_mask"
 

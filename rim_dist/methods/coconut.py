@@ -30,6 +30,8 @@ class Coconut(Method):
             raise ValueError("model.activation_checkpointing: true is not allowed with method coconut, which keeps a cache")
         if recipe.memory.inside_block != "causal":
             raise ValueError("memory.inside_block: a continuous thought cannot see later ones; with method coconut: causal")
+        if recipe.parallel.sequence > 1:
+            raise ValueError("parallel.sequence: rows of continuous thoughts are not shared out; with method coconut: 1")
         if recipe.data.streaming and recipe.coconut.epochs_per_stage:
             raise ValueError("coconut.epochs_per_stage: a stream has no known length; leave it out")
 

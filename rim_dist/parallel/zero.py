@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rim_dist.config import Recipe
 from rim_dist.errors import ConfigError
+from rim_dist.parallel.mesh import Mesh, ModelParallelUnit
+
+if TYPE_CHECKING:
+    import torch
 
 # What the trainer decides itself; a user's JSON that sets one would silently train something else.
 OWNED_KEYS = {
@@ -103,3 +108,21 @@ def compose(recipe: Recipe, hidden_size: int) -> dict[str, Any]:
     if left:
         raise ConfigError(f'parallel.deepspeed_config: {name}: the trainer has no value for {", ".join(left)}: "auto"')
     return tree
+
+
+def partitioner(ds_config: dict[str, Any], mesh: Mesh, dtype: torch.dtype) -> Callable[[list[torch.nn.Parameter]], None] | None:
+    """What spreads parameters over the ranks of the shard group under ZeRO-3, one by one, so that none holds the whole model.
+
+    The values are those of the group's first rank. None for other stages. Collective.
+    """
+    if ds_config["zero_optimization"]["stage"] != 3:
+        return None
+    import deepspeed
+
+    init = deepspeed.zero.Init(
+        config_dict_or_path=ds_config,
+        data_parallel_group=mesh.shard_group,
+        mpu=ModelParallelUnit(mesh) if mesh.degrees.tensor > 1 else None,
+        dtype=dtype,
+    )
+    return init._convert_to_zero_parameters
