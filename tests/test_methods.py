@@ -24,8 +24,9 @@ from rim_dist.data.encoding import EncodedSample
 from rim_dist.data.loader import BatchLoader, plan_stages
 from rim_dist.data.rows import Readout, Row, pack
 from rim_dist.errors import ConfigError, DataError
-from rim_dist.evaluation.evaluate import evaluate_export, evaluation_samples, open_export
+from rim_dist.evaluation.evaluate import evaluate_export, evaluation_samples
 from rim_dist.evaluation.generation import Decoding, generate_ids
+from rim_dist.evaluation.opened import open_export
 from rim_dist.evaluation.thinking import think_before_answers
 from rim_dist.methods import method_names, method_of
 from rim_dist.methods.base import Moment
