@@ -276,10 +276,11 @@ def test_starting_from_a_rim_model_does_not_add_its_blocks_again(trained: Path, 
             assert prompt.count(foundation.tokens.end) == expected
 
 
-def test_begin_of_text_comes_once_where_the_tokenizer_adds_it() -> None:
-    """Also where only the tokenizer's post-processor adds it, as Llama 3 does."""
+def test_begin_of_text_comes_once_where_the_tokenizer_adds_it(tmp_path: Path) -> None:
+    """Also where only the tokenizer's post-processor adds it, as Llama 3 does; an export says which it is."""
     from tokenizers.processors import TemplateProcessing
 
+    from rim_dist.checkpoint.hf_export import _save_tokenizer
     from rim_dist.config import MemorySection
     from rim_dist.data.synthetic import synthetic_tokenizer
     from rim_dist.memory import add_memory_tokens, prompt_ids, set_chat_template
@@ -295,6 +296,11 @@ def test_begin_of_text_comes_once_where_the_tokenizer_adds_it() -> None:
         set_chat_template(tokenizer, MemorySection(blocks=2), 2)
         (prompt,) = prompt_ids(tokenizer, ["From the hall take red."])
         assert prompt.count(tokenizer.bos_token_id) == (1 if adds else 0)
+        # llama.cpp's converter takes what the file does not say for true.
+        _save_tokenizer(tokenizer, tmp_path / str(adds))
+        assert json.loads((tmp_path / str(adds) / "tokenizer_config.json").read_text())["add_bos_token"] is adds
+        again = AutoTokenizer.from_pretrained(tmp_path / str(adds))
+        assert prompt_ids(again, ["From the hall take red."]) == [prompt]
 
 
 @pytest.mark.timeout(300)
