@@ -77,6 +77,8 @@ def _open_hf(folder: Path) -> ExportedModel:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     except Exception as error:
         raise CheckpointError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    if not tokenizer.chat_template:
+        raise CheckpointError(f"{folder}: its tokenizer has no chat template, so it is not known how to ask it a question")
     return _opened(model, tokenizer, about.get("blocks", 0), about.get("method", "direct"), about.get("synthetic_steps", 5))
 
 
