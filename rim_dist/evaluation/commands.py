@@ -298,7 +298,10 @@ def _latency(arguments: argparse.Namespace) -> int:
             candidates[f"{name}: a plain prompt as long"] = longer
     timed = time_side_by_side(candidates, batch)
     tokens = {name: sum(map(len, c.prompts)) / len(c.prompts) for name, c in candidates.items()}
-    figures = {name: {"prompt_tokens": tokens[name], **seconds} for name, seconds in timed.items()}
+    figures: dict[str, dict[str, Any]] = {
+        name: {"prompt_tokens": tokens[name], "only_first_token": name not in exports, **seconds}
+        for name, seconds in timed.items()
+    }
     print_latency(figures, f"{device_name()}, batches of {batch}")
     if output is not None:
         _write_json(output / "latency.json", {"data": arguments.data, "device": device_name(), "models": figures})
