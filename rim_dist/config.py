@@ -307,6 +307,11 @@ class ParallelSection(Section):
 
     zero_stage: StrictInt = Field(3, ge=0, le=3, description="DeepSpeed ZeRO stage.")
     offload: StrictBool = Field(False, description="ZeRO-3 with optimizer and parameters in CPU memory.")
+    zero_plus_plus: StrictBool = Field(
+        False,
+        description="ZeRO++ (arXiv 2306.10209) on GPUs: a copy of the parameters in every node, weights and gradients "
+        "quantised on the way. Rounds what is sent: not exact.",
+    )
     tensor: StrictInt = Field(
         1,
         ge=1,
@@ -328,8 +333,11 @@ class ParallelSection(Section):
 
     @model_validator(mode="after")
     def _offload_needs_zero3(self) -> ParallelSection:
-        if self.offload and self.zero_stage != 3:
-            raise ValueError(f"offload needs zero_stage 3, not {self.zero_stage}")
+        for name in ("offload", "zero_plus_plus"):
+            if getattr(self, name) and self.zero_stage != 3:
+                raise ValueError(f"{name} needs zero_stage 3, not {self.zero_stage}")
+        if self.zero_plus_plus and (self.offload or self.tensor > 1):
+            raise ValueError("zero_plus_plus cannot be combined with offload or tensor above 1")
         return self
 
 

@@ -23,6 +23,7 @@ from rim_dist.checkpoint.resume import agree_on_checkpoint
 from rim_dist.checkpoint.saver import read_saves
 from rim_dist.checkpoint.snapshot import Snapshotter
 from rim_dist.config import CheckpointSection
+from rim_dist.data.synthetic import synthetic_tokenizer
 from rim_dist.errors import CheckpointError
 from rim_dist.parallel.launch import Process
 
@@ -184,6 +185,15 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
     assert "is kept; make room and start the same command again" in refused
     assert "No space left on device" in full
     assert "is kept" in full
+
+
+def test_what_a_tokenizer_cannot_write_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    """Its Rust writer raises a plain Exception; on the first rank alone that would leave the others waiting."""
+    backend = synthetic_tokenizer().backend_tokenizer
+    with pytest.raises(OSError, match="No such file or directory"), store.os_errors(tmp_path):
+        backend.save(str(tmp_path / "none" / "tokenizer.json"))
+    with pytest.raises(ValueError, match="a bug"), store.os_errors(tmp_path):
+        raise ValueError("a bug")
 
 
 def test_a_snapshot_is_of_its_moment() -> None:

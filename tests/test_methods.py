@@ -24,8 +24,9 @@ from rim_dist.data.encoding import EncodedSample
 from rim_dist.data.loader import BatchLoader, plan_stages
 from rim_dist.data.rows import Readout, Row, pack
 from rim_dist.errors import ConfigError, DataError
-from rim_dist.evaluation.evaluate import evaluate_export, evaluation_samples, open_export
+from rim_dist.evaluation.evaluate import evaluate_export, evaluation_samples
 from rim_dist.evaluation.generation import Decoding, generate_ids
+from rim_dist.evaluation.opened import open_export
 from rim_dist.evaluation.thinking import think_before_answers
 from rim_dist.methods import method_names, method_of
 from rim_dist.methods.base import Moment
@@ -318,4 +319,7 @@ def test_coconut_on_two_ranks_equals_one_process(tmp_path: Path) -> None:
     answers = [json.loads(line) for line in (tmp_path / "zero3-tensor1" / "report" / "answers.jsonl").read_text().splitlines()]
     given = {a["question"]: a["text"] for a in answers}
     assert given == {a["question"]: a["text"] for a in result.answers}
+    checkpoint = open_export(tmp_path / "zero3-tensor1" / "checkpoints" / "step-00000012")  # as it is, without an export
+    again = evaluate_export(checkpoint, samples, checkpoint.blocks, Decoding(3, 8), timed_questions=1)
+    assert again.answers == result.answers
     assert result.latency["first_token_seconds"] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from ranks import ROOT, run
 from safetensors.torch import load_file
 from states import same_state
 
+from rim_dist.checkpoint import portable
 from rim_dist.checkpoint.contents import read_contents
 from rim_dist.checkpoint.store import find_checkpoint, folder_of, read_state
 from rim_dist.checkpoint.tensors import read_tensor
@@ -116,6 +118,21 @@ def test_impossible_degrees(
     assert main(["convert", "reshape", str(runs / "zero1"), str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reshape_that_fails_can_be_tried_again(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    arguments = ["convert", "reshape", str(runs / "zero1"), str(tmp_path / "out"), "--data", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(portable, "write_all", full)
+        assert main(arguments) == 2
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(arguments) == 0
 
 
 def test_other_ranks_name_the_command(runs: Path, tmp_path: Path) -> None:

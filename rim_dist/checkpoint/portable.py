@@ -77,10 +77,13 @@ def _write(
     checkpoints = run / "checkpoints"
     partial = store.partial_folder(checkpoints, state.step)
     files = plan_files(tensors, None, _SHARD_BYTES, "portable")
+    begun = False
 
     def begin() -> None:
+        nonlocal begun
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise CheckpointError(f"{run}: already holds something; choose another folder")
+        begun = True
         checkpoints.mkdir(parents=True, exist_ok=True)
         needed, free = sum(file.data_bytes for file in files), shutil.disk_usage(checkpoints).free
         if needed > free:
@@ -106,8 +109,12 @@ def _write(
             store.write_atomically(run / "recipe.yaml", dump_recipe(recipe))
 
         workers.on_first(finish)
-    except OSError as error:
-        raise CheckpointError(f"{run}: cannot be written ({error.strerror or error})") from None
+    except BaseException as error:
+        if begun:  # on the first rank; what is left of it would stand in the way of another try
+            shutil.rmtree(run, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{run}: cannot be written ({error.strerror or error})") from None
+        raise
     finally:
         forget_files()
     return run
@@ -216,7 +223,8 @@ def from_hf(folder: Path, run: Path, recipe_path: Path | None, stage: int | None
         config.get_text_config().vocab_size = max(rows, max(foundation.tokens.ids) + 1)
         config.save_pretrained(target)
         generation_config(foundation.tokenizer).save_pretrained(target)
-        foundation.tokenizer.save_pretrained(target)
+        with store.os_errors(target):
+            foundation.tokenizer.save_pretrained(target)
 
     try:
         tensors = {f"weight/{name}": tensor for name, tensor in stored.items()}
@@ -237,7 +245,8 @@ def _built(build_model: Any, recipe: Recipe, foundation: Any, scratch: Path, wor
         scratch.mkdir(parents=True)
         model = build_model(plain, foundation)
         weights = {name: p.detach().contiguous() for name, p in [*model.named_parameters(), *model.named_buffers()]}
-        save_file({name: weights[name] for name in weights if name in model.state_dict()}, scratch / "model.safetensors")
+        with store.os_errors(scratch):
+            save_file({name: weights[name] for name in weights if name in model.state_dict()}, scratch / "model.safetensors")
 
     workers.on_first(build)
     return {name: ModelTensor((t,), t.shape) for name, t in read_safetensors_index(scratch / "model.safetensors").items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ from rim_dist.objective.loss import ReadoutLoss
 from rim_dist.parallel.degrees import fit_degrees
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.mesh import make_mesh
+from rim_dist.parallel.place import find_place
 from rim_dist.parallel.zero import compose, partitioner
 from rim_dist.training.engine import Engine
 from rim_dist.training.folder import check_run_folder
@@ -81,6 +83,8 @@ class Trainer:
         degrees = fit_degrees(recipe, process.ranks)
         if recipe.model.dtype == "fp16" and process.device == "cpu":
             raise ConfigError("model.dtype: fp16 needs a GPU; on a CPU use fp32 or bf16")
+        if recipe.parallel.zero_plus_plus and process.device == "cpu":
+            raise ConfigError("parallel.zero_plus_plus: true needs GPUs: its kernels are CUDA's")
         self._recipe, self._process, self._foundation, self._data = recipe, process, foundation, data
         self._mesh = make_mesh(degrees, process.rank, process.device.partition(":")[0])
         self._folder = recipe.folder
@@ -88,7 +92,7 @@ class Trainer:
         self._plans = plan_stages(recipe, len(data))
         self._total_steps = sum(plan.steps for plan in self._plans)
         self._questions = recipe_samples(recipe)
-        self._ds_config = compose(recipe, foundation.hidden_size)
+        self._ds_config = compose(recipe, foundation.hidden_size, find_place(os.environ).local_ranks)
         self._peak = peak_operations(recipe.model.dtype)
         self._saver = CheckpointSaver(recipe, self._checkpoints, process)
         self._saved_step = self._scored_step = -1
@@ -301,7 +305,8 @@ class Trainer:
         def write_model(folder: Path) -> None:
             bare_model(self._engine.module).config.save_pretrained(folder)
             generation_config(self._foundation.tokenizer).save_pretrained(folder)
-            self._foundation.tokenizer.save_pretrained(folder)
+            with store.os_errors(folder):
+                self._foundation.tokenizer.save_pretrained(folder)
 
         scores = {"loss": self._last_loss, **(self._scores if self._scored_step == state.step else {})}
         self._saver.save(state, self._engine.capture, write_model, scores)
