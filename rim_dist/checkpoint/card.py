@@ -44,7 +44,7 @@ def _rows_note(recipe: Recipe, about: dict[str, Any]) -> str:
     ids = ", ".join(map(str, about["memory_token_ids"]))
     spare = about["embedding_rows"] - about["vocabulary"]
     padding = (
-        f"The embedding has {spare} rows above the tokenizer's last token, as its base has; no text reaches them."
+        f"The embedding has {spare} rows above the tokenizer's last token; no text reaches them."
         if spare > 0
         else "There are no padding rows."
     )
