@@ -1,0 +1,69 @@
+"""What a rank runs in one micro-batch: rows of one sample each, as `rim_dist.data.rows.Row` lays them out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`samples` equal rows: `question` tokens, `blocks` blocks of `memory` tokens between begin and end, a readout of `target`
+    tokens (end-of-text included) after each. Without blocks the one target follows the question.
+
+    `rounds`: micro-batches of a rank in an optimizer step.
+    """
+
+    question: int
+    blocks: int
+    memory: int
+    target: int
+    samples: int = 1
+    rounds: int = 1
+
+    @property
+    def readouts(self) -> int:
+        return max(1, self.blocks)
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block with its begin and end."""
+        return self.memory + 2
+
+    @property
+    def prefix(self) -> int:
+        return self.question + self.blocks * self.block
+
+    @property
+    def readout_tokens(self) -> int:
+        """Tokens of the readouts in a row; the last token of a target is predicted and never an input."""
+        return self.readouts * (self.target - 1)
+
+    @property
+    def row(self) -> int:
+        """Tokens of one row."""
+        return self.prefix + self.readout_tokens
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.row
+
+    @property
+    def targets(self) -> int:
+        """Supervised positions of the micro-batch."""
+        return self.samples * self.readouts * self.target
+
+    @property
+    def positions(self) -> int:
+        """Longest sequence a server would run: what must fit the model's positions."""
+        return self.prefix + self.target
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key it sees, of one row (`rim_dist.attention.visibility.Span.pairs`)."""
+        pairs = self.prefix * (self.prefix + 1) // 2
+        own = self.target - 1
+        seen = self.readouts * self.question + self.block * self.blocks * (self.blocks + 1) // 2
+        return pairs + own * seen + self.readouts * own * (own + 1) // 2
+
+    def with_memory(self, blocks: int, memory: int) -> Workload:
+        return replace(self, blocks=blocks, memory=memory, samples=1)
