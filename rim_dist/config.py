@@ -276,8 +276,8 @@ class OptimizerSection(Section):
     micro_batch_tokens: StrictInt = Field(
         8192,
         ge=1,
-        description="Most tokens a rank runs in one forward pass: samples are packed up to it. No effect on the result; a "
-        "sample whose row is longer is a bad sample.",
+        description="Most tokens of a packed row, which one forward pass runs on a rank (on all ranks of a sequence group "
+        "together): samples are packed up to it. No effect on the result; a sample whose row is longer is a bad sample.",
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay.")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay.")
@@ -291,8 +291,25 @@ class ParallelSection(Section):
 
     zero_stage: StrictInt = Field(3, ge=0, le=3, description="DeepSpeed ZeRO stage.")
     offload: StrictBool = Field(False, description="ZeRO-3 with optimizer and parameters in CPU memory.")
-    tensor: StrictInt = Field(1, ge=1, le=1, description="Tensor parallel degree (this version: 1).")
-    sequence: StrictInt = Field(1, ge=1, le=1, description="Sequence parallel degree (this version: 1).")
+    zero_plus_plus: StrictBool = Field(
+        False,
+        description="ZeRO++ (arXiv 2306.10209) on GPUs: a copy of the parameters in every node, weights and gradients "
+        "quantised on the way. Rounds what is sent: not exact.",
+    )
+    tensor: StrictInt = Field(
+        1,
+        ge=1,
+        description="Tensor parallel degree: ranks that share every layer's matrices. Must divide the attention and key/value "
+        "heads; best within a node.",
+    )
+    sequence: StrictInt = Field(
+        1, ge=1, description="Sequence parallel degree: ranks that share a packed row, memory blocks included."
+    )
+    sequence_mode: Literal["auto", "ulysses", "allgather_kv"] = Field(
+        "auto",
+        description="How ranks share a row's attention: `ulysses` exchanges heads for tokens (heads must divide), "
+        "`allgather_kv` gathers keys and values (any number of heads); `auto` is `ulysses` where it can be.",
+    )
     deepspeed_config: str | None = Field(
         None, description="A DeepSpeed JSON of your own instead of `ds_configs/`; keys the trainer owns are refused."
     )
@@ -300,8 +317,11 @@ class ParallelSection(Section):
 
     @model_validator(mode="after")
     def _offload_needs_zero3(self) -> ParallelSection:
-        if self.offload and self.zero_stage != 3:
-            raise ValueError(f"offload needs zero_stage 3, not {self.zero_stage}")
+        for name in ("offload", "zero_plus_plus"):
+            if getattr(self, name) and self.zero_stage != 3:
+                raise ValueError(f"{name} needs zero_stage 3, not {self.zero_stage}")
+        if self.zero_plus_plus and (self.offload or self.tensor > 1):
+            raise ValueError("zero_plus_plus cannot be combined with offload or tensor above 1")
         return self
 
 

@@ -79,8 +79,12 @@ def plain_row(row: Row, block_ids: Sequence[int]) -> PlainRow:
     return PlainRow(input_ids, kind, block, position, label, weight)
 
 
-def train_one_process(recipe: Recipe) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step by a bare loop: unrolled runs, one sample at a time, torch's AdamW, no DeepSpeed."""
+def train_one_process(recipe: Recipe, trace: dict[str, Any] | None = None) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step by a bare loop: unrolled runs, one sample at a time, torch's AdamW, no DeepSpeed.
+
+    `trace` takes the first step's `gradients` and the last `weights` of what is trained, by name.
+    """
+    trace = {} if trace is None else trace
     foundation, data = prepare_run(recipe)
     model = build_model(recipe, foundation)
     use_plain_attention(bare_model(model))
@@ -107,9 +111,12 @@ def train_one_process(recipe: Recipe) -> list[tuple[float, float]]:
             loss = loss / weight
             optimizer.zero_grad()
             loss.backward()
+            if not results:
+                trace["gradients"] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
             norm = torch.nn.utils.clip_grad_norm_(trained, recipe.optimizer.gradient_clipping or 1e9)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(section, step, plan.steps)
             optimizer.step()
             results.append((float(loss.detach()), float(norm)))
+    trace["weights"] = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return results

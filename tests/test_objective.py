@@ -1,4 +1,4 @@
-"""The curriculum's formulas, rows by hand, the learning rate, and scoring."""
+"""The curriculum's formulas, rows by hand, the learning rate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from oracle import PlainRow, plain_row
 from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT
 from rim_dist.config import CurriculumSection, StageSection
 from rim_dist.data.rows import Readout, Row, pack
-from rim_dist.evaluation.scoring import extract_answer, same_answer
 from rim_dist.objective import loss as loss_module
 from rim_dist.objective.curriculum import longest_row, longest_sequence, sample_row, stage1_weights, stage2_weights
 from rim_dist.objective.loss import HeadWeights, LogitRule, ReadoutLoss, plain_cross_entropy, weighted_cross_entropy
@@ -188,43 +187,3 @@ def test_learning_rate() -> None:
     assert [learning_rate(linear, s, 4) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
     cosine = StageSection(samples=1, learning_rate=1.0, warmup_fraction=0.0, schedule="cosine")
     assert learning_rate(cosine, 2, 4) == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("#### 72", "72"),
-        ("48/2=24\n#### 1,072", "1072"),
-        ("####72.0\nand more", "72.0"),
-        ("no marker 5", "no marker 5"),
-        ("#### $18 ", "18"),
-        ("", ""),
-        ("####", ""),
-        ("hall #", ""),
-        (" \n#### \n", ""),
-        ("#### -3", "-3"),
-        ("# 1 ## 2", "2"),
-        ("#### garden", "garden"),
-    ],
-)
-def test_extract_answer(text: str, answer: str) -> None:
-    assert extract_answer(text) == answer
-
-
-@pytest.mark.parametrize(
-    ("given", "target", "same"),
-    [
-        ("72", "72.0", True),
-        ("72.", "72", True),
-        ("1,000", "1000", True),
-        ("9280000000000", "9.28e12", True),
-        ("0.30000001", "0.3", False),
-        ("-2.5", "-2.50", True),
-        ("Garden", "garden.", True),
-        ("hall", "garden", False),
-        ("", "0", False),
-        ("nan", "nan", True),
-    ],
-)
-def test_same_answer(given: str, target: str, same: bool) -> None:
-    assert same_answer(given, target) is same

@@ -4,9 +4,10 @@
     python tools/check_serving.py gguf HF_DIR TOKENIZER.model OUT.gguf       a Llama with a SentencePiece tokenizer as GGUF
     python tools/check_serving.py llama OUT.json MODEL.gguf                  compare with llama.cpp
     python tools/check_serving.py lm-eval OUT.json HF_DIR                    compare with lm-evaluation-harness, log included
+    python tools/check_serving.py vllm OUT.json HF_DIR                       compare with vLLM
 
-For environments of their own, by hand: `llama` needs `xllamacpp`, `gguf` `gguf`, `lm-eval` the harness. QUESTIONS.jsonl
-has a `question` a line; a run's `report/answers.jsonl` will do. docs/serving.md says what came out.
+For environments of their own, by hand: `llama` needs `xllamacpp`, `gguf` `gguf`, `lm-eval` the harness, `vllm` vLLM.
+QUESTIONS.jsonl has a `question` a line; a run's `report/answers.jsonl` will do. docs/serving.md says what came out.
 """
 
 from __future__ import annotations
@@ -104,6 +105,26 @@ def lm_eval(expected: str, folder: str) -> None:
     print(f"lm-evaluation-harness: {prompts} of {len(samples)} logged prompts end with {end}; the same answer to {same}")
 
 
+def vllm(expected: str, folder: str) -> None:
+    """Through its chat entry, whose prompts must be the same token ids, and as token ids."""
+    from vllm import LLM, SamplingParams
+
+    rows = json.loads(Path(expected).read_text(encoding="utf-8"))
+    longest = max(len(row["ids"]) for row in rows) + MOST_NEW_TOKENS
+    engine = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=longest)
+    greedy = SamplingParams(temperature=0, max_tokens=MOST_NEW_TOKENS)
+    same = {"chat": 0, "token ids": 0}
+    for row in rows:
+        messages, budget = [{"role": "user", "content": row["question"]}], {"rim_blocks": row["blocks"]}
+        (chat,) = engine.chat(messages, greedy, chat_template_kwargs=budget, use_tqdm=False)
+        (plain,) = engine.generate({"prompt_token_ids": row["ids"]}, greedy, use_tqdm=False)
+        if list(chat.prompt_token_ids) != row["ids"]:
+            print(f"other token ids: {chat.prompt_token_ids} instead of {row['ids']}")
+        for name, result in (("chat", chat), ("token ids", plain)):
+            same[name] += result.outputs[0].text.strip() == row["answer"].strip()
+    print(f"vLLM: the same answer to {same} of {len(rows)}")
+
+
 def gguf(folder: str, sentencepiece_model: str, out: str) -> None:
     """What llama.cpp's converter does for this family, without its sources."""
     import gguf as g
@@ -164,7 +185,7 @@ def gguf(folder: str, sentencepiece_model: str, out: str) -> None:
 
 if __name__ == "__main__":
     verb, *arguments = sys.argv[1:] or ["help"]
-    verbs = {"ask": ask, "gguf": gguf, "llama": llama, "lm-eval": lm_eval}
+    verbs = {"ask": ask, "gguf": gguf, "llama": llama, "lm-eval": lm_eval, "vllm": vllm}
     if verb not in verbs:
         print(__doc__)
         sys.exit(2)

@@ -59,8 +59,10 @@ def rim_attention(
     if rim_layout.bidirectional and sliding_window is not None:
         raise ModelError(f"{family}: bidirectional blocks and a sliding window of {sliding_window} cannot be combined")
     rim_layout.attended.add(id(module))
-    output = _PATHS[path](query, key, value, rim_layout, ScoreRule(scaling, dropout, sliding_window, softcap))
-    return output.contiguous(), None
+    rule = ScoreRule(scaling, dropout, sliding_window, softcap)
+    if rim_layout.share is not None:
+        return rim_layout.share.attend(_PATHS[path], query, key, value, rim_layout, rule).contiguous(), None
+    return _PATHS[path](query, key, value, rim_layout, rule).contiguous(), None
 
 
 def _no_mask(*_args: Any, **_keywords: Any) -> None:

@@ -110,7 +110,8 @@ def _plan(contents: Contents, options: ExportOptions, lora: bool) -> _Plan:
     def card(folder: Path, note: str = "") -> None:
         (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(contents.recipe, about, note), encoding="utf-8")
-        contents.tokenizer.save_pretrained(folder)
+        with store.os_errors(folder):
+            contents.tokenizer.save_pretrained(folder)
 
     if options.adapter_only:
         tensors = adapter_tensors(contents, with_rows=True)
@@ -168,7 +169,7 @@ def _checked_contents(checkpoint: Path, workers: Workers) -> Contents:
         raise
     spans: dict[str, list[store.Span]] = {}
     for stored in contents.module.values():
-        for extent in stored.extents:
+        for extent in stored.regions:
             name = str(Path(extent.file).relative_to(checkpoint))
             spans.setdefault(name, []).append((extent.offset, extent.offset + extent.length))
     for shard in store.read_manifest(checkpoint):
@@ -215,6 +216,8 @@ def write_folder(out: Path, files: dict[str, list[OutputFile]], write_rest: Call
                 if name not in records:
                     store.sync_path(file)
                     records[name] = store.record_of(file)
+            for folder in [p for p in partial.rglob("*") if p.is_dir()]:
+                store.sync_path(folder)
             store.write_manifest(partial, records)
             if out.exists():
                 shutil.rmtree(out)
@@ -302,7 +305,8 @@ def extract_adapter(tuned: Path, base: Path, out: Path, rank: int) -> dict[str, 
     errors: dict[str, float] = {}
 
     def write_rest(folder: Path) -> None:
-        errors.update(extract_lora(base, tuned, folder, rank))
+        with store.os_errors(folder):
+            errors.update(extract_lora(base, tuned, folder, rank))
         _copy_others(tuned, folder)
         (folder / "config.json").unlink(missing_ok=True)
         if (tuned / ABOUT).is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,13 @@ def verify_export(checkpoint: Path, out: Path) -> Verification:
     except RimError:  # the evaluation file of the run is not on this machine
         questions = _QUESTIONS
     blocks = list(range(1, recipe.memory.blocks + 1)) if recipe.method == "rim" else [0]
+    positions = model_positions(contents.config)
+    longest = prompt_ids(contents.tokenizer, questions, blocks[-1] or None)
+    questions = [question for question, prompt in zip(questions, longest, strict=True) if len(prompt) <= positions]
+    if not questions:
+        raise CheckpointError(
+            f"{out}: not verified: no question with {blocks[-1]} blocks fits the model's {positions} positions"
+        )
     adapter = out / ADAPTER if (out / ADAPTER / "adapter_config.json").is_file() else None
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder) / "asked.json", Path(folder) / "logits.safetensors"
@@ -77,11 +85,11 @@ def verify_export(checkpoint: Path, out: Path) -> Verification:
             key = f"{i}/{k if recipe.method == 'rim' else None}"
             if found[f"ids/{key}"].tolist() != prompt:
                 raise CheckpointError(f"{out}: its chat template renders question {i + 1} with {k} blocks to other tokens")
-            if len(prompt) > model_positions(contents.config):
-                continue
             with torch.no_grad():
                 expected = module(torch.tensor([prompt])).logits[0].float()
-            differences[k] = max(differences.get(k, 0.0), float((expected - found[f"logits/{key}"]).abs().max()))
+            difference = float((expected - found[f"logits/{key}"]).abs().max())
+            # max() would pass over a NaN.
+            differences[k] = max(differences.get(k, 0.0), difference if math.isfinite(difference) else math.inf)
             largest = max(largest, float(expected.abs().max()))
     dtype = str(json.loads((out / ABOUT).read_text(encoding="utf-8"))["dtype"])
     result = Verification(differences, largest, dtype, len(questions))

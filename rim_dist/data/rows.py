@@ -78,7 +78,8 @@ class Targets:
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows: `input_ids` `[1, tokens]`, their places and their targets. Nothing is padding.
+    """Packed rows: `input_ids` `[1, tokens]`, their places and their targets. Nothing is padding, but at the end of a row
+    that several ranks share (`layout.share`), of which this is a part.
 
     `order[i]` is the number, in what was packed, of the row that is segment i.
     """
@@ -95,6 +96,12 @@ class Batch:
     @property
     def tokens(self) -> int:
         return self.input_ids.shape[1]
+
+    @property
+    def pairs(self) -> float:
+        """Pairs of a query and a key it sees that this batch computes."""
+        pairs = sum(span.pairs for span in self.layout.spans)
+        return pairs / self.layout.share.ranks if self.layout.share is not None else pairs
 
     def rows_at(self, targets: torch.Tensor) -> list[int]:
         """Numbers, in what was packed, of the rows with any of the `targets` (boolean, `[targets]`)."""
