@@ -3,10 +3,10 @@
     python benchmarks/planner.py [--quick] [--only NAME]
 
 Each configuration is a fresh group of processes that builds the model and the engine as the trainer does and runs two optimizer
-steps; the second is measured, on the rank that needs most. "Between steps": bytes of all live tensors' storages before it. "Peak": the most
-that torch's CPU allocator had given out during it, counted by the allocator itself in all threads, which is what
-`torch.cuda.max_memory_allocated` is on a GPU. The resident set above the imports is there to compare with: it also holds what
-libraries, the interpreter and gloo take.
+steps; the second is measured, on the rank that needs most. "Between steps": bytes of all live tensors' storages before it.
+"Peak": the most that torch's CPU allocator had given out during it, counted by the allocator itself in all threads, which is
+what `torch.cuda.max_memory_allocated` is on a GPU. The resident set above the imports is there to compare with: it also holds
+what libraries, the interpreter and gloo take.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from common import ROOT, publish, table
 
 from rim_dist.config import Recipe, validate_recipe
+from rim_dist.parallel.degrees import choose_mode
 from rim_dist.planning.memory import Buckets, MemoryEstimate, Setup, estimate
 from rim_dist.planning.shape import read_shape
 from rim_dist.planning.workload import Workload
@@ -120,7 +121,13 @@ def recipe_of(case: Case) -> Recipe:
             "model": model,
             "memory": {"blocks": case.load.blocks, "tokens_per_block": case.load.memory},
             "curriculum": {"stage1": {"samples": 1}, "stage2": {"samples": 1}},
-            "parallel": {"zero_stage": case.zero_stage, "offload": case.offload},
+            "parallel": {
+                "zero_stage": case.zero_stage,
+                "offload": case.offload,
+                "tensor": case.tensor,
+                "sequence": case.sequence,
+                "sequence_mode": case.sequence_mode,
+            },
         },
         case.name,
     )
@@ -132,16 +139,17 @@ def ds_config_of(case: Case) -> dict[str, Any]:
     return compose(recipe_of(case), read_shape(case.model, case.name).hidden)
 
 
-def predicted(case: Case) -> MemoryEstimate:
-    """What the planner says of the configuration."""
-    recipe = recipe_of(case)
-    setup = Setup(
+def setup_of(case: Case) -> Setup:
+    recipe, shape = recipe_of(case), read_shape(case.model, case.name)
+    heads, kv_heads = shape.heads // case.tensor, shape.kv_heads // case.tensor
+    return Setup(
         buckets=Buckets.of(ds_config_of(case)),
         tensor=case.tensor,
         sequence=case.sequence,
         data=case.data,
         zero_stage=case.zero_stage,
         offload=case.offload,
+        sequence_mode=choose_mode(case.sequence_mode, case.sequence, heads, kv_heads),
         dtype=recipe.model.dtype,
         lora=recipe.model.lora,
         checkpointing=case.checkpointing,
@@ -149,7 +157,11 @@ def predicted(case: Case) -> MemoryEstimate:
         attention=case.attention,  # type: ignore[arg-type]
         device="cpu",
     )
-    return estimate(read_shape(case.model, case.name), setup, case.load)
+
+
+def predicted(case: Case) -> MemoryEstimate:
+    """What the planner says of the configuration."""
+    return estimate(read_shape(case.model, case.name), setup_of(case), case.load)
 
 
 # ---- one rank ----------------------------------------------------------------------------------------------
@@ -205,13 +217,15 @@ def process_status(name: str) -> int:
 
 def measure_here(case: Case, process: Any) -> dict[str, int]:
     """Measure on this rank of a group that has joined."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    from rim_dist.attention.registration import use_rim_attention
+    from rim_dist.attention.choice import PathChoice
     from rim_dist.data.rows import Readout, Row, pack
     from rim_dist.memory import MemoryTokens
-    from rim_dist.model import add_adapters, bare_model, recompute_layers
-    from rim_dist.objective.forward import install_readout_loss
+    from rim_dist.model import DTYPES, Foundation, build_model
+    from rim_dist.parallel.degrees import fit_degrees
+    from rim_dist.parallel.mesh import make_mesh
+    from rim_dist.parallel.zero import partitioner
     from rim_dist.training.engine import Engine
 
     recipe, load = recipe_of(case), case.load
@@ -219,19 +233,15 @@ def measure_here(case: Case, process: Any) -> dict[str, int]:
     with Allocator() as allocator:
         fields = dict(case.model)
         config = AutoConfig.for_model(fields.pop("model_type"), **fields, **NO_TOKENS)
-        torch.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_config(config).float()
-        use_rim_attention(model, case.attention)  # type: ignore[arg-type]
         size = config.get_text_config().vocab_size
         tokens = MemoryTokens(size - 3, size - 2, size - 1, load.memory, ())
-        if case.lora_rank:
-            model = add_adapters(model, recipe, tokens)
-        if case.checkpointing:
-            recompute_layers(bare_model(model), case.activation_offload)
-            if case.lora_rank:
-                model.enable_input_require_grads()
-        install_readout_loss(bare_model(model))
-        engine = Engine(recipe, model, ds_config_of(case), process)
+        mode = setup_of(case).sequence_mode
+        path = PathChoice(case.attention, "")  # type: ignore[arg-type]
+        foundation = Foundation(None, tokens, config, None, None, path, mode)  # type: ignore[arg-type]
+        mesh = make_mesh(fit_degrees(recipe, process.ranks), process.rank, "cpu")
+        ds_config = ds_config_of(case)
+        model = build_model(recipe, foundation, None, mesh, partitioner(ds_config, mesh, DTYPES[recipe.model.dtype]))
+        engine = Engine(recipe, model, ds_config, process, mesh, mode)
         engine.begin_stage(0.0)
 
         def row() -> Row:
@@ -243,7 +253,7 @@ def measure_here(case: Case, process: Any) -> dict[str, int]:
             for number in range(load.rounds):
                 batch = pack([row() for _ in range(load.samples)], tokens.block)
                 assert (batch.tokens, len(batch.targets.label)) == (load.tokens, load.targets)
-                engine.forward_backward(batch, 1.0, last=number == load.rounds - 1)
+                engine.forward_backward(engine.own_part(batch), 1.0, last=number == load.rounds - 1)
                 del batch
             engine.step(1e-3)
 

@@ -6,10 +6,11 @@ S (n - 1) / n, an all-reduce twice that, an all-to-all of B bytes a rank B (n - 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rim_dist.planning.memory import ALL_REDUCE_BUCKET, REUSE_DISTANCE, Setup, Weights
+from rim_dist.planning.memory import ALL_REDUCE_BUCKET, Setup, Weights
 from rim_dist.planning.shape import ModelShape, adapted
 from rim_dist.planning.workload import Workload
 
@@ -80,7 +81,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Transfer:
-    """One kind of sending in an optimizer step: `payload` bytes each time, `times`; `sent` bytes of a GPU and `seconds` in all."""
+    """One kind of sending in an optimizer step: `payload` bytes, `times`; `sent` bytes of a GPU and `seconds` in all."""
 
     part: Literal["zero", "tensor", "sequence", "offload"]
     what: str
@@ -122,9 +123,7 @@ def transfer(
     return Transfer(part, what, operation, times, payload, times * sent, times * (seconds + latency))
 
 
-def transfers(
-    shape: ModelShape, setup: Setup, load: Workload, link: Interconnect, gpus_per_node: int
-) -> list[Transfer]:
+def transfers(shape: ModelShape, setup: Setup, load: Workload, link: Interconnect, gpus_per_node: int) -> list[Transfer]:
     """Everything a GPU sends in an optimizer step of `load.rounds` micro-batches."""
     found: list[Transfer] = []
 
@@ -168,8 +167,8 @@ def _add_zero(add, shape: ModelShape, setup: Setup, load: Workload) -> None:  # 
         in_pieces("updated parameters", "all-gather", 1, trained, ALL_REDUCE_BUCKET)
     else:
         in_pieces("parameters, forward", "all-gather", rounds, sharded, buckets.prefetch)
-        # What the forward pass gathered last is still there (see `memory.REUSE_DISTANCE`).
-        in_pieces("parameters, backward", "all-gather", rounds, max(0, sharded - REUSE_DISTANCE // 2), buckets.prefetch)
+        # What the forward pass gathered last is still there.
+        in_pieces("parameters, backward", "all-gather", rounds, max(0, sharded - buckets.reuse // 2), buckets.prefetch)
         in_pieces("gradients", "reduce-scatter", rounds, trained, buckets.reduce)
     if setup.offload:
         shard = weights.all / setup.shards
@@ -204,7 +203,7 @@ def _add_sequence(add, shape: ModelShape, setup: Setup, load: Workload) -> None:
     passes = (3 if setup.checkpointing else 2) * shape.layers * load.rounds
     tokens = load.tokens / s
     if setup.sequence_mode == "ulysses":
-        kv = max(shape.kv_width // t, shape.head_dim * s)
+        kv = shape.head_dim * math.lcm(shape.kv_heads // t, s)
         add("sequence", "queries and outputs", "all-to-all", group, 2 * passes, b * tokens * shape.query_width // t)
         add("sequence", "keys and values", "all-to-all", group, 2 * passes, b * tokens * kv)
     else:

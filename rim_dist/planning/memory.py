@@ -8,12 +8,13 @@ model entry.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rim_dist.config import LoraSection
-from rim_dist.planning.limits import LOGITS_ENTRIES, MASK_ENTRIES
+from rim_dist.limits import CHUNK, LOGITS_ENTRIES, MASK_ENTRIES
 from rim_dist.planning.shape import Linear, ModelShape, adapted
 from rim_dist.planning.workload import Workload
 
@@ -29,10 +30,9 @@ PARTS = (
     "logits",
     "working memory",
 )
-# ZeRO-3 keeps a gathered parameter that is used again within so many entries (DeepSpeed's stage3_max_reuse_distance, which
-# ds_configs/ leaves alone), and updates at most so many entries at a time (sub_group_size).
-REUSE_DISTANCE = 1_000_000_000
-SUB_GROUP = 1_000_000_000
+# DeepSpeed's own settings where a JSON says nothing.
+REUSE_DISTANCE = 1_000_000_000  # stage3_max_reuse_distance
+SUB_GROUP = 1_000_000_000  # sub_group_size: entries ZeRO-3 updates at a time
 ALL_REDUCE_BUCKET = 500_000_000  # entries ZeRO-0 flattens for one all-reduce
 
 
@@ -43,6 +43,7 @@ class Buckets:
     reduce: int
     prefetch: int
     persistence: int
+    reuse: int  # ZeRO-3 keeps a gathered parameter that is used again within so many entries
 
     @staticmethod
     def of(ds_config: Mapping[str, Any]) -> Buckets:
@@ -51,6 +52,7 @@ class Buckets:
             reduce=int(zero.get("reduce_bucket_size", 0)),
             prefetch=int(zero.get("stage3_prefetch_bucket_size", 0)),
             persistence=int(zero.get("stage3_param_persistence_threshold", 0)),
+            reuse=int(zero.get("stage3_max_reuse_distance", REUSE_DISTANCE)),
         )
 
 
@@ -114,7 +116,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of a rank: between steps, and part by part at the moment of a step that needs most. `host`: CPU memory of offload."""
+    """Bytes of a rank: between steps, and part by part at the moment of a step that needs most. `host`: in CPU memory."""
 
     states: Parts
     peak: Parts
@@ -155,12 +157,14 @@ def states(weights: Weights, setup: Setup) -> Parts:
     return found
 
 
-def host_bytes(weights: Weights, setup: Setup) -> int:
-    """CPU memory of a rank under offload: parameter shards, fp32 copies, moments and gradients, the gradients' landing place."""
-    if not setup.offload:
-        return 0
+def host_bytes(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) -> int:
+    """CPU memory of a rank. Offload: parameter shards, fp32 copies, moments and gradients, and where gradients land.
+    Activation offload: every layer's input."""
     b, d = setup.entry, setup.shards
-    return (b * weights.all + (16 + b) * weights.trained) // d
+    found = (b * weights.all + (16 + b) * weights.trained) // d if setup.offload else 0
+    if setup.activation_offload:
+        found += shape.layers * layer_input(shape, setup, _rank_tokens(setup, load))
+    return found
 
 
 def layer_activations(shape: ModelShape, setup: Setup, tokens: int, row_tokens: int) -> int:
@@ -183,17 +187,20 @@ def layer_activations(shape: ModelShape, setup: Setup, tokens: int, row_tokens: 
     for consumers in (attention_in, mlp_in):
         total += _norm(shape, setup, tokens, h) + (tokens * h * b if any(map(kept, consumers)) else 0)
     # Queries and keys after rotation, and values, go into the attention, which keeps them with its output and log-sum-exp.
-    kv_tokens, kv_heads_here = tokens, kv
+    kv_tokens, kv_width = tokens, kv
     if setup.sequence > 1 and setup.sequence_mode == "allgather_kv":
         kv_tokens = row_tokens
     elif setup.sequence > 1:
-        kv_heads_here = max(kv, shape.head_dim * setup.sequence)  # fewer KV heads than ranks are repeated
-    total += b * (tokens * q + 2 * kv_tokens * kv_heads_here) + b * tokens * q + 4 * tokens * heads
+        # Fewer KV heads than ranks are repeated: every rank has at least one of the whole row.
+        kv_width = shape.head_dim * math.lcm(shape.kv_heads // t, setup.sequence)
+    total += b * (tokens * q + 2 * kv_tokens * kv_width) + b * tokens * q + 4 * tokens * heads
     if shape.family.query_norm:
         total += _norm(shape, setup, tokens, q) + _norm(shape, setup, tokens, kv)
         total += 4 * tokens * (heads + shape.kv_heads // t - 2)  # a statistic a head, not one a token
-    # The split path joins the outputs of its calls into a row of their own; flex's output is that row.
-    if kept(attention_out) and setup.attention == "split":
+    # The split path joins the outputs of its calls into a row of their own, an all-to-all brings it back as one; otherwise the
+    # next matrix's input is the kernel's output.
+    exchanged = setup.sequence > 1 and setup.sequence_mode == "ulysses"
+    if kept(attention_out) and (setup.attention == "split" or exchanged):
         total += b * tokens * q
     # act(gate) * up keeps gate, act(gate) and up; gelu keeps its input; the last matrix its own.
     inside = 3 if shape.family.gated else 1
@@ -218,8 +225,8 @@ def _mask_entry(setup: Setup) -> int:
 
 
 def _norm(shape: ModelShape, setup: Setup, tokens: int, width: int) -> int:
-    """A norm's own part. RMS: its input in fp32 (a copy in half precision), the normalised entries for the weight's gradient and
-    a statistic a token; the layer norm's kernel: input and two statistics."""
+    """A norm's own part. RMS: its input in fp32 (a copy in half precision), the normalised entries for the weight's gradient
+    and a statistic a token; the layer norm's kernel: input and two statistics."""
     if shape.family.norm == "layer":
         return tokens * (width * setup.entry + 8)
     return tokens * (width * (4 + (setup.entry if setup.lora is None else 0)) + 4)
@@ -229,18 +236,24 @@ def layer_input(shape: ModelShape, setup: Setup, tokens: int) -> int:
     return setup.entry * tokens * shape.hidden
 
 
-def attention_masks(shape: ModelShape, setup: Setup, load: Workload) -> int:
+def attention_masks(setup: Setup, load: Workload) -> int:
     """Masks built once per batch for all layers (rows of one shape share them)."""
     if setup.attention == "dense":
         return load.tokens**2
     if setup.attention == "flex":
         return 0  # a block mask: integers for every 128 x 128 entries
     entries = load.readout_tokens * load.row
+    gathered = setup.sequence > 1 and setup.sequence_mode == "allgather_kv"
     if setup.device == "cpu" and not setup.dropout and entries > MASK_ENTRIES:
         # Readouts in groups that share the blocks before them without a mask (attention/split.py).
         own, readouts = max(1, load.target - 1), load.readouts
         together = max(1.0, (MASK_ENTRIES / (own * max(own, load.block))) ** 0.5)
         entries = int(readouts * own * (together * (load.block + own)))
+    if gathered:
+        # A rank's part of the row: of the readouts a share, and causal queries against the keys before them in chunks.
+        own = _rank_tokens(setup, load)
+        whole = setup.device != "cpu" or setup.dropout > 0
+        entries = entries // setup.sequence + own * (load.prefix // 2 if whole else CHUNK)
     return setup.entry * entries
 
 
@@ -257,7 +270,7 @@ def estimate(shape: ModelShape, setup: Setup, load: Workload) -> MemoryEstimate:
     totals = {name: sum(between.values()) + sum(extra.values()) for name, extra in moments.items()}
     moment = max(totals, key=lambda name: totals[name])
     peak = {part: between.get(part, 0) + moments[moment].get(part, 0) for part in PARTS}
-    return MemoryEstimate(between, {k: v for k, v in peak.items() if v}, moment, totals, host_bytes(weights, setup))
+    return MemoryEstimate(between, {k: v for k, v in peak.items() if v}, moment, totals, host_bytes(shape, setup, load, weights))
 
 
 def _rank_tokens(setup: Setup, load: Workload) -> int:
@@ -280,7 +293,7 @@ def _during(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) -
     b, d = setup.entry, setup.shards
     found = {
         "activations": _kept(shape, setup, load),
-        "attention": attention_masks(shape, setup, load),
+        "attention": attention_masks(setup, load),
         "gradients": _accumulated(setup, load, weights),
     }
     if setup.zero_stage == 1 and load.rounds > 1:
@@ -289,7 +302,7 @@ def _during(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) -
         sharded = weights.all - weights.persistent
         # A module's parameters stay if they are used again within the reuse distance: at the turn from forward to backward
         # that is the last half of it, and the module at work.
-        found["gathered parameters"] = b * min(sharded, REUSE_DISTANCE // 2 + max(weights.head, weights.largest))
+        found["gathered parameters"] = b * min(sharded, setup.buckets.reuse // 2 + max(weights.head, weights.largest))
     if setup.lora is None:
         # The loss computes the head's gradient in the forward pass, whole; a tied one waits for the embedding's.
         found["logits"] = b * weights.head
@@ -333,13 +346,17 @@ def _at_backward(shape: ModelShape, setup: Setup, load: Workload, weights: Weigh
         # layers whose gradients fill the bucket are done with. A head of its own fills it at once.
         found["communication buckets"] = 2 * b * setup.buckets.reduce
         own = b * weights.trained // setup.shards
-        layers_done = min(shape.layers, setup.buckets.reduce / max(1, weights.layer))
-        done = 0 if setup.lora is None and not shape.tied else int(layers_done * (layer_input(shape, setup, tokens) if setup.checkpointing else layer))
+        done = 0
+        if setup.lora is not None or shape.tied:
+            each = layer_input(shape, setup, tokens) if setup.checkpointing else layer
+            done = int(each * min(shape.layers, setup.buckets.reduce / max(1, weights.layer)))
         if own > done:
             found["gradients"] += own
             found["activations"] -= done
     if setup.zero_stage >= 2 and setup.lora is None and not shape.tied:
         found["working memory"] = max(found["working memory"], b * weights.head)  # flattened to be reduced
+    elif "gathered parameters" in found and not shape.tied:
+        found["gathered parameters"] -= b * weights.head  # the head is done with
     return found
 
 
@@ -375,3 +392,12 @@ def _at_update(setup: Setup, weights: Weights) -> Parts:
     part = min(shard, SUB_GROUP)
     whole = b * weights.persistent if d > 1 else 0  # small parameters are sharded again for the update
     return {"gradients": 4 * part, "working memory": 4 * temporaries * part, "parameters": -whole}
+
+
+def evaluation_cache(shape: ModelShape, setup: Setup, load: Workload, prompts: int, new_tokens: int) -> int:
+    """Keys and values of answers after every block (`rim_dist.evaluation.readouts`): each prompt once, each readout's own.
+
+    Beside the states; activations are gone then.
+    """
+    keys = load.prefix + load.readouts * new_tokens
+    return prompts * keys * 2 * shape.layers * (shape.kv_width // setup.tensor) * setup.entry

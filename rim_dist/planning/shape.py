@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from rim_dist.config import LoraSection, Recipe
@@ -33,7 +34,8 @@ class Family:
     query_bias: bool | str = False  # a fact, or the config field that says so; of q, k and v
     output_bias: bool | str = False
     mlp_bias: bool | str = False
-    tied: bool = False  # where the config does not say
+    activation: str = "silu"  # this and the next where the config does not say
+    tied: bool = False
     splittable: bool = True  # transformers has a tensor parallel plan of column and row layers
 
 
@@ -45,7 +47,13 @@ FAMILIES = {
     "smollm3": Family(query_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias", tied=True),
     "granite": Family(query_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
     "starcoder2": Family(
-        norm="layer", gated=False, query_bias="use_bias", output_bias="use_bias", mlp_bias="use_bias", tied=True
+        norm="layer",
+        gated=False,
+        query_bias="use_bias",
+        output_bias="use_bias",
+        mlp_bias="use_bias",
+        activation="gelu_pytorch_tanh",
+        tied=True,
     ),
     "gpt2": Family(
         norm="layer",
@@ -55,6 +63,7 @@ FAMILIES = {
         query_bias=True,
         output_bias=True,
         mlp_bias=True,
+        activation="gelu_new",
         tied=True,
         splittable=False,
     ),
@@ -98,6 +107,7 @@ class ModelShape:
     """A model's sizes. `intermediate` is the width inside the MLP, `positions` the longest sequence."""
 
     name: str
+    model_type: str
     family: Family
     vocabulary: int
     hidden: int
@@ -112,6 +122,22 @@ class ModelShape:
     query_bias: bool
     output_bias: bool
     mlp_bias: bool
+    sliding_window: int | None
+
+    @property
+    def config(self) -> Any:
+        """What the checks of paths and degrees read from a transformers config."""
+        view = SimpleNamespace(
+            model_type=self.model_type,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            sliding_window=self.sliding_window,
+        )
+        view.get_text_config = lambda: view
+        return view
 
     @property
     def query_width(self) -> int:
@@ -133,16 +159,17 @@ class ModelShape:
                 Linear("mlp.c_proj", i, h, self.mlp_bias, "row"),
             ]
         attention = [
-            *(Linear(f"self_attn.{n}_proj", h, width, self.query_bias, "column") for n, width in zip("qkv", (q, kv, kv))),
+            *(
+                Linear(f"self_attn.{n}_proj", h, width, self.query_bias, "column")
+                for n, width in zip("qkv", (q, kv, kv), strict=True)
+            ),
             Linear("self_attn.o_proj", q, h, self.output_bias, "row"),
         ]
         if self.family.gated:
             names: list[tuple[str, Split]] = [("gate_proj", "column"), ("up_proj", "column"), ("down_proj", "row")]
         else:
             names = [("c_fc", "column"), ("c_proj", "row")]
-        mlp = [
-            Linear(f"mlp.{name}", *((h, i) if split == "column" else (i, h)), self.mlp_bias, split) for name, split in names
-        ]
+        mlp = [Linear(f"mlp.{name}", *((h, i) if split == "column" else (i, h)), self.mlp_bias, split) for name, split in names]
         return attention + mlp
 
     def vocabulary_rows(self, tensor: int = 1) -> int:
@@ -229,7 +256,7 @@ def recipe_shape(recipe: Recipe) -> ModelShape:
     section = recipe.model
     if section.config is not None:
         if "vocab_size" not in section.config:
-            raise ConfigError("model.config.vocab_size: is required to plan (no tokenizer is loaded); add model.config.vocab_size=N")
+            raise ConfigError("model.config.vocab_size: is required, no tokenizer is loaded; add model.config.vocab_size=N")
         return read_shape(section.config, "model.config")
     assert section.init_from is not None
     folder = Path(section.init_from)
@@ -267,9 +294,10 @@ def read_shape(config: Mapping[str, Any], origin: str) -> ModelShape:
         return bool(config.get(rule, rule == "use_bias")) if isinstance(rule, str) else rule
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
-    activation = str(config.get(names.get("hidden_act", "hidden_act")) or "silu")
+    activation = str(config.get(names.get("hidden_act", "hidden_act")) or family.activation)
     return ModelShape(
         name=origin,
+        model_type=str(model_type),
         family=family,
         vocabulary=size("vocab_size"),
         hidden=hidden,
@@ -284,4 +312,5 @@ def read_shape(config: Mapping[str, Any], origin: str) -> ModelShape:
         query_bias=flag(family.query_bias),
         output_bias=flag(family.output_bias),
         mlp_bias=flag(family.mlp_bias),
+        sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
     )

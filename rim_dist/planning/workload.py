@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Workload:
-    """`samples` equal rows: `question` tokens, `blocks` blocks of `memory` tokens between begin and end, a readout of `target`
-    tokens (end-of-text included) after each. Without blocks the one target follows the question.
+    """`samples` equal rows (with a fraction: on average): `question` tokens, `blocks` blocks of `memory` tokens between begin
+    and end, a readout of `target` tokens (end-of-text included) after each. Without blocks the one target follows the question.
 
     `rounds`: micro-batches of a rank in an optimizer step.
     """
@@ -17,7 +18,7 @@ class Workload:
     blocks: int
     memory: int
     target: int
-    samples: int = 1
+    samples: float = 1
     rounds: int = 1
 
     @property
@@ -45,12 +46,12 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        return self.samples * self.row
+        return math.ceil(self.samples * self.row)
 
     @property
     def targets(self) -> int:
         """Supervised positions of the micro-batch."""
-        return self.samples * self.readouts * self.target
+        return math.ceil(self.samples * self.readouts * self.target)
 
     @property
     def positions(self) -> int:
@@ -64,6 +65,3 @@ class Workload:
         own = self.target - 1
         seen = self.readouts * self.question + self.block * self.blocks * (self.blocks + 1) // 2
         return pairs + own * seen + self.readouts * own * (own + 1) // 2
-
-    def with_memory(self, blocks: int, memory: int) -> Workload:
-        return replace(self, blocks=blocks, memory=memory, samples=1)
