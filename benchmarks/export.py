@@ -4,7 +4,7 @@
 
 Makes ZeRO-3 checkpoints of random Llamas (two data ranks, fp32 weights and both moments) and exports each with files of at
 most 200 MB. Every measurement is a process of its own. Peak memory is what the process needs above its state after imports
-(VmHWM, mapped files counted); seconds leave imports out and end in fsync.
+(VmHWM, mapped files counted); seconds leave imports, and what transformers compiles at first use, out and end in fsync.
 """
 
 from __future__ import annotations
@@ -137,13 +137,15 @@ def _sync_files(folder: Path) -> None:
 def measure(what: str, checkpoint: Path, out: Path, processes: int) -> dict[str, float]:
     """Run one conversion here. Imports first, so that neither time nor memory counts them."""
     if what == "export":
-        from transformers import LlamaConfig, PreTrainedTokenizerFast  # noqa: F401 - loaded, not used
+        from transformers import LlamaForCausalLM, LlamaTokenizer  # noqa: F401 - loaded, not used
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         from rim_dist.checkpoint import adapters, contents  # noqa: F401
         from rim_dist.checkpoint.assemble import Workers
         from rim_dist.checkpoint.hf_export import ExportOptions, export_checkpoint
         from rim_dist.training import engine  # noqa: F401
 
+        get_checkpoint_conversion_mapping("llama")  # compiles 900 patterns at its first call, about a second
         workers = Workers(processes)
         if processes > 1:
             workers.start()

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rim_dist.config import MemorySection
 from rim_dist.data.synthetic import synthetic_tokenizer
-from rim_dist.memory import add_memory_tokens, prepare_embeddings, set_chat_template
+from rim_dist.memory import add_memory_tokens, set_chat_template
 
 BLOCKS = 3
 
@@ -20,13 +20,12 @@ def write_model(folder: Path, blocks: int = BLOCKS, method: str = "rim", seed: i
     """An HF folder as the export writes it. Its answers differ from question to question and from block to block."""
     memory = MemorySection(blocks=blocks)
     tokenizer = synthetic_tokenizer()
-    tokens = add_memory_tokens(tokenizer, memory)
+    add_memory_tokens(tokenizer, memory)
     set_chat_template(tokenizer, memory, blocks)
     fields = {k: v for k, v in TINY_MODEL.items() if k not in ("model_type", "initializer_range", "tie_word_embeddings")}
     torch.manual_seed(seed)
     config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), initializer_range=0.3, **fields)
     model = AutoModelForCausalLM.from_config(config)
-    prepare_embeddings(model, tokens, "keep", seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     about = {"method": method, "blocks": blocks, "synthetic_steps": 4}

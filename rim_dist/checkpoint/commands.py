@@ -24,6 +24,13 @@ def add_export_arguments(sub: argparse.ArgumentParser) -> None:
     which.add_argument("--stage", type=int, choices=[1, 2], help="the last checkpoint of this stage")
     which.add_argument("--step", type=int, metavar="N", help="the checkpoint of this optimizer step")
     which.add_argument("--best", action="store_true", help="the best checkpoint by the recipe's checkpoint.metric")
+    sub.add_argument(
+        "--pad-vocabulary",
+        type=int,
+        default=1,
+        metavar="N",
+        help="rows of embedding and head as a multiple of N, for servers that split them (1: no padding)",
+    )
     lora = sub.add_mutually_exclusive_group()
     lora.add_argument(
         "--no-merge-lora", action="store_true", help="base with the trained memory rows, and the adapter beside it in adapter/"
@@ -135,7 +142,11 @@ def export(arguments: argparse.Namespace) -> int:
     from rim_dist.checkpoint.retention import choose
 
     options = ExportOptions(
-        arguments.dtype, parse_size(arguments.max_shard_size), not arguments.no_merge_lora, arguments.adapter_only
+        arguments.dtype,
+        parse_size(arguments.max_shard_size),
+        not arguments.no_merge_lora,
+        arguments.adapter_only,
+        _at_least_one("--pad-vocabulary", arguments.pad_vocabulary),
     )
     if arguments.verify and arguments.adapter_only:
         raise ConfigError("--verify: an adapter alone is no model; verify with --no-merge-lora or the merged folder")

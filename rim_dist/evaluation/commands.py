@@ -167,10 +167,10 @@ def _questions(arguments: argparse.Namespace, export: ExportedModel, data: str |
 
 
 def _decoding(arguments: argparse.Namespace, export: ExportedModel) -> Decoding:
-    from rim_dist.evaluation.evaluate import COT_FACTOR
     from rim_dist.evaluation.generation import Decoding
+    from rim_dist.methods import method_class
 
-    limit = arguments.max_new_tokens or 32 * (COT_FACTOR if export.method == "cot" else 1)
+    limit = arguments.max_new_tokens or 32 * method_class(export.method).answer_factor
     return Decoding(limit, arguments.batch, stop=tuple(arguments.stop))
 
 

@@ -27,7 +27,6 @@ from rim_dist.memory import prompt_ids
 from rim_dist.unwrap import bare_model
 
 _TAKES_MASK = "_rim_dist_takes_mask"
-COT_FACTOR = 16  # a chain of thought may be so many times longer than an answer
 
 
 @dataclass

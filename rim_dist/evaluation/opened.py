@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from rim_dist.errors import CheckpointError
 from rim_dist.evaluation.generation import padding_note
-from rim_dist.memory import prompt_ids
+from rim_dist.evaluation.thinking import think_before_answers
+from rim_dist.memory import add_memory_tokens, prompt_ids
+from rim_dist.methods import method_names, method_of
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,10 @@ def open_checkpoint(checkpoint: Path) -> ExportedModel:
         )
     model = load_trained_model(checkpoint).to(DTYPES[recipe.model.dtype]).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint / MODEL)
-    blocks = recipe.memory.blocks if recipe.method == "rim" else 0
-    return _opened(model, tokenizer, blocks, recipe.method, recipe.data.synthetic.max_steps)
+    method = method_of(recipe)
+    if method.thoughts:
+        think_before_answers(model, method.thoughts, add_memory_tokens(tokenizer, recipe.memory).ids)
+    return _opened(model, tokenizer, method.prompt_blocks, recipe.method, recipe.data.synthetic.max_steps)
 
 
 def _open_hf(folder: Path) -> ExportedModel:
@@ -73,11 +77,16 @@ def _open_hf(folder: Path) -> ExportedModel:
     try:
         if (folder / "rim_dist.json").is_file():
             about = json.loads((folder / "rim_dist.json").read_text(encoding="utf-8"))
+        method = about.get("method", "direct")
+        if method not in method_names():
+            raise ValueError(f"its method {method} is not known here")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     except Exception as error:
         raise CheckpointError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
-    return _opened(model, tokenizer, about.get("blocks", 0), about.get("method", "direct"), about.get("synthetic_steps", 5))
+    if thoughts := about.get("thoughts", 0):
+        think_before_answers(model, thoughts, about["memory_token_ids"])
+    return _opened(model, tokenizer, about.get("blocks", 0), method, about.get("synthetic_steps", 5))
 
 
 def _opened(model: Any, tokenizer: PreTrainedTokenizerBase, blocks: int, method: str, synthetic_steps: int) -> ExportedModel:

@@ -32,9 +32,10 @@ from rim_dist.data.prepared import SampleStream, StreamedData, prepare
 from rim_dist.data.rows import Batch
 from rim_dist.data.sources import Sample, source_name
 from rim_dist.errors import CheckpointError, ConfigError, Stopped, TrainingError
-from rim_dist.evaluation.evaluate import COT_FACTOR, block_answers, recipe_samples, score, write_evaluation
+from rim_dist.evaluation.evaluate import block_answers, recipe_samples, score, write_evaluation
 from rim_dist.evaluation.generation import Decoding, check_prompts, generation_config, padding_note
 from rim_dist.memory import prompt_ids
+from rim_dist.methods import method_of
 from rim_dist.model import Foundation, build_model, lay_foundation
 from rim_dist.objective.loss import ReadoutLoss
 from rim_dist.parallel.degrees import fit_degrees
@@ -154,6 +155,8 @@ class Trainer:
             self._engine.set_dropout(stage.dropout)
         for step in range(first, plan.steps):
             started = time.perf_counter()
+            if step and loader.part(plan, step) != loader.part(plan, step - 1):
+                self._engine.begin_stage(stage.dropout)
             state, line, stop = self._step(loader, plan, step)
             beat(f"{plan.name} step {state.step}")
             seconds = time.perf_counter() - started
@@ -331,14 +334,14 @@ class Trainer:
         mine = self._questions[mesh.shard :: mesh.degrees.shards]
         count = -(-len(self._questions) // mesh.degrees.shards)
         asked = mine + self._questions[:1] * (count - len(mine))  # as many on every rank
-        blocks = recipe.memory.blocks if recipe.method == "rim" else 0
-        limit = recipe.evaluation.max_new_tokens * (COT_FACTOR if recipe.method == "cot" else 1)
-        decoding = Decoding(limit, recipe.evaluation.batch, synced_ranks=process.ranks > 1)
+        method = method_of(recipe)
+        decoding = Decoding(method.answer_tokens, recipe.evaluation.batch, synced_ranks=process.ranks > 1)
         model = self._engine.module
         model.eval()
         use_plain_attention(bare_model(model))
         bidirectional = recipe.memory.inside_block == "bidirectional"
-        texts = block_answers(model, self._foundation.tokenizer, [s.question for s in asked], blocks, decoding, bidirectional)
+        questions = [s.question for s in asked]
+        texts = block_answers(model, self._foundation.tokenizer, questions, method.prompt_blocks, decoding, bidirectional)
         use_rim_attention(bare_model(model), self._foundation.attention.path)
         gathered: list[Any] = [None] * process.ranks
         dist.all_gather_object(gathered, list(zip(mine, texts, strict=False)) if mesh.counts else [])
