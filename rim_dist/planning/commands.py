@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rim_dist.config import ParallelSection, Recipe
+from rim_dist.config import Recipe
 from rim_dist.errors import EXIT_DONE, ConfigError
 
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "TiB": 2**40, "GB": 10**9, "MB": 10**6, "TB": 10**12}
@@ -88,12 +88,8 @@ def make_planner(
 
 
 def recommended_overrides(recipe: Recipe, gpus: int, gpu_memory: int, gpus_per_node: int) -> list[str]:
-    """The planner's degrees as overrides of the recipe; none where the recipe chose its degrees itself. Raises ConfigError."""
-    default = ParallelSection()
-    if any(getattr(recipe.parallel, name) != getattr(default, name) for name in ("tensor", "sequence", "offload")):
-        return []
-    chosen, _ = make_planner(recipe, gpus, gpu_memory, gpus_per_node=gpus_per_node).recommend()
-    return chosen.overrides
+    """The planner's degrees as overrides, for what the recipe leaves open. Raises ConfigError if nothing fits."""
+    return make_planner(recipe, gpus, gpu_memory, gpus_per_node=gpus_per_node).fill_in()
 
 
 def _plan(arguments: argparse.Namespace) -> int:

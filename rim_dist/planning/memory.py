@@ -270,11 +270,23 @@ def estimate(shape: ModelShape, setup: Setup, load: Workload) -> MemoryEstimate:
     totals = {name: sum(between.values()) + sum(extra.values()) for name, extra in moments.items()}
     moment = max(totals, key=lambda name: totals[name])
     peak = {part: between.get(part, 0) + moments[moment].get(part, 0) for part in PARTS}
-    return MemoryEstimate(between, {k: v for k, v in peak.items() if v}, moment, totals, host_bytes(shape, setup, load, weights))
+    return MemoryEstimate(
+        between, {k: v for k, v in peak.items() if v}, moment, totals, host_bytes(shape, setup, load, weights)
+    )
 
 
 def _rank_tokens(setup: Setup, load: Workload) -> int:
     return -(-load.tokens // setup.sequence)
+
+
+def _rank_targets(setup: Setup, load: Workload) -> int:
+    """Supervised positions of the rank that has most. All-to-all deals a row front to back: where a rank has less than a
+    sample, the last one has its readouts."""
+    own = _rank_tokens(setup, load)
+    if setup.sequence == 1 or setup.sequence_mode == "allgather_kv" or own >= load.row:
+        return -(-load.targets // setup.sequence)
+    ends_of_blocks = load.readouts * max(0, own - load.readout_tokens) / load.prefix
+    return math.ceil(min(own, load.readout_tokens) + ends_of_blocks)
 
 
 def _kept(shape: ModelShape, setup: Setup, load: Workload) -> int:
@@ -300,6 +312,8 @@ def _during(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) -
         found["communication buckets"] = b * setup.buckets.reduce  # made by the first backward pass, unused until the last
     if setup.zero_stage == 3 and (d > 1 or setup.offload):
         sharded = weights.all - weights.persistent
+        if setup.lora is not None and not shape.tied:
+            sharded -= weights.head  # a frozen embedding has no backward pass and is let go at once
         # A module's parameters stay if they are used again within the reuse distance: at the turn from forward to backward
         # that is the last half of it, and the module at work.
         found["gathered parameters"] = b * min(sharded, setup.buckets.reuse // 2 + max(weights.head, weights.largest))
@@ -320,7 +334,7 @@ def _at_loss(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) 
     """The end of the forward pass: one chunk of logits, its log-softmax, and the hidden states they come from."""
     b, tokens = setup.entry, _rank_tokens(setup, load)
     rows = shape.vocabulary_rows(setup.tensor)
-    targets = -(-load.targets // setup.sequence)
+    targets = _rank_targets(setup, load)
     chunk = min(targets, max(1, LOGITS_ENTRIES // rows)) * rows
     found = _during(shape, setup, load, weights)
     # logits, their fp32 copy in half precision, log-softmax; hidden states of all tokens, and of the targets with gradient

@@ -38,6 +38,9 @@ class Cluster:
     gpus_per_node: int = 8
     cpu_memory: int = 2**40
 
+    def __str__(self) -> str:
+        return f"{self.gpus:,} GPU{'s' if self.gpus > 1 else ''} of {gib(self.memory)}"
+
     @property
     def usable(self) -> int:
         return int(self.memory * USABLE)
@@ -92,18 +95,22 @@ class Candidate:
         return sum((s.tensor > 1, s.sequence > 1, s.offload, s.checkpointing, s.activation_offload, self.budget != budget))
 
     @property
-    def overrides(self) -> list[str]:
-        """The recipe fields that make a run like this."""
+    def fields(self) -> dict[tuple[str, str], int | bool]:
+        """The recipe fields (section, name) that make a run like this."""
         s = self.setup
-        return [
-            f"parallel.tensor={s.tensor}",
-            f"parallel.sequence={s.sequence}",
-            f"parallel.zero_stage={s.zero_stage}",
-            f"parallel.offload={str(s.offload).lower()}",
-            f"model.activation_checkpointing={str(s.checkpointing).lower()}",
-            f"model.activation_offload={str(s.activation_offload).lower()}",
-            f"optimizer.micro_batch_tokens={self.budget}",
-        ]
+        return {
+            ("parallel", "tensor"): s.tensor,
+            ("parallel", "sequence"): s.sequence,
+            ("parallel", "zero_stage"): s.zero_stage,
+            ("parallel", "offload"): s.offload,
+            ("model", "activation_checkpointing"): s.checkpointing,
+            ("model", "activation_offload"): s.activation_offload,
+            ("optimizer", "micro_batch_tokens"): self.budget,
+        }
+
+    @property
+    def overrides(self) -> list[str]:
+        return [f"{section}.{name}={str(value).lower()}" for (section, name), value in self.fields.items()]
 
 
 class Planner:
@@ -115,18 +122,11 @@ class Planner:
         self.recipe, self.shape, self.cluster, self.rows = recipe, shape, cluster, rows
         stages = [(name, recipe.curriculum.stage(name)) for name in STAGE_NAMES]
         self._dropout = max(stage.dropout for _, stage in stages if stage.enabled)
-        blocks, target = 0, rows.target
-        if recipe.method == "rim":
-            one, two = recipe.curriculum.stage1, recipe.curriculum.stage2
-            steps = one.max_steps + (one.targets == "same_step")
-            blocks = max(steps if one.enabled else 0, recipe.memory.blocks if two.enabled else 0)
-        elif recipe.method == "cot":
-            target = rows.target * (recipe.curriculum.stage1.max_steps + 1)
-        self.row = Workload(rows.question, blocks, recipe.memory.tokens_per_block, target)
+        self.row = _longest_row(recipe, rows)
         if self.row.positions > shape.positions:
             raise ConfigError(
-                f"memory.blocks: a question of {rows.question} tokens, {blocks} blocks of {self.row.block} and a target of "
-                f"{target} need {self.row.positions} positions; {shape.name} has {shape.positions}"
+                f"memory.blocks: a question of {rows.question} tokens, {self.row.blocks} blocks of {self.row.block} and a "
+                f"target of {self.row.target} need {self.row.positions} positions; {shape.name} has {shape.positions}"
             )
 
     # ---- single candidates ---------------------------------------------------------------------------------
@@ -276,33 +276,68 @@ class Planner:
         candidates = self.candidates()
         best = self.best(candidates)
         if best is None:
-            raise ConfigError(self._nothing_fits(candidates))
+            raise ConfigError(self._nothing_fits())
         return best, candidates
 
-    def _nothing_fits(self, candidates: list[Candidate]) -> str:
-        closest = min(candidates, key=lambda c: max(c.memory.peak_bytes, c.memory.host * self.cluster.usable / self.cluster.usable_cpu))
-        cluster, need = self.cluster, closest.memory.peak_bytes
-        ways = [f"GPUs of {gib(math.ceil(need / USABLE))}"]
+    def fill_in(self) -> list[str]:
+        """Overrides for the fields that the recipe leaves open, those it sets taken as given. Raises ConfigError."""
+        candidates = self.candidates()
+        given = {}
+        for section, name in candidates[0].fields:
+            chosen = getattr(self.recipe, section)
+            if name in chosen.model_fields_set:
+                given[section, name] = getattr(chosen, name)
+        kept = [c for c in candidates if all(c.fields[key] == value for key, value in given.items())]
+        best = self.best(kept)
+        if best is None:
+            fixed = ", ".join(".".join(key) for key in sorted(given))
+            least = f" (at least {gib(min(c.memory.peak_bytes for c in kept))} of a GPU)" if kept else ""
+            raise ConfigError(
+                f"{self.shape.name} does not fit {self.cluster} with what the recipe sets: {fixed}{least}; see rim-dist plan"
+            )
+        return [text for text, key in zip(best.overrides, best.fields, strict=True) if key not in given]
+
+    def frugal(self) -> list[Candidate]:
+        """The ways that need least: ZeRO-3, layers recomputed, one row in a micro-batch."""
+        budget = self.row.row
+        return [
+            self.candidate(self._setup(*degrees, 3, offload, True, activation_offload, budget), budget)
+            for degrees in self.degrees()
+            for offload in (False, True)
+            for activation_offload in (False, True)
+        ]
+
+    def _nothing_fits(self) -> str:
+        cluster, recipe = self.cluster, self.recipe
+
+        def excess(c: Candidate) -> float:
+            return max(c.memory.peak_bytes / cluster.usable, c.memory.host / cluster.usable_cpu)
+
+        closest = min(self.frugal(), key=excess)
+        need, host = closest.memory.peak_bytes, closest.memory.host
+        larger_ones = []
+        if need > cluster.usable:
+            larger_ones.append(f"GPUs of {gib(need / USABLE)}")
+        if host > cluster.usable_cpu:
+            larger_ones.append(f"nodes with {gib(host / USABLE * min(cluster.gpus, cluster.gpus_per_node))} of CPU memory")
+        ways = [" and ".join(larger_ones)]
         for gpus in (cluster.gpus * 2**k for k in range(1, 14)):
-            larger = Planner(self.recipe, self.shape, replace(cluster, gpus=gpus), self.rows)
-            try:
-                if larger.best(larger.candidates()) is not None:
-                    ways.append(f"{gpus:,} GPUs")
-                    break
-            except ConfigError:
+            per_node = max(cluster.gpus_per_node, min(8, gpus))
+            larger = Planner(recipe, self.shape, replace(cluster, gpus=gpus, gpus_per_node=per_node), self.rows)
+            if any(c.fits for c in larger.frugal()):
+                ways.append(f"{gpus:,} GPUs")
                 break
-        if self.recipe.model.lora is None and self.recipe.model.config is None:
-            adapters = self.recipe.model_copy(deep=True)
-            adapters.model.lora = LoraSection()
-            other = Planner(adapters, self.shape, cluster, self.rows)
-            if other.best(other.candidates()) is not None:
+        if recipe.model.lora is None and recipe.model.config is None:
+            adapters = recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": LoraSection()})})
+            if any(c.fits for c in Planner(adapters, self.shape, cluster, self.rows).frugal()):
                 ways.append("adapters (model.lora={}) instead of full training")
-        if self.row.blocks and (memory := self.largest_memory(closest.setup)):
-            ways.append(f"memory.tokens_per_block of at most {memory}")
+        if self.row.blocks and (memory := max(self.largest_memory(c.setup) for c in self.frugal())):
+            ways.append(f"memory.tokens_per_block={memory}")
         return (
-            f"{self.shape.name} fits nowhere on {cluster.gpus} GPUs of {gib(cluster.memory)} (planned to {USABLE:.0%}: "
-            f"{gib(cluster.usable)}). Closest: {words(closest)}, {gib(need)} at its {closest.memory.moment}. It would fit with "
-            f"{' or '.join(ways)}"
+            f"{self.shape.name} fits nowhere on {cluster} ({USABLE:.0%} usable: "
+            f"{gib(cluster.usable)}). Closest: {words(closest)}: {gib(need)} of a GPU"
+            + (f" and {gib(host)} of CPU memory a rank" if host else "")
+            + f". It would fit with {' or '.join(ways)}"
         )
 
     # ---- memory blocks -------------------------------------------------------------------------------------
@@ -312,12 +347,11 @@ class Planner:
         return self._setup(setup.tensor, sequence, 3, setup.offload, True, setup.activation_offload, self.row.row)
 
     def fits_with(self, setup: Setup, blocks: int, memory: int) -> bool:
-        return self.peak_with(setup, blocks, memory) <= self.cluster.usable
+        return self.cluster.holds(self.memory_with(setup, blocks, memory))
 
-    def peak_with(self, setup: Setup, blocks: int, memory: int) -> int:
-        """Bytes of a rank with one row of `blocks` blocks of `memory` tokens in a micro-batch, and several of these a step."""
-        load = replace(self.row, blocks=blocks, memory=memory, samples=1, rounds=2)
-        return estimate(self.shape, setup, load).peak_bytes
+    def memory_with(self, setup: Setup, blocks: int, memory: int) -> MemoryEstimate:
+        """One row of `blocks` blocks of `memory` tokens in a micro-batch, several of these a step."""
+        return estimate(self.shape, setup, replace(self.row, blocks=blocks, memory=memory, samples=1, rounds=2))
 
     def largest_memory(self, setup: Setup) -> int:
         """Most memory tokens of a block, at the planned number of blocks, that fit memory and positions; 0 if none does."""
@@ -330,6 +364,22 @@ class Planner:
         memory = self.recipe.memory.tokens_per_block
         room = (self.shape.positions - self.row.question - self.row.target) // (memory + 2)
         return _largest(lambda blocks: self.fits_with(setup, blocks, memory), room)
+
+
+def _longest_row(recipe: Recipe, rows: Rows) -> Workload:
+    """The longest row that a sample becomes in any stage. Raises ConfigError for a method that is no row of blocks."""
+    one, two = recipe.curriculum.stage1, recipe.curriculum.stage2
+    memory, blocks = recipe.memory.tokens_per_block, recipe.memory.blocks
+    if recipe.method == "rim":
+        steps = one.max_steps + (one.targets == "same_step")
+        blocks = max(steps if one.enabled else 0, blocks if two.enabled else 0)
+        return Workload(rows.question, blocks, memory, rows.target)
+    if recipe.method == "pause":
+        return Workload(rows.question, blocks, memory, rows.target, one_readout=True)
+    if recipe.method in ("direct", "cot"):
+        chain = one.max_steps + 1 if recipe.method == "cot" else 1
+        return Workload(rows.question, 0, memory, rows.target * chain)
+    raise ConfigError(f"method: {recipe.method} cannot be planned; allowed: rim, pause, direct, cot")
 
 
 def _divisors(number: int) -> list[int]:

@@ -105,8 +105,8 @@ def print_plan(plan: Plan) -> None:
     shape, recipe, row = planner.shape, planner.recipe, planner.row
     trained = sum(t.entries for t in shape.tensors(recipe.model.lora) if t.trained)
     console.print(
-        f"{shape.name}: {shape.parameters():,} parameters, {trained:,} trained, {recipe.model.dtype}; {cluster.gpus:,} GPUs of "
-        f"{gib(cluster.memory)} ({USABLE:.0%} usable), {cluster.gpus_per_node} a node, {cluster.link.name}"
+        f"{shape.name}: {shape.parameters():,} parameters, {trained:,} trained, {recipe.model.dtype}; "
+        f"{cluster} ({USABLE:.0%} usable), {cluster.gpus_per_node} a node, {cluster.link.name}"
     )
     console.print(f"{recipe.optimizer.global_batch} rows a step, each {planner.row_in_words()}: {row.row:,} tokens")
     _print_candidates(console, plan)
@@ -222,7 +222,7 @@ def draw_plan(plan: Plan) -> bytes:
         axes.axhline(cluster.memory / 2**30, color="black", linewidth=1)
         axes.axhline(cluster.usable / 2**30, color="black", linewidth=1, linestyle="--")
         axes.set_ylabel("GiB of a GPU")
-    figure.suptitle(f"{plan.planner.shape.name} on {cluster.gpus:,} GPUs of {gib(cluster.memory)} (dashed: {USABLE:.0%})")
+    figure.suptitle(f"{plan.planner.shape.name} on {cluster} (dashed: {USABLE:.0%})")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
@@ -263,7 +263,7 @@ def _draw_growth(axes: Any, plan: Plan) -> None:
     degrees = [d for d in (1, 2, 4, 8) if planner.cluster.gpus % (setup.tensor * d) == 0]
     ways += [(f"recomputed, sequence {d}", planner.resplit(setup, d)) for d in degrees]
     for name, way in ways:
-        values = [planner.peak_with(way, blocks, size) / 2**30 for size in sizes]
+        values = [planner.memory_with(way, blocks, size).peak_bytes / 2**30 for size in sizes]
         axes.plot([blocks * size for size in sizes], values, marker="o", markersize=3, label=name)
     axes.set(title=f"one row, K = {blocks}, M growing", xlabel="memory tokens K x M", xscale="log")
     axes.set_ylim(0, 2 * planner.cluster.memory / 2**30)

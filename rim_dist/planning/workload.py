@@ -11,7 +11,7 @@ class Workload:
     """`samples` equal rows (with a fraction: on average): `question` tokens, `blocks` blocks of `memory` tokens between begin
     and end, a readout of `target` tokens (end-of-text included) after each. Without blocks the one target follows the question.
 
-    `rounds`: micro-batches of a rank in an optimizer step.
+    `one_readout`: after the last block only. `rounds`: micro-batches of a rank in an optimizer step.
     """
 
     question: int
@@ -20,10 +20,11 @@ class Workload:
     target: int
     samples: float = 1
     rounds: int = 1
+    one_readout: bool = False
 
     @property
     def readouts(self) -> int:
-        return max(1, self.blocks)
+        return 1 if self.one_readout else max(1, self.blocks)
 
     @property
     def block(self) -> int:
@@ -63,5 +64,6 @@ class Workload:
         """Pairs of a query and a key it sees, of one row (`rim_dist.attention.visibility.Span.pairs`)."""
         pairs = self.prefix * (self.prefix + 1) // 2
         own = self.target - 1
-        seen = self.readouts * self.question + self.block * self.blocks * (self.blocks + 1) // 2
+        blocks_seen = self.blocks if self.one_readout else self.blocks * (self.blocks + 1) // 2
+        seen = self.readouts * self.question + self.block * blocks_seen
         return pairs + own * seen + self.readouts * own * (own + 1) // 2
