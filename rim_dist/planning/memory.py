@@ -228,7 +228,7 @@ def _norm(shape: ModelShape, setup: Setup, tokens: int, width: int) -> int:
     """A norm's own part. RMS: its input in fp32 (a copy in half precision), the normalised entries for the weight's gradient
     and a statistic a token; the layer norm's kernel: input and two statistics."""
     if shape.family.norm == "layer":
-        return tokens * (width * setup.entry + 8)
+        return tokens * (width * setup.entry + 2 * (setup.entry if setup.device == "cpu" else 4))
     return tokens * (width * (4 + (setup.entry if setup.lora is None else 0)) + 4)
 
 
