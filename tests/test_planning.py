@@ -247,8 +247,8 @@ def test_memory_grows_and_shrinks_as_it_should() -> None:
     recomputed, offloaded = (replace(plain, checkpointing=True, activation_offload=off) for off in (False, True))
     assert estimate(shape, offloaded, load).peak_bytes < estimate(shape, recomputed, load).peak_bytes
     kept = [estimate(shape, replace(plain, sequence=s, data=8 // s), load).peak["activations"] for s in (1, 2, 4)]
-    assert kept[0] == pytest.approx(2 * kept[1], rel=0.01)
-    assert kept[0] == pytest.approx(4 * kept[2], rel=0.01)
+    assert kept[1] == pytest.approx(2 * kept[2], rel=0.01)
+    assert kept[0] / 2 < kept[1] < 0.53 * kept[0]  # an all-to-all brings the attention's output once more
     gathered = replace(plain, sequence=4, data=2, sequence_mode="allgather_kv")
     assert kept[2] < estimate(shape, gathered, load).peak["activations"] < kept[0] / 2
 
@@ -319,8 +319,8 @@ def test_time_on_the_links() -> None:
 
     inside = seconds(8, 1)
     assert inside == pytest.approx(8e9 * 7 / 8 / 450e9, rel=0.01)
-    assert seconds(16, 1) == pytest.approx(8e9 / 2 / (8 * 50e9), rel=0.6)  # eight adapters a node share the work
-    assert seconds(2, 8) == pytest.approx(8e9 / 2 / 50e9, rel=0.01)  # one of them
+    assert seconds(128, 1) == pytest.approx(8e9 * 127 / 128 / 450e9, rel=0.1)  # eight adapters a node keep up with it
+    assert seconds(2, 8) == pytest.approx(8e9 / 2 / 50e9, rel=0.01)  # one of them does not
     assert inside < seconds(16, 1) < seconds(2, 8)
     slow = transfer("zero", "", "all-gather", Group(2, 8), 1, 8e9, INTERCONNECTS["ethernet-25g"], 8)
     assert slow.seconds == pytest.approx(8e9 / 2 / (3.125e9 / 8), rel=0.01)  # eight groups share the node's only adapter
@@ -411,7 +411,7 @@ def test_other_methods(tmp_path: Path) -> None:
         (["--model", "llama-4"], "--model: 'llama-4' is not known and no file; known: gpt2, llama-3.1-405b"),
         (["--question-tokens", "0"], "--question-tokens: 0 is not allowed"),
         (["--question-tokens", "140000"], "need 140068 positions; llama-3.2-1b has 131072"),
-        (["--gpus", "4096", "--model", "gpt2"], r"optimizer.global_batch: 128 samples cannot be spread over 4096 GPUs"),
+        (["--gpus", "16384", "--model", "gpt2"], "optimizer.global_batch: 128 samples cannot be spread over 16384 GPUs"),
     ],
 )
 def test_impossible_wishes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

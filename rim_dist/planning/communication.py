@@ -16,10 +16,11 @@ from rim_dist.planning.workload import Workload
 
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "copy"]
 
-# NCCL's own model of a ring collective (src/graph/tuning.cc, protocol Simple): seconds to start, seconds a step over NVLink,
-# over PCIe and over the network.
+# NCCL's own model of a collective (src/graph/tuning.cc, protocol Simple): seconds to start, seconds a step of a ring over
+# NVLink, PCIe and the network, and a step of a tree within a node and between nodes.
 START_SECONDS = 8.4e-6
 NVLINK_STEP_SECONDS, PCIE_STEP_SECONDS, NETWORK_STEP_SECONDS = 3.4e-6, 5.7e-6, 9.6e-6
+TREE_NODE_SECONDS, TREE_NETWORK_SECONDS = 28e-6, 50e-6
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,11 @@ def transfer(
         seconds = max(sent / link.node if here > 1 else 0.0, across)
     between = rounds * (nodes - 1)
     inside = rounds * (n - 1) - between
-    latency = START_SECONDS + inside * link.step_seconds + between * NETWORK_STEP_SECONDS
+    latency = inside * link.step_seconds + between * NETWORK_STEP_SECONDS
+    if operation == "all-reduce":  # NCCL takes a tree where a ring would have too many steps
+        tree = 2 * ((here - 1) * TREE_NODE_SECONDS + math.log2(nodes) * TREE_NETWORK_SECONDS)
+        latency = min(latency, tree)
+    latency += START_SECONDS
     return Transfer(part, what, operation, times, payload, times * sent, times * (seconds + latency))
 
 
