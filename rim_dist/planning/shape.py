@@ -207,10 +207,6 @@ class ModelShape:
     def parameters(self, lora: LoraSection | None = None, tensor: int = 1) -> int:
         return sum(t.entries for t in self.tensors(lora, tensor))
 
-    def largest_module(self, tensor: int = 1) -> int:
-        """Entries of the largest matrix: what ZeRO-3 gathers at once at the least."""
-        return max(t.size for t in self.tensors(None, tensor))
-
 
 def adapted(linear: Linear, lora: LoraSection, layers: int) -> bool:
     """Whether a matrix gets an adapter, by peft's rules for `target_modules` (names, a regular expression, `all-linear`).
