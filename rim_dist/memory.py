@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rim_dist.config import MemorySection
 from rim_dist.errors import ModelError
@@ -104,30 +103,3 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, questions: list[str], blocks:
         for question in questions
     ]
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-
-def prepare_embeddings(model: PreTrainedModel, tokens: MemoryTokens, initialise: str, seed: int) -> None:
-    """Make room for the memory rows in embedding and head, and set where they start from.
-
-    `initialise`: see `MemorySection`. The mean of the old rows plus a hundredth of their spread in noise: blocks start
-    as near-neutral inputs that differ from each other. The noise is drawn from `seed` alone.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if max(tokens.ids) >= rows:
-        model.resize_token_embeddings(max(tokens.ids) + 1, mean_resizing=False)
-    chosen = list(tokens.ids) if initialise == "mean" else list(tokens.added) if initialise == "auto" else []
-    if not chosen:
-        return
-    old = [i for i in range(rows) if i not in set(chosen)]
-    matrices = [model.get_input_embeddings().weight]
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is not matrices[0]:
-        matrices.append(head.weight)
-        if getattr(head, "bias", None) is not None:
-            matrices.append(head.bias)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for matrix in matrices:
-            known = matrix[old].float()
-            noise = torch.randn((len(chosen), *known.shape[1:]), generator=generator) * known.std(dim=0) * 0.01
-            matrix[chosen] = (known.mean(dim=0) + noise).to(matrix.dtype)

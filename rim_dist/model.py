@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +20,34 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rim_dist.attention.probe import probe_family
+from rim_dist.attention.probe import probe_family, probe_thoughts
 from rim_dist.attention.registration import PathChoice, choose_path, use_rim_attention
 from rim_dist.checkpoint.store import MODEL, find_checkpoint
+from rim_dist.checkpoint.tensors import DTYPES, ModelTensor
 from rim_dist.config import STAGE_NAMES, Recipe
 from rim_dist.data.synthetic import sentencepiece_tokenizer, synthetic_tokenizer
 from rim_dist.errors import ConfigError, ModelError, RimError
 from rim_dist.evaluation.generation import model_positions
-from rim_dist.memory import MemoryTokens, add_memory_tokens, prepare_embeddings, set_chat_template
+from rim_dist.evaluation.thinking import think_before_answers
+from rim_dist.memory import MemoryTokens, add_memory_tokens, set_chat_template
+from rim_dist.methods import method_of
+from rim_dist.methods.base import Method
 from rim_dist.objective.forward import install_readout_loss
+from rim_dist.parallel.degrees import check_tensor_degree, head_counts
+from rim_dist.parallel.mesh import Coordinates, Mesh
+from rim_dist.parallel.sequence import Mode, choose_mode
+from rim_dist.parallel.tensor import TensorPlace, split_model, sum_shared_gradients
+from rim_dist.unwrap import bare_model
+from rim_dist.weights import (
+    Filling,
+    LoadedWeights,
+    MemoryRows,
+    StoredWeights,
+    WeightSource,
+    broadcast_buffers,
+    fill,
+    folder_weights,
+)
 
 
 @dataclass
@@ -38,6 +60,7 @@ class Foundation:
     source: Path | str | None  # where weights come from; None: from scratch
     checkpoint: Path | None  # a rim_dist checkpoint to take weights from, instead of an HF folder
     attention: PathChoice
+    sequence_mode: Mode  # how ranks of a sequence group share a row
 
     @property
     def positions(self) -> int:
@@ -112,7 +135,8 @@ def lay_foundation(recipe: Recipe) -> Foundation:
     if tokenizer.eos_token_id is None:
         raise ModelError("model.tokenizer: the tokenizer has no end-of-text token, so no answer could ever end")
     tokens = add_memory_tokens(tokenizer, recipe.memory)
-    set_chat_template(tokenizer, recipe.memory, recipe.memory.blocks if recipe.method == "rim" else 0)
+    method = method_of(recipe)
+    set_chat_template(tokenizer, recipe.memory, method.prompt_blocks)
     if source is None:
         config = _scratch_config(recipe, len(tokenizer))
     else:
@@ -120,10 +144,16 @@ def lay_foundation(recipe: Recipe) -> Foundation:
             config = AutoConfig.from_pretrained(source, revision=section.revision, trust_remote_code=section.trust_remote_code)
         except Exception as error:
             raise ModelError(f"model.init_from: {section.init_from!r} cannot be loaded ({_first_line(error)})") from error
-    foundation = Foundation(tokenizer, tokens, config, source, checkpoint, _attention(recipe, config))
-    if recipe.method == "rim":
-        _check_positions(recipe, foundation)
+    check_tensor_degree(recipe.parallel.tensor, config)
+    heads, kv_heads = (count // recipe.parallel.tensor for count in head_counts(config))
+    mode = choose_mode(recipe.parallel.sequence_mode, recipe.parallel.sequence, heads, kv_heads)
+    foundation = Foundation(tokenizer, tokens, config, source, checkpoint, _attention(recipe, config), mode)
+    _check_positions(method, foundation)
     probe_family(config, section.trust_remote_code)
+    if method.thoughts:
+        probe_thoughts(config, section.trust_remote_code)
+    if recipe.parallel.tensor > 1:
+        split_model(skeleton(recipe, foundation), TensorPlace(0, recipe.parallel.tensor))  # refused here, if at all
     return foundation
 
 
@@ -139,59 +169,120 @@ def _attention(recipe: Recipe, config: PretrainedConfig) -> PathChoice:
     )
 
 
-def _check_positions(recipe: Recipe, foundation: Foundation) -> None:
+def _check_positions(method: Method, foundation: Foundation) -> None:
     size = len(foundation.tokens.block)
-    needed = recipe.memory.blocks * size
-    if needed >= foundation.positions:
+    blocks = method.prompt_blocks
+    if blocks * size >= foundation.positions:
         raise ConfigError(
-            f"memory.blocks: {recipe.memory.blocks} blocks of {size} tokens need {needed} positions; the model has "
+            f"memory.blocks: {blocks} blocks of {size} tokens need {blocks * size} positions; the model has "
             f"{foundation.positions}, so at most {(foundation.positions - 1) // size} blocks fit"
         )
 
 
-def build_model(recipe: Recipe, foundation: Foundation, resume: Path | None = None) -> PreTrainedModel:
-    """The model in fp32 with memory rows (and adapters), the RiM attention selected, all dropouts 0.
+def build_model(
+    recipe: Recipe,
+    foundation: Foundation,
+    resume: Path | None = None,
+    mesh: Mesh | None = None,
+    partition: Callable[[list[torch.nn.Parameter]], None] | None = None,
+) -> PreTrainedModel:
+    """The model with memory rows (and adapters), the RiM attention selected, all dropouts 0: this rank's slice of it.
 
-    From the seed and the source alone: every rank builds the same weights. `resume`: the checkpoint the run goes on from;
-    one of whole tensors gives the model its weights here, one of shards later, in the engine.
+    From the seed and the source alone: every rank gets what one process would. `resume`: the checkpoint the run goes on from;
+    one of whole tensors gives the model its weights here, one of shards later, in the engine. `partition`: spreads parameters
+    over ranks (ZeRO-3) while the model is built. fp32, or the run's precision if it is partitioned.
     """
-    from rim_dist.checkpoint.portable import fill_module, is_portable, starts_fresh
-
+    mesh = mesh or Mesh.alone()
     section = recipe.model
-    torch.manual_seed(recipe.run.seed)
-    start = resume if resume is not None and starts_fresh(resume) else None
-    if start is not None:
-        from rim_dist.checkpoint.hf_export import load_trained_model
-
-        model = load_trained_model(start)
-    elif foundation.checkpoint is not None:
-        from rim_dist.checkpoint.hf_export import load_trained_model
-
-        model = load_trained_model(foundation.checkpoint)
-    elif foundation.source is None:
-        model = AutoModelForCausalLM.from_config(foundation.config, trust_remote_code=section.trust_remote_code)
-    else:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                foundation.source, revision=section.revision, trust_remote_code=section.trust_remote_code, dtype=torch.float32
-            )
-        except Exception as error:
-            raise ModelError(f"model.init_from: {section.init_from!r} cannot be loaded ({_first_line(error)})") from error
-    if start is None:
-        prepare_embeddings(model, foundation.tokens, recipe.memory.initialise, recipe.run.seed)
+    model: Any = skeleton(recipe, foundation)
+    bare = bare_model(model)
+    if mesh.degrees.tensor > 1:
+        split_model(model, TensorPlace(mesh.place.tensor, mesh.degrees.tensor, mesh.tensor_group))
+    use_rim_attention(bare, foundation.attention.path)
+    source, names, initialise = _weight_source(recipe, foundation, resume)
+    dtype = DTYPES[section.dtype] if partition is not None else torch.float32
+    memory = MemoryRows(foundation.tokens, initialise, recipe.run.seed)
+    reads = partition is None or mesh.shard == 0
+    fill(model, Filling(source, memory, recipe.run.seed, names, reads, partition, dtype))
+    if partition is not None and mesh.degrees.shards > 1:
+        broadcast_buffers(model, functools.partial(_send_from_first, mesh=mesh))
+    model.train()
     set_dropout(model, 0.0)
-    use_rim_attention(model, foundation.attention.path)
-    if section.lora is not None:
-        torch.manual_seed(recipe.run.seed)  # the same adapters wherever the weights came from
-        model = add_adapters(model, recipe, foundation.tokens)
+    sum_shared_gradients(model)
     if section.activation_checkpointing:
-        recompute_layers(bare_model(model), section.activation_offload)
+        recompute_layers(bare, section.activation_offload)
         if section.lora is not None:
             model.enable_input_require_grads()
-    if resume is not None and start is None and is_portable(resume):
-        fill_module(model, resume)
-    install_readout_loss(bare_model(model))
+    install_readout_loss(bare)
+    if thoughts := method_of(recipe).thoughts:
+        think_before_answers(bare, thoughts, foundation.tokens.ids)
     return model
+
+
+def skeleton(recipe: Recipe, foundation: Foundation) -> Any:
+    """The model with memory rows and adapters, without values: on the meta device."""
+    config = copy.deepcopy(foundation.config)
+    text = config.get_text_config()
+    text.vocab_size = max(text.vocab_size, max(foundation.tokens.ids) + 1)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=recipe.model.trust_remote_code, dtype=torch.float32
+        )
+        if recipe.model.lora is not None:
+            model = add_adapters(model, recipe, foundation.tokens)
+    return model
+
+
+def _send_from_first(tensor: torch.Tensor, mesh: Mesh) -> None:
+    first = mesh.degrees.rank_of(Coordinates(0, 0, mesh.place.tensor))
+    torch.distributed.broadcast(tensor, first, group=mesh.shard_group)
+
+
+def _weight_source(recipe: Recipe, foundation: Foundation, resume: Path | None) -> tuple[WeightSource | None, str, str]:
+    """Where weights come from (None: drawn), whose names it goes by, and what becomes of the memory rows."""
+    from rim_dist.checkpoint.contents import read_contents
+    from rim_dist.checkpoint.portable import is_portable, starts_fresh
+
+    initialise = recipe.memory.initialise
+    if resume is not None and is_portable(resume):
+        contents = read_contents(resume)
+        if starts_fresh(resume):
+            return StoredWeights(contents.model), "model", "keep"
+        whole = {name: ModelTensor((stored,), stored.shape) for name, stored in contents.module.items()}
+        return StoredWeights(whole), "module", "keep"
+    if foundation.checkpoint is not None:
+        return StoredWeights(read_contents(foundation.checkpoint).model), "model", initialise
+    if foundation.source is None:
+        return None, "model", initialise
+    return _pretrained(recipe, foundation), "model", initialise
+
+
+def _pretrained(recipe: Recipe, foundation: Foundation) -> WeightSource:
+    """An HF folder's files read tensor by tensor; where that cannot be, the model loaded whole by transformers."""
+    section = recipe.model
+    try:
+        folder = _local_folder(foundation.source, section.revision)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(foundation.config, trust_remote_code=section.trust_remote_code)
+        if (stored := folder_weights(folder, empty)) is not None:
+            return stored
+        loaded = AutoModelForCausalLM.from_pretrained(
+            foundation.source, revision=section.revision, trust_remote_code=section.trust_remote_code, dtype=torch.float32
+        )
+    except RimError:
+        raise
+    except Exception as error:
+        raise ModelError(f"model.init_from: {section.init_from!r} cannot be loaded ({_first_line(error)})") from error
+    return LoadedWeights(loaded.state_dict())
+
+
+def _local_folder(source: Path | str | None, revision: str | None) -> Path:
+    """The folder with a model's files: the one given, or the hub's on this machine."""
+    if source is not None and Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.safetensors", "*.json"]))
 
 
 def recompute_layers(model: PreTrainedModel, offload: bool) -> None:
@@ -261,8 +352,3 @@ def fetch_weights(recipe: Recipe, foundation: Foundation) -> None:
         )
     except Exception as error:
         raise ModelError(f"model.init_from: {foundation.source} cannot be fetched ({_first_line(error)})") from error
-
-
-def bare_model(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model inside peft's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

@@ -132,6 +132,32 @@ def test_files_and_index(runs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["full1", "full3", "lora1"])
+def test_a_padded_vocabulary_answers_the_same(
+    runs: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Padding rows score as the memory token does, so greedy answers stay; training on from the folder works."""
+    plain, padded = tmp_path / "plain", tmp_path / "padded"
+    assert main(["export", str(runs / kind), str(plain)]) == 0
+    assert main(["export", str(runs / kind), str(padded), "--pad-vocabulary", "64", "--verify"]) == 0
+    assert json.loads((padded / "config.json").read_text())["vocab_size"] == 192
+    a, b = load_file(plain / "model.safetensors"), load_file(padded / "model.safetensors")
+    for name in a:
+        assert torch.equal(a[name], b[name][: a[name].shape[0]] if a[name].ndim else b[name]), name
+        if b[name].shape != a[name].shape:
+            assert b[name].shape[0] == 192
+            assert torch.equal(b[name][131:], a[name][129].expand(61, -1))
+    assert "has 61 rows above the tokenizer's last token" in (padded / "README.md").read_text()
+    answers = []
+    for folder in (plain, padded):
+        capsys.readouterr()
+        assert main(["generate", str(folder), "From the attic take red blue pink.", "--every-block"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    assert main(["export", str(runs / kind), str(tmp_path / "no"), "--pad-vocabulary", "0"]) == 2
+
+
+@pytest.mark.timeout(400)
 def test_every_way_to_run_it_writes_the_same(runs: Path, tmp_path: Path) -> None:
     """One process, three, MPI ranks; each also verified or inspected in a process that imports nothing of the trainer."""
     arguments = ["to-hf", str(runs / "lora3"), "--max-shard-size", "20KB"]

@@ -145,7 +145,11 @@ def test_generate(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main(["generate", hf]) == 0
     assert capsys.readouterr().out == final * 2
     monkeypatch.setattr("sys.stdin", iter([]))
-    for arguments in (["generate", hf], ["generate", hf, question, "--blocks", "0"], ["generate", str(trained), question]):
+    for arguments in (
+        ["generate", hf],
+        ["generate", hf, question, "--blocks", "0"],
+        ["generate", str(trained / "data"), question],
+    ):
         assert main(arguments) == 2
     assert main(["generate", hf, question, "--max-new-tokens", "0"]) == 2
 
@@ -199,6 +203,24 @@ def test_evaluate(trained: Path, tmp_path: Path, gsm8k: Path, capsys: pytest.Cap
         assert main(["evaluate", hf, data]) == 2
     assert f"{bad}:2: no question" in capsys.readouterr().err
     assert main(["evaluate", hf, "synthetic", "--samples", "0"]) == 2
+
+
+def test_checkpoints_are_asked_as_they_are(trained: Path, tmp_path: Path) -> None:
+    """A checkpoint, or a run, stands for its export; analyse draws the states of all of a run's checkpoints."""
+    short = ["synthetic", "--samples", "12", "--max-new-tokens", "4"]
+    answers = []
+    for number, model in enumerate((trained / "hf", trained, trained / "checkpoints" / "step-00000006")):
+        out = tmp_path / str(number)
+        assert main(["evaluate", str(model), *short, "--timed", "1", "--output", str(out)]) == 0
+        answers.append((out / "answers.jsonl").read_text())
+    assert answers[0] == answers[1]
+    assert answers[0] == (trained / "report" / "answers.jsonl").read_text()
+    assert answers[2] != answers[0]
+    assert main(["analyse", str(trained), *short, "--output", str(tmp_path / "a")]) == 0
+    figures = json.loads((tmp_path / "a" / "analysis.json").read_text())
+    names = [entry["checkpoint"] for entry in figures["training"]["checkpoints"]]
+    assert names == sorted(p.name for p in (trained / "checkpoints").glob("step-*"))
+    assert (tmp_path / "a" / "training.png").stat().st_size > 10_000
 
 
 def test_training_and_template_ids_are_the_same(trained: Path, gsm8k: Path) -> None:

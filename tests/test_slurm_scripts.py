@@ -25,7 +25,7 @@ from rim_dist.cluster.status import describe, job_state, run_status
 from rim_dist.cluster.sweep import best_run, sweep_overrides
 from rim_dist.config import load_recipe
 from rim_dist.errors import ConfigError
-from rim_dist.parallel.degrees import check_ranks
+from rim_dist.parallel.degrees import fit_degrees
 from rim_dist.parallel.place import Place, find_place, interface_to, own_cores
 from rim_dist.training.folder import check_run_folder
 
@@ -129,9 +129,9 @@ def test_submit_writes_nothing_and_says_what_does_not_fit(
 
 def test_ranks_must_fit(recipe_file: Make) -> None:
     recipe = load_recipe(recipe_file())
-    check_ranks(recipe, 16)
+    fit_degrees(recipe, 16)
     with pytest.raises(ConfigError, match="17 data ranks"):
-        check_ranks(recipe, 17)
+        fit_degrees(recipe, 17)
 
 
 # ---- places ------------------------------------------------------------------------------------------------

@@ -25,15 +25,14 @@ def block_mask(layout: RowLayout, sliding_window: int | None = None) -> BlockMas
     """The block mask of a packed row, built once per batch and window."""
     key = ("flex", sliding_window)
     if key not in layout.cache:
-        row = layout.queries.map(lambda t: t[0])
-        length, device = row.segment.shape[0], row.segment.device
+        queries, keys = layout.queries.map(lambda t: t[0]), layout.keys.map(lambda t: t[0])
+        device = queries.segment.device
 
         def seen(_row: Any, _head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            return layout.mask(row.map(lambda t: t[query]), row.map(lambda t: t[key]), sliding_window)
+            return layout.mask(queries.map(lambda t: t[query]), keys.map(lambda t: t[key]), sliding_window)
 
-        layout.cache[key] = create_block_mask(
-            seen, None, None, length, length, device=str(device), _compile=device.type == "cuda"
-        )
+        sizes = (queries.segment.shape[0], keys.segment.shape[0])
+        layout.cache[key] = create_block_mask(seen, None, None, *sizes, device=str(device), _compile=device.type == "cuda")
     return layout.cache[key]
 
 
@@ -44,7 +43,7 @@ def flex_path(
     layout: RowLayout,
     rule: ScoreRule,
 ) -> torch.Tensor:
-    """Attention `[1, seq, heads, head_dim]` of a packed row; `query` `[1, heads, seq, head_dim]`, key/value with KV heads.
+    """Attention `[1, queries, heads, head_dim]` of a packed row or a part of it; key/value with KV heads, of the whole row.
 
     FlexAttention has no dropout: `choose_path` refuses the pair, it is 0 here.
     """

@@ -59,8 +59,12 @@ def rim_attention(
     if rim_layout.bidirectional and sliding_window is not None:
         raise ModelError(f"{family}: bidirectional blocks and a sliding window of {sliding_window} cannot be combined")
     rim_layout.attended.add(id(module))
-    output = _PATHS[path](query, key, value, rim_layout, ScoreRule(scaling, dropout, sliding_window, softcap))
-    return output.contiguous(), None
+    # Only packed rows have more than one path; a pass that goes on from a cache has none.
+    attend = _PATHS[path if rim_layout.spans else "dense"]
+    rule = ScoreRule(scaling, dropout, sliding_window, softcap)
+    if rim_layout.share is not None:
+        return rim_layout.share.attend(attend, query, key, value, rim_layout, rule).contiguous(), None
+    return attend(query, key, value, rim_layout, rule).contiguous(), None
 
 
 def _no_mask(*_args: Any, **_keywords: Any) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rim_dist.attention.dense import ScoreRule, masked_attention
-from rim_dist.attention.visibility import Places, RowLayout, Span
+from rim_dist.attention.visibility import RowLayout, Span
 
 MASK_ENTRIES = 1 << 20  # largest mask of one call
 CHUNK = 512  # queries of one call where a window or a softcap rules out the plain causal kernel
@@ -69,70 +69,125 @@ def split_plan(layout: RowLayout, sliding_window: int | None, dtype: torch.dtype
         groups = []
         for _, same in itertools.groupby(layout.spans, key=lambda span: span.shape):
             spans = list(same)
-            calls = _sample_calls(layout, spans[0], sliding_window, dtype, whole_masks)
+            calls = _Calls(layout, spans[0], sliding_window, dtype, whole_masks).of(0, spans[0].length)
             groups.append(Group(len(spans), spans[0].length, tuple(calls)))
         layout.cache[key] = groups
     return layout.cache[key]
 
 
-def _sample_calls(layout: RowLayout, span: Span, window: int | None, dtype: torch.dtype, whole_masks: bool) -> Iterator[Call]:
-    def places(start: int, stop: int) -> Places:
-        return layout.queries.map(lambda t: t[0, span.start + start : span.start + stop])
+def part_plan(
+    layout: RowLayout, sliding_window: int | None, dtype: torch.dtype, whole_masks: bool
+) -> list[tuple[Span, tuple[Call, ...]]]:
+    """The calls for the queries in the layout's `chunks`, in their order, each with the sample whose keys it is over."""
+    key = ("split", sliding_window, dtype, whole_masks)
+    if key not in layout.cache:
+        plan = []
+        for start, stop in layout.chunks:
+            for span in layout.spans:
+                first, last = max(start, span.start) - span.start, min(stop, span.start + span.length) - span.start
+                if first < last:
+                    plan.append((span, tuple(_Calls(layout, span, sliding_window, dtype, whole_masks).of(first, last))))
+        layout.cache[key] = plan
+    return layout.cache[key]
 
-    def part(queries: Range, *ranges: Range) -> Part:
-        rows = places(*queries).map(lambda t: t[:, None])
-        at = torch.cat([torch.arange(*r) for r in ranges]).to(layout.queries.kind.device) + span.start
-        columns = layout.queries.map(lambda t: t[:, at])
-        seen = layout.mask(rows, columns, window)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+class _Calls:
+    """The attention calls of one sample; tokens are numbered from the sample's first."""
+
+    def __init__(self, layout: RowLayout, span: Span, window: int | None, dtype: torch.dtype, whole_masks: bool) -> None:
+        # Positions run from 0 without gaps along every unrolled sequence; a window beyond the longest has no effect.
+        longest = max([span.prefix, *(span.question + b * span.block_size + n for b, n in span.readouts)])
+        self._window = None if window is not None and window >= longest else window
+        self._layout, self._span, self._dtype, self._whole_masks = layout, span, dtype, whole_masks
+
+    def of(self, first: int, last: int) -> Iterator[Call]:
+        """Calls that cover the queries `first` .. `last` - 1, in order."""
+        prefix, question = self._span.prefix, self._span.question
+        if first < prefix:
+            stop = min(last, prefix)
+            if self._layout.bidirectional:
+                if first < question:
+                    yield from self._causal(first, min(stop, question))
+                size = self._span.block_size
+                for begin in range(question, prefix, size):
+                    low, high = max(first, begin), min(stop, begin + size)
+                    if low < high:
+                        yield Call(low, high, (Part(((0, begin + size),)),))
+            else:
+                yield from self._causal(first, stop)
+        if last > prefix:
+            yield from self._readouts(max(first, prefix), last)
+
+    def _causal(self, first: int, last: int) -> Iterator[Call]:
+        window, start = self._window, first
+        if first == 0:
+            start = last if window is None else min(last, window)
+            yield Call(0, start, (Part(((0, start),), causal=True),))
+        for low in range(start, last, CHUNK):
+            high = min(low + CHUNK, last)
+            if window is not None or self._whole_masks:
+                yield Call(low, high, (self._part((low, high), (max(0, low - (window or low + 1) + 1), high)),))
+            else:
+                yield Call(low, high, (Part(((0, low),)), self._part((low, high), (low, high))))
+
+    def _readouts(self, first: int, last: int) -> Iterator[Call]:
+        span, window = self._span, self._window
+        own: list[tuple[int, int, int, int]] = []  # block, first token of the readout, queries from, to
+        begin = span.prefix
+        for block, tokens in span.readouts:
+            low, high = max(first, begin), min(last, begin + tokens)
+            if low < high:
+                own.append((block, begin, low, high))
+            begin += tokens
+        if self._whole_masks or (last - first) * span.length <= MASK_ENTRIES:
+            yield Call(first, last, (self._part((first, last), (0, span.prefix), (own[0][1], last)),))
+            return
+        for some in self._together(own):
+            queries = (some[0][2], some[-1][3])
+            shared, end = (span.question + block * span.block_size for block in (some[0][0], some[-1][0]))
+            keys = (some[0][1], queries[1])
+            # A readout token sees itself, so that no row of a mask is empty.
+            parts: tuple[Part, ...]
+            if window is None:
+                parts = (Part(((0, shared),)), self._part(queries, (shared, end), keys))
+            else:
+                parts = (self._part(queries, (max(0, shared - window + 1), end), keys),)
+            yield Call(*queries, parts)
+
+    def _together(self, own: list[tuple[int, int, int, int]]) -> Iterator[list[tuple[int, int, int, int]]]:
+        """Readouts taken together: as many as `MASK_ENTRIES` allows, at least one."""
+        span = self._span
+        some: list[tuple[int, int, int, int]] = []
+        for readout in own:
+            if some:
+                tokens = readout[3] - some[0][2]
+                masked = (readout[0] - some[0][0]) * span.block_size + min(self._window or 0, span.prefix)
+                if tokens * max(masked, tokens) > MASK_ENTRIES:
+                    yield some
+                    some = []
+            some.append(readout)
+        yield some
+
+    def _part(self, queries: Range, *ranges: Range) -> Part:
+        ranges = _joined(ranges)
+        start, layout = self._span.start, self._layout
+        at = torch.cat([torch.arange(*r) for r in ranges]).to(layout.keys.kind.device) + start
+        columns = layout.keys.map(lambda t: t[:, at])
+        rows = layout.keys.map(lambda t: t[0, start + queries[0] : start + queries[1], None])
+        seen = layout.mask(rows, columns, self._window)
+        mask = torch.zeros(seen.shape, dtype=self._dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
         return Part(ranges, mask)
 
-    # Positions run from 0 without gaps along every unrolled sequence; a window beyond the longest has no effect.
-    longest = max([span.prefix, *(span.question + b * span.block_size + n for b, n in span.readouts)])
-    if window is not None and window >= longest:
-        window = None
-    prefix = span.prefix
-    if layout.bidirectional:
-        if span.question:
-            yield Call(0, span.question, (Part(((0, span.question),), causal=True),))
-        for end in range(span.question + span.block_size, prefix + 1, span.block_size):
-            yield Call(end - span.block_size, end, (Part(((0, end),)),))
-    else:
-        plain = prefix if window is None else min(prefix, window)
-        yield Call(0, plain, (Part(((0, plain),), causal=True),))
-        for start in range(plain, prefix, CHUNK):
-            stop = min(start + CHUNK, prefix)
-            yield Call(start, stop, (part((start, stop), (max(0, start - (window or 0) + 1), stop)),))
 
-    if span.length == prefix:
-        return
-    if whole_masks or (span.length - prefix) * span.length <= MASK_ENTRIES:
-        yield Call(prefix, span.length, (part((prefix, span.length), (0, span.length)),))
-        return
-    start = prefix
-    for first, last, tokens in _readout_groups(span, window):
-        queries = (start, start + tokens)
-        shared, end = span.question + first * span.block_size, span.question + last * span.block_size
-        # A readout token sees itself, so that no row of a mask is empty.
-        parts: tuple[Part, ...]
-        if window is None:
-            parts = (Part(((0, shared),)), part(queries, (shared, end), queries))
-        else:
-            parts = (part(queries, (max(0, shared - window + 1), end), queries),)
-        yield Call(*queries, parts)
-        start += tokens
-
-
-def _readout_groups(span: Span, window: int | None) -> Iterator[tuple[int, int, int]]:
-    """First block, last block and tokens of readouts taken together: as many as `MASK_ENTRIES` allows, at least one."""
-    first = last = tokens = 0
-    for block, more in span.readouts:
-        masked = (block - first) * span.block_size + min(window or 0, span.prefix)
-        if tokens and (tokens + more) * max(masked, tokens + more) > MASK_ENTRIES:
-            yield first, last, tokens
-            first, tokens = block, 0
-        first, last, tokens = (first if tokens else block), block, tokens + more
-    yield first, last, tokens
+def _joined(ranges: tuple[Range, ...]) -> tuple[Range, ...]:
+    """Ranges in order, those that touch made one."""
+    result: list[Range] = []
+    for start, stop in ranges:
+        if result and result[-1][1] == start:
+            result[-1] = (result[-1][0], stop)
+        elif start < stop:
+            result.append((start, stop))
+    return tuple(result)
 
 
 def split_attention(
@@ -142,9 +197,14 @@ def split_attention(
     layout: RowLayout,
     rule: ScoreRule,
 ) -> torch.Tensor:
-    """Attention `[1, seq, heads, head_dim]` of a packed row; `query` `[1, heads, seq, head_dim]`, key/value with KV heads."""
+    """Attention `[1, queries, heads, head_dim]` of a packed row, or of the part of it in the layout's `chunks`.
+
+    `query` `[1, heads, queries, head_dim]`; key/value with KV heads, of the whole row.
+    """
     # Parts are merged by PyTorch's CPU flash kernel, which returns the log-sum-exp and knows no dropout.
     whole_masks = query.device.type != "cpu" or rule.dropout > 0 or rule.softcap is not None
+    if layout.chunks:
+        return _part_attention(query, key, value, layout, rule, whole_masks)
     groups = split_plan(layout, rule.sliding_window, query.dtype, whole_masks)
     sizes = [group.count * group.length for group in groups]
     outputs: list[torch.Tensor] = []
@@ -159,6 +219,20 @@ def split_attention(
             pieces = [torch.cat(pieces, dim=1)]
         outputs += [piece.flatten(0, 1) for piece in pieces]
     return torch.cat(outputs).unsqueeze(0)
+
+
+def _part_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, rule: ScoreRule, whole_masks: bool
+) -> torch.Tensor:
+    outputs = []
+    position = 0
+    for span, calls in part_plan(layout, rule.sliding_window, query.dtype, whole_masks):
+        k, v = (t[:, :, span.start : span.start + span.length] for t in (key, value))
+        for call in calls:
+            count = call.stop - call.start
+            outputs.append(_run_call(query[:, :, position : position + count], k, v, call, rule).transpose(1, 2))
+            position += count
+    return torch.cat(outputs, dim=1)
 
 
 def _run_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, rule: ScoreRule) -> torch.Tensor:

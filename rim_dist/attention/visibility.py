@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -64,19 +64,51 @@ class Span:
             pairs += tokens * (self.question + block * self.block_size) + tokens * (tokens + 1) // 2
         return pairs
 
+    def seen(self) -> torch.Tensor:
+        """Keys that each of the sample's tokens sees, causal blocks: `[length]`, adding up to `pairs`."""
+        parts = [torch.arange(1, self.prefix + 1)]
+        for block, tokens in self.readouts:
+            parts.append(self.question + block * self.block_size + torch.arange(1, tokens + 1))
+        return torch.cat(parts)
+
+
+class RowShare(Protocol):
+    """How the attention of a row is computed by several ranks that have a part of its tokens each (`parallel.sequence`)."""
+
+    @property
+    def ranks(self) -> int: ...
+
+    def attend(
+        self,
+        path: Callable[..., torch.Tensor],
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: RowLayout,
+        rule: Any,
+    ) -> torch.Tensor:
+        """Attention `[1, own tokens, heads, head_dim]` of this rank's tokens by one of the paths."""
+        ...
+
+    def to(self, device: torch.device | str) -> RowShare: ...
+
 
 @dataclass
 class RowLayout:
     """The places of a batch's tokens, as the attention needs them.
 
-    `keys` are the places of the keys where these differ from the queries (decoding with a cache). `spans` describes packed rows
-    (one row); without them only the dense path can run. `bidirectional`: tokens inside a block see the whole block.
+    `keys` are the places of the keys where these differ from the queries (decoding with a cache, a part of a row). `spans`
+    describes packed rows (one row); without them only the dense path can run. `bidirectional`: tokens inside a block see the
+    whole block. `chunks`: tokens of the row (start, stop) that the queries are, in their order; empty: all. `share`: other
+    ranks have the rest of the row.
     """
 
     queries: Places
     keys: Places
     spans: tuple[Span, ...] = ()
     bidirectional: bool = False
+    chunks: tuple[tuple[int, int], ...] = ()
+    share: RowShare | None = None
     attended: set[int] = field(default_factory=set, repr=False)  # ids of the modules whose attention used this layout
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # masks and plans, built once for all layers
 
@@ -84,7 +116,8 @@ class RowLayout:
         """The same layout with its tensors on a device."""
         queries = self.queries.map(lambda t: t.to(device, non_blocking=True))
         keys = queries if self.keys is self.queries else self.keys.map(lambda t: t.to(device, non_blocking=True))
-        return RowLayout(queries, keys, self.spans, self.bidirectional)
+        share = self.share.to(device) if self.share is not None else None
+        return RowLayout(queries, keys, self.spans, self.bidirectional, self.chunks, share)
 
     def mask(self, queries: Places, keys: Places, sliding_window: int | None) -> torch.Tensor:
         """Boolean mask (True: visible) between any of the layout's places; the arguments' shapes broadcast."""

@@ -6,6 +6,7 @@ that is missing, surplus or of another shape ends the command with its name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,16 @@ def empty_module(recipe: Recipe, config: Any, tokens: MemoryTokens | None) -> An
         if recipe.model.lora is not None and tokens is not None:
             return add_adapters(model, recipe, tokens)
     return model
+
+
+def tensor_slices(recipe: Recipe, config: Any, tokens: MemoryTokens) -> dict[str, tuple[int, int]]:
+    """For each parameter of the trained module that tensor ranks share: the dimension, and the whole's entries of it."""
+    from rim_dist.parallel.tensor import TensorPlace, slice_of, split_model
+
+    module = empty_module(recipe, config, tokens)
+    split_model(module, TensorPlace(0, recipe.parallel.tensor))
+    found = {name: slice_of(p) for name, p in module.named_parameters(remove_duplicate=False)}
+    return {name: (split.dim, split.whole) for name, split in found.items() if split is not None}
 
 
 def tied_names(module: torch.nn.Module) -> list[list[str]]:
@@ -117,11 +128,14 @@ def read_contents(checkpoint: Path) -> Contents:
         module = empty_module(recipe, config, tokens if adapted else None)
     else:
         module = empty_module(recipe, config, tokens)
+        tensor = recipe.parallel.tensor
         index = index_shards(
             checkpoint / ENGINE,
-            state.ranks,
+            state.ranks // tensor,
             recipe.parallel.zero_stage,
             lambda: optimizer_groups(module, recipe.optimizer.weight_decay),
+            tensor,
+            tensor_slices(recipe, config, tokens) if tensor > 1 else {},
         )
     found = account(checkpoint, index.weights, module, index.steps)
     plain = empty_module(recipe, config, None) if hasattr(module, "get_base_model") else module
@@ -163,7 +177,7 @@ def plain_name(name: str) -> str | None:
     """The name in the plain model of a tensor of the trained module; None for an adapter's own tensors."""
     if ".lora_" in name or ".trainable_tokens_" in name:
         return None
-    return name.removeprefix("base_model.model.").replace(".token_adapter.", ".").replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model.").replace(".token_adapter.", "."))
 
 
 def with_rows(stored: StoredTensor, rows: StoredTensor, ids: list[int]) -> tuple[StoredTensor, ...]:

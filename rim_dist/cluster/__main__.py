@@ -26,12 +26,12 @@ def _begin(arguments: list[str]) -> int:
     """Arguments of `rim-dist train`. Prints NAME=VALUE lines for the job script."""
     from rim_dist.cluster.nodes import rendezvous_port
     from rim_dist.cluster.starts import begin
-    from rim_dist.parallel.degrees import check_ranks
+    from rim_dist.parallel.degrees import fit_degrees
 
     recipe = _recipe(arguments)
     environment = dict(os.environ)
     if ranks := environment.get("RIM_RANKS"):
-        check_ranks(recipe, int(ranks))
+        fit_degrees(recipe, int(ranks))
     start = begin(recipe, environment, Path(environment.get("RIM_HOME") or "."))
     print(f"RIM_RUN={recipe.folder.resolve()}")
     print(f"RIM_START={start.folder.resolve()}")

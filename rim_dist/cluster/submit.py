@@ -13,7 +13,7 @@ from pathlib import Path
 from rim_dist.cluster.site import site_arguments, slurm_folder
 from rim_dist.config import Recipe
 from rim_dist.errors import ConfigError
-from rim_dist.parallel.degrees import check_ranks
+from rim_dist.parallel.degrees import fit_degrees
 
 LAUNCHERS = ("srun", "torchrun", "deepspeed", "mpi", "mpirun")
 
@@ -67,7 +67,7 @@ def job_options(recipe: Recipe, request: Request) -> dict[str, str]:
         if not options[name].isdigit() or int(options[name]) < 1:
             raise ConfigError(f"{name}: {options[name]!r} is not allowed; allowed: 1 or more")
         counts[name] = int(options[name])
-    check_ranks(recipe, counts["--nodes"] * counts["--ntasks-per-node"])
+    fit_degrees(recipe, counts["--nodes"] * counts["--ntasks-per-node"])
     return options
 
 

@@ -24,8 +24,7 @@ class RowCost:
         return len(row) * self.token + row.targets * self.target + (row.span().pairs * self.pair if self.pair else 0.0)
 
     def of_batch(self, batch: Batch) -> float:
-        pairs = sum(span.pairs for span in batch.layout.spans)
-        return batch.tokens * self.token + len(batch.targets.label) * self.target + pairs * self.pair
+        return batch.tokens * self.token + len(batch.targets.label) * self.target + batch.pairs * self.pair
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rim_dist.data.rows import Batch, Targets
-from rim_dist.objective.loss import HeadWeights, LogitRule, plain_cross_entropy, weighted_cross_entropy
+from rim_dist.objective.latent import thought_states
+from rim_dist.objective.loss import HeadWeights, LogitRule, full_logits, plain_cross_entropy, weighted_cross_entropy
+from rim_dist.parallel.tensor import vocabulary_of
+from rim_dist.unwrap import base_layer
 
 
 def head_weights(head: nn.Module) -> HeadWeights | None:
@@ -23,14 +26,29 @@ def head_weights(head: nn.Module) -> HeadWeights | None:
     None for any other head, for example one with adapters of its own.
     """
     adapter = getattr(head, "token_adapter", None)
-    linear = head if adapter is None else adapter.get_base_layer()
+    linear = base_layer(head) if adapter is not None else head
     if not isinstance(linear, nn.Linear):
         return None
+    vocabulary = vocabulary_of(linear)
     if adapter is None:
-        return HeadWeights(linear.weight, linear.bias)
+        return HeadWeights(linear.weight, linear.bias, vocabulary=vocabulary)
     (name,) = adapter.active_adapters
     rows = adapter.trainable_tokens_delta[name]
-    return HeadWeights(linear.weight, linear.bias, rows, tuple(adapter.token_indices[name]))
+    return HeadWeights(linear.weight, linear.bias, rows, tuple(adapter.token_indices[name]), vocabulary)
+
+
+def _trained_rows(adapter: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Embeddings of `ids`, the rows that peft trains in their place; peft's own forward copies the whole matrix for that."""
+    (name,) = adapter.active_adapters
+    rows = adapter.trainable_tokens_delta[name]
+    embedded = adapter.base_layer(ids)
+    scale = adapter._get_embed_scale()
+    if scale is not None:
+        rows = rows * scale.to(rows.dtype)
+    at = torch.tensor(adapter.token_indices[name], device=ids.device)
+    matches = ids.unsqueeze(-1) == at  # [..., trained rows]
+    chosen = nn.functional.embedding(matches.int().argmax(dim=-1), rows).to(embedded.dtype)
+    return torch.where(matches.any(dim=-1, keepdim=True), chosen, embedded)
 
 
 def install_readout_loss(model: PreTrainedModel) -> None:
@@ -41,12 +59,16 @@ def install_readout_loss(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     rule = LogitRule.of(model.config)
     plain_forward, plain_head = model.forward, head.forward
+    split = vocabulary_of(base_layer(head)) is not None
 
     @functools.wraps(plain_head)
     def head_forward(*args: Any, rim_targets: Targets | None = None, gradient_scale: float = 1.0, **keywords: Any) -> Any:
-        if rim_targets is None:
+        if rim_targets is None and not split:
             return plain_head(*args, **keywords)
         weights = head_weights(head)
+        if rim_targets is None:
+            assert weights is not None
+            return full_logits(args[0], weights)
         if weights is None:
             return plain_cross_entropy(plain_head(*args), rule, rim_targets)
         return weighted_cross_entropy(args[0], weights, rule, rim_targets, gradient_scale)
@@ -56,10 +78,16 @@ def install_readout_loss(model: PreTrainedModel) -> None:
         if rim_targets is None:
             return plain_forward(*args, **keywords)
         wanted = {name: keywords[name] for name in ("input_ids", "position_ids", "rim_layout")}
-        hidden = model.base_model(**wanted, use_cache=False)[0]
-        return head(hidden[0].index_select(0, rim_targets.column), rim_targets=rim_targets, gradient_scale=gradient_scale)
+        if (thoughts := keywords.get("rim_thoughts")) is not None:
+            states = thought_states(model, wanted["input_ids"], wanted["rim_layout"], rim_targets.column, thoughts)
+        else:
+            states = model.base_model(**wanted, use_cache=False)[0][0].index_select(0, rim_targets.column)
+        return head(states, rim_targets=rim_targets, gradient_scale=gradient_scale)
 
     head.forward, model.forward = head_forward, forward
+    adapter = getattr(model.get_input_embeddings(), "token_adapter", None)
+    if adapter is not None:
+        adapter.forward = functools.partial(_trained_rows, adapter)
 
 
 def run_batch(model: nn.Module, batch: Batch, gradient_scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,5 +97,6 @@ def run_batch(model: nn.Module, batch: Batch, gradient_scale: float = 1.0) -> tu
         position_ids=batch.position_ids,
         rim_layout=batch.layout,
         rim_targets=batch.targets,
+        rim_thoughts=batch.thoughts,
         gradient_scale=gradient_scale,
     )

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from rim_dist.data.rows import Targets
+from rim_dist.parallel.collectives import all_reduce, copy_to_all, join_features
+from rim_dist.parallel.tensor import Vocabulary
 
 LOGITS_ENTRIES = 1 << 25  # logits of one chunk: 128 MiB in fp32
 
@@ -34,12 +37,41 @@ class LogitRule:
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """An output head `[vocabulary, hidden]` with its bias; `rows`, if given, stand in for its rows `row_ids`."""
+    """An output head `[vocabulary, hidden]` with its bias; `rows`, if given, stand in for its rows `row_ids`.
+
+    `vocabulary`: weight and bias are this tensor rank's rows of the head; `rows` is whole on every rank.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     row_ids: tuple[int, ...] = ()
+    vocabulary: Vocabulary | None = None
+
+    def rows_here(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(place in `rows`, place in `weight`) of the rows that stand in for rows of this rank."""
+        ids = torch.tensor(self.row_ids, device=device, dtype=torch.long)
+        if self.vocabulary is None:
+            return torch.arange(len(ids), device=device), ids
+        local, here = self.vocabulary.local(ids)
+        return here.nonzero().squeeze(1), local[here]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[..., rows of this rank]`."""
+        logits = F.linear(hidden, self.weight, self.bias)
+        if self.rows is not None:
+            which, at = self.rows_here(hidden.device)
+            bias = None if self.bias is None else self.bias[at]
+            logits = logits.index_copy(-1, at, F.linear(hidden, self.rows[which], bias))
+        return logits
+
+
+def full_logits(hidden: torch.Tensor, head: HeadWeights) -> torch.Tensor:
+    """`[..., vocabulary]` on every rank of the tensor group, as decoding needs them."""
+    vocabulary = head.vocabulary
+    assert vocabulary is not None
+    logits = head.logits(copy_to_all(hidden, vocabulary.group))
+    return join_features(logits, vocabulary.group)[..., : vocabulary.size]
 
 
 @dataclass(frozen=True)
@@ -79,9 +111,7 @@ def weighted_cross_entropy(
     if (losses := _fused_kernel(hidden, head, rule, targets)) is not None:
         return (losses * targets.weight).sum(), losses.detach()
     with_gradient = torch.is_grad_enabled()
-    return _ChunkedLoss.apply(
-        hidden, head.weight, head.bias, head.rows, head.row_ids, rule, targets, gradient_scale, with_gradient
-    )
+    return _ChunkedLoss.apply(hidden, head.weight, head.bias, head.rows, head, rule, targets, gradient_scale, with_gradient)
 
 
 def plain_cross_entropy(logits: torch.Tensor, rule: LogitRule, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +125,7 @@ def plain_cross_entropy(logits: torch.Tensor, rule: LogitRule, targets: Targets)
 
 def _fused_kernel(hidden: torch.Tensor, head: HeadWeights, rule: LogitRule, targets: Targets) -> torch.Tensor | None:
     """Token losses by cut-cross-entropy, where it is installed and computes this: CUDA, half precision, a head without bias."""
-    if not hidden.is_cuda or hidden.dtype == torch.float32 or head.rows is not None or head.bias is not None:
+    if not hidden.is_cuda or hidden.dtype == torch.float32 or not (head.rows is head.bias is head.vocabulary is None):
         return None
     try:
         from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
@@ -117,7 +147,7 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         rows: torch.Tensor | None,
-        row_ids: tuple[int, ...],
+        head: HeadWeights,
         rule: LogitRule,
         targets: Targets,
         gradient_scale: float,
@@ -129,47 +159,52 @@ class _ChunkedLoss(torch.autograd.Function):
             torch.zeros_like(t) if need and t is not None else None
             for need, t in zip(wanted, (hidden, weight, bias, rows), strict=True)
         )
-        ids = torch.tensor(row_ids, device=hidden.device, dtype=torch.long)
-        count, vocabulary = hidden.shape[0], weight.shape[0]
+        vocabulary = head.vocabulary
+        group = None if vocabulary is None else vocabulary.group
+        which, at = head.rows_here(hidden.device)
+        count, columns = hidden.shape[0], weight.shape[0]
         losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
-        size = max(1, LOGITS_ENTRIES // vocabulary)
+        size = max(1, LOGITS_ENTRIES // columns)
         for start in range(0, count, size):
-            at = slice(start, min(start + size, count))
-            h, label = hidden[at], targets.label[at, None]
+            some = slice(start, min(start + size, count))
+            h, label = hidden[some], targets.label[some]
             logits = F.linear(h, weight, bias)
             if rows is not None:
-                logits[:, ids] = F.linear(h, rows, None if bias is None else bias[ids])
+                logits[:, at] = F.linear(h, rows[which], None if bias is None else bias[at])
             if rule.scale != 1:
                 logits *= rule.scale
             if rule.softcap is not None:
                 logits = logits.div_(rule.softcap).tanh_()
                 slope = 1 - logits.float().square()
                 logits *= rule.softcap
-            log_p = torch.log_softmax(logits.float(), dim=1)
+            log_p, label, here = _log_softmax(logits.float(), label, vocabulary)
             del logits
-            losses[at] = -log_p.gather(1, label).squeeze(1)
+            losses[some] = -all_reduce(torch.where(here, log_p.gather(1, label[:, None]).squeeze(1), 0.0), group)
             if not any(wanted):
                 continue
             # d loss / d logits = softmax - one-hot
             d_logits = log_p.exp_()
-            d_logits.scatter_add_(1, label, torch.full_like(label, -1, dtype=d_logits.dtype))
-            d_logits *= (targets.weight[at, None] * (gradient_scale * rule.scale)).to(d_logits.dtype)
+            d_logits.scatter_add_(1, label[:, None], -here[:, None].to(d_logits.dtype))
+            d_logits *= (targets.weight[some, None] * (gradient_scale * rule.scale)).to(d_logits.dtype)
             if rule.softcap is not None:
                 d_logits *= slope
             d_logits = d_logits.to(hidden.dtype)
             if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[at])
+                torch.mm(d_logits, weight, out=d_hidden[some])
                 if rows is not None:
-                    d_hidden[at] += d_logits[:, ids] @ (rows - weight[ids])
+                    d_hidden[some] += d_logits[:, at] @ (rows[which] - weight[at])
             if d_weight is not None:
                 if rows is not None:
-                    d_weight.addmm_(d_logits.index_fill(1, ids, 0).T, h)
+                    d_weight.addmm_(d_logits.index_fill(1, at, 0).T, h)
                 else:
                     d_weight.addmm_(d_logits.T, h)
             if d_bias is not None:
                 d_bias += d_logits.sum(dim=0)
             if d_rows is not None:
-                d_rows.addmm_(d_logits[:, ids].T, h)
+                d_rows[which] += d_logits[:, at].T @ h
+        for shared in (d_hidden, d_rows):
+            if shared is not None:
+                all_reduce(shared, group)
         ctx.gradients, ctx.gradient_scale = (d_hidden, d_weight, d_bias, d_rows), gradient_scale
         ctx.mark_non_differentiable(losses)
         return (losses * targets.weight).sum(), losses
@@ -180,3 +215,19 @@ class _ChunkedLoss(torch.autograd.Function):
         gradients = [None if g is None else g.mul_(factor.to(g.dtype)) for g in ctx.gradients]
         ctx.gradients = ()
         return (*gradients, None, None, None, None, None)
+
+
+def _log_softmax(
+    logits: torch.Tensor, label: torch.Tensor, vocabulary: Vocabulary | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(log-probabilities of this rank's columns, label's column here, whether it is here), over the columns of all ranks.
+
+    Columns of padding rows get -inf: they are no part of the distribution.
+    """
+    if vocabulary is None:
+        return torch.log_softmax(logits, dim=1), label, torch.ones_like(label, dtype=torch.bool)
+    logits[:, vocabulary.real :] = -torch.inf
+    largest = all_reduce(logits.amax(dim=1), vocabulary.group, dist.ReduceOp.MAX)
+    logits -= largest[:, None]
+    total = all_reduce(logits.exp().sum(dim=1), vocabulary.group)
+    return (logits.sub_(total.log_()[:, None]), *vocabulary.local(label))

@@ -1,21 +1,55 @@
-"""Do the ranks of an allocation fit a recipe? Pure, so that a job is refused before it is queued."""
+"""Do degrees fit ranks, recipe and model? Pure, so that a job is refused before it is queued or anything is built."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from rim_dist.config import Recipe
 from rim_dist.errors import ConfigError
+from rim_dist.parallel.mesh import Degrees
 
 
-def check_ranks(recipe: Recipe, ranks: int) -> None:
-    """Raise ConfigError if so many ranks cannot run the recipe."""
-    model = recipe.parallel.tensor * recipe.parallel.sequence
+def fit_degrees(recipe: Recipe, ranks: int) -> Degrees:
+    """The mesh that so many ranks make. Raises ConfigError, naming the nearest possible numbers, if they make none."""
+    tensor, sequence = recipe.parallel.tensor, recipe.parallel.sequence
+    model = tensor * sequence
     if ranks % model:
+        nearest = max(1, round(ranks / model)) * model
+        possible = sorted({math.gcd(ranks, tensor) * math.gcd(ranks // math.gcd(ranks, tensor), sequence)} | {1})
         raise ConfigError(
-            f"{ranks} ranks: parallel.tensor x parallel.sequence is {model}; allowed: a multiple of it, for example "
-            f"{max(1, ranks // model) * model}"
+            f"{ranks} ranks: parallel.tensor {tensor} x parallel.sequence {sequence} is {model}; allowed: a multiple of it "
+            f"(the nearest: {nearest}), or degrees whose product divides {ranks} (for example {possible[-1]})"
         )
-    if recipe.optimizer.global_batch < ranks // model:
+    data = ranks // model
+    if recipe.optimizer.global_batch < data:
         raise ConfigError(
-            f"optimizer.global_batch: {recipe.optimizer.global_batch} samples cannot be spread over {ranks // model} "
-            f"data ranks; allowed: {ranks // model} or more"
+            f"optimizer.global_batch: {recipe.optimizer.global_batch} samples cannot be spread over {data} data ranks; "
+            f"allowed: {data} or more, or larger parallel.tensor or parallel.sequence"
         )
+    return Degrees(tensor, sequence, data)
+
+
+def head_counts(config: Any) -> tuple[int, int]:
+    """Attention heads and key/value heads of a transformers config."""
+    text = config.get_text_config()
+    heads = int(text.num_attention_heads)
+    return heads, int(getattr(text, "num_key_value_heads", None) or heads)
+
+
+def check_tensor_degree(tensor: int, config: Any) -> None:
+    """Raise ConfigError if a model's heads or its MLP cannot be split over so many ranks."""
+    text = config.get_text_config()
+    heads, kv_heads = head_counts(config)
+    sizes = {"attention heads": heads, "key/value heads": kv_heads}
+    if isinstance(width := getattr(text, "intermediate_size", None), int):
+        sizes["MLP channels"] = width
+    if not (wrong := [f"{size} {name}" for name, size in sizes.items() if size % tensor]):
+        return
+    common = math.gcd(*sizes.values())
+    possible = [d for d in range(1, common + 1) if common % d == 0]
+    nearest = min(possible, key=lambda d: (abs(d - tensor), d))
+    raise ConfigError(
+        f"parallel.tensor: {tensor} ranks cannot share {' and '.join(wrong)} of {config.model_type}; the nearest that can: "
+        f"{nearest} (allowed: {', '.join(map(str, possible))})"
+    )

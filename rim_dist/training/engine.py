@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +20,16 @@ from rim_dist.config import OptimizerSection, Recipe
 from rim_dist.data.packing import RowCost
 from rim_dist.data.rows import Batch
 from rim_dist.errors import CheckpointError
-from rim_dist.model import bare_model, set_dropout
+from rim_dist.model import set_dropout
 from rim_dist.objective.forward import run_batch
 from rim_dist.objective.loss import ReadoutLoss
+from rim_dist.parallel.collectives import all_reduce
 from rim_dist.parallel.launch import Process
+from rim_dist.parallel.mesh import Coordinates, Degrees, Mesh, ModelParallelUnit
 from rim_dist.parallel.ops import load_cpu_adam
+from rim_dist.parallel.sequence import Mode, share_row
+from rim_dist.parallel.tensor import slice_of, whole_shape
+from rim_dist.unwrap import bare_model, base_layer
 
 
 @contextmanager
@@ -74,15 +80,30 @@ def build_optimizer(model: nn.Module, section: OptimizerSection, offload: bool) 
 class Engine:
     """A model under DeepSpeed. All losses are sums that the caller normalises over the whole optimizer step."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module, ds_config: dict[str, Any], process: Process) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        ds_config: dict[str, Any],
+        process: Process,
+        mesh: Mesh | None = None,
+        sequence_mode: Mode = "ulysses",
+    ) -> None:
         import deepspeed
+        from deepspeed.utils import groups
 
         self._process = process
+        self._mesh = mesh or Mesh(Degrees(data=process.ranks), process.rank, Coordinates(process.rank, 0, 0))
+        self._sequence_mode = sequence_mode
         self._blocks = max(recipe.memory.blocks, recipe.curriculum.stage1.max_steps + 1)
         self.row_cost = row_cost(model)
         offload = "offload_optimizer" in ds_config["zero_optimization"]
         optimizer = build_optimizer(model, recipe.optimizer, offload)
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+        unit = ModelParallelUnit(self._mesh) if self._mesh.degrees.tensor > 1 else None
+        groups.mpu = unit  # DeepSpeed keeps that of an earlier engine otherwise
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=ds_config, mpu=unit, dist_init_required=False
+        )
         self._zero_stage = ds_config["zero_optimization"]["stage"]
         self._fp16 = recipe.model.dtype == "fp16"
         self.operations = 0.0
@@ -96,20 +117,24 @@ class Engine:
         """Highest block number a loss can be reported for."""
         return self._blocks
 
-    def forward_backward(self, batch: Batch, scale: float, last: bool) -> ReadoutLoss:
-        """Add the gradient of `scale` x the weighted loss sum of a micro-batch.
+    def own_part(self, batch: Batch) -> Batch:
+        """This rank's part of a row that a sequence group shares; the whole row without one."""
+        return share_row(batch, self._mesh, self._sequence_mode)
 
-        The engine averages gradients over its data ranks; that is undone here, so that the result is the gradient of the
-        sum over all ranks. `last`: the last micro-batch before `step`.
+    def forward_backward(self, batch: Batch, scale: float, last: bool) -> ReadoutLoss:
+        """Add the gradient of `scale` x the weighted loss sum of a micro-batch (`own_part` of it).
+
+        The engine averages gradients over its data ranks (data x sequence here); that is undone, so that the result is the
+        gradient of the sum over all ranks. `last`: the last micro-batch before `step`.
         """
+        self.operations += self.row_cost.of_batch(batch)
         batch = batch.to(self._process.device)
         self._engine.train()
         self._engine.set_gradient_accumulation_boundary(last)
-        factor = scale * self._process.ranks
+        factor = scale * self._mesh.degrees.shards
         loss_scale = getattr(self._engine.optimizer, "cur_scale", 1.0) if self._fp16 else 1.0
         weighted_sum, token_losses = run_batch(self._engine, batch, gradient_scale=factor * float(loss_scale))
         self._engine.backward(weighted_sum * factor)
-        self.operations += self.row_cost.of_batch(batch)
         return ReadoutLoss.of(weighted_sum.detach(), token_losses, batch.targets, self._blocks)
 
     def step(self, learning_rate: float) -> float:
@@ -118,7 +143,7 @@ class Engine:
             group["lr"] = learning_rate
         norm = None
         if self._zero_stage == 0:  # plain data parallelism keeps no norm unless it clips
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+            norm = total_norm(self.module, self._mesh)
         self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm()
@@ -169,24 +194,32 @@ class Engine:
             raise CheckpointError(f"{checkpoint}: the engine's shards cannot be read")
 
 
+def total_norm(module: nn.Module, mesh: Mesh) -> torch.Tensor:
+    """The gradient norm of the whole model from a tensor rank's gradients: parameters that all have count once."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None and (mesh.counts or slice_of(p) is not None)]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return all_reduce(norm.square(), mesh.tensor_group).sqrt() if mesh.tensor_group is not None else norm
+
+
 def row_cost(model: nn.Module) -> RowCost:
     """What a token, a supervised position and an attended pair cost: 6 operations a trained weight (4 a frozen one, which
     needs no gradient of its own), 12 a pair and channel."""
     bare = bare_model(model)
-    head = bare.get_output_embeddings()
-    embeddings = {id(bare.get_input_embeddings().weight), id(head.weight)}
+    head = base_layer(bare.get_output_embeddings())
+    embeddings = {id(base_layer(bare.get_input_embeddings()).weight), id(head.weight)}
     frozen = trainable = 0
     for parameter in model.parameters():
-        if parameter.ndim < 2 or id(parameter) in embeddings:
+        shape = whole_shape(parameter)
+        if len(shape) < 2 or id(parameter) in embeddings:
             continue
         if parameter.requires_grad:
-            trainable += parameter.numel()
+            trainable += math.prod(shape)
         else:
-            frozen += parameter.numel()
+            frozen += math.prod(shape)
     config = bare.config.get_text_config()
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     return RowCost(
         token=6.0 * trainable + 4.0 * frozen,
-        target=(6.0 if head.weight.requires_grad else 4.0) * head.weight.numel(),
+        target=(6.0 if head.weight.requires_grad else 4.0) * math.prod(whole_shape(head.weight)),
         pair=12.0 * config.num_hidden_layers * width,
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,25 @@ from rim_dist.checkpoint.resume import agree_on_checkpoint
 from rim_dist.checkpoint.retention import note_scores
 from rim_dist.checkpoint.saver import CheckpointSaver
 from rim_dist.checkpoint.store import TrainingState
+from rim_dist.checkpoint.tensors import DTYPES
 from rim_dist.config import Recipe, StageName, dump_recipe
-from rim_dist.data.loader import BatchLoader, RankShare, StagePlan, plan_stages
+from rim_dist.data.encoding import EncodedSample
+from rim_dist.data.loader import BatchLoader, StagePlan, plan_stages
 from rim_dist.data.prepared import SampleStream, StreamedData, prepare
+from rim_dist.data.rows import Batch
 from rim_dist.data.sources import Sample, source_name
 from rim_dist.errors import CheckpointError, ConfigError, Stopped, TrainingError
-from rim_dist.evaluation.evaluate import COT_FACTOR, block_answers, recipe_samples, score, write_evaluation
+from rim_dist.evaluation.evaluate import block_answers, recipe_samples, score, write_evaluation
 from rim_dist.evaluation.generation import Decoding, check_prompts, generation_config, padding_note
 from rim_dist.memory import prompt_ids
-from rim_dist.model import Foundation, bare_model, build_model, lay_foundation
+from rim_dist.methods import method_of
+from rim_dist.model import Foundation, build_model, lay_foundation
 from rim_dist.objective.loss import ReadoutLoss
-from rim_dist.parallel.degrees import check_ranks
+from rim_dist.parallel.degrees import fit_degrees
 from rim_dist.parallel.launch import Process
-from rim_dist.parallel.zero import compose
+from rim_dist.parallel.mesh import make_mesh
+from rim_dist.parallel.place import find_place
+from rim_dist.parallel.zero import compose, partitioner
 from rim_dist.training.engine import Engine
 from rim_dist.training.folder import check_run_folder
 from rim_dist.training.hardware import peak_memory_bytes, peak_operations
@@ -44,6 +51,7 @@ from rim_dist.training.metrics import Metrics, MetricsLog, draw_curves, read_met
 from rim_dist.training.progress import ProgressReport
 from rim_dist.training.schedule import learning_rate
 from rim_dist.training.signals import StopRequest
+from rim_dist.unwrap import bare_model
 
 
 def finished_state(recipe: Recipe) -> TrainingState | None:
@@ -72,16 +80,19 @@ class Trainer:
     """Owns the loop. Everything that needs other ranks happens in the same order on every rank."""
 
     def __init__(self, recipe: Recipe, process: Process, foundation: Foundation, data: SampleStream) -> None:
-        check_ranks(recipe, process.ranks)
+        degrees = fit_degrees(recipe, process.ranks)
         if recipe.model.dtype == "fp16" and process.device == "cpu":
             raise ConfigError("model.dtype: fp16 needs a GPU; on a CPU use fp32 or bf16")
+        if recipe.parallel.zero_plus_plus and process.device == "cpu":
+            raise ConfigError("parallel.zero_plus_plus: true needs GPUs: its kernels are CUDA's")
         self._recipe, self._process, self._foundation, self._data = recipe, process, foundation, data
+        self._mesh = make_mesh(degrees, process.rank, process.device.partition(":")[0])
         self._folder = recipe.folder
         self._checkpoints = recipe.folder / "checkpoints"
         self._plans = plan_stages(recipe, len(data))
         self._total_steps = sum(plan.steps for plan in self._plans)
         self._questions = recipe_samples(recipe)
-        self._ds_config = compose(recipe, foundation.hidden_size)
+        self._ds_config = compose(recipe, foundation.hidden_size, find_place(os.environ).local_ranks)
         self._peak = peak_operations(recipe.model.dtype)
         self._saver = CheckpointSaver(recipe, self._checkpoints, process)
         self._saved_step = self._scored_step = -1
@@ -99,8 +110,9 @@ class Trainer:
         resume = self._find_resume()
         if self._process.is_first:
             self._write_run_folder()
-        model = build_model(self._recipe, self._foundation, resume)
-        self._engine = Engine(self._recipe, model, self._ds_config, self._process)
+        partition = partitioner(self._ds_config, self._mesh, DTYPES[self._recipe.model.dtype])
+        model = build_model(self._recipe, self._foundation, resume, self._mesh, partition)
+        self._engine = Engine(self._recipe, model, self._ds_config, self._process, self._mesh, self._foundation.sequence_mode)
         state = TrainingState(self._plans[0].name, 0, 0, 0, 0.0, self._process.ranks)
         if resume is not None:
             state = self._load(resume)
@@ -132,8 +144,10 @@ class Trainer:
 
     def _run_stage(self, plan: StagePlan, state: TrainingState) -> TrainingState:
         stage = self._recipe.curriculum.stage(plan.name)
-        process, cost = self._process, self._engine.row_cost
-        loader = BatchLoader(self._recipe, self._data, self._foundation.tokens, process.rank, process.ranks, cost)
+        mesh = self._mesh
+        loader = BatchLoader(
+            self._recipe, self._data, self._foundation.tokens, mesh.place.data, mesh.degrees.data, self._engine.row_cost
+        )
         first = state.step - plan.first_step
         if first == 0:
             self._engine.begin_stage(stage.dropout)
@@ -141,6 +155,8 @@ class Trainer:
             self._engine.set_dropout(stage.dropout)
         for step in range(first, plan.steps):
             started = time.perf_counter()
+            if step and loader.part(plan, step) != loader.part(plan, step - 1):
+                self._engine.begin_stage(stage.dropout)
             state, line, stop = self._step(loader, plan, step)
             beat(f"{plan.name} step {state.step}")
             seconds = time.perf_counter() - started
@@ -167,28 +183,29 @@ class Trainer:
         stage = self._recipe.curriculum.stage(plan.name)
         share = loader.share(plan, step)
         batch_samples = min(self._recipe.optimizer.global_batch, plan.samples - step * self._recipe.optimizer.global_batch)
-        # The weight of the whole step is known before the first forward; the wish to stop travels with it.
-        known = self._sum([share.weight, float(self._stop.requested), float(self._saver.failed)])
+        # The weight of the whole step is known before the first forward; the wish to stop travels with it. A row's weight is
+        # that of its sequence group.
+        weight = share.weight / self._mesh.degrees.sequence
+        known = self._sum([weight], [float(self._stop.requested), float(self._saver.failed)])
         if known[2]:
             self._saver.wait()  # raises what went wrong in the background, on every rank
         divisor = known[0] if self._recipe.curriculum.normalisation == "weight" else float(batch_samples)
-        # Dropout depends on the seed, the step and the rank alone: there is no random state to save.
-        entropy = numpy.random.SeedSequence([self._recipe.run.seed, plan.first_step + step, self._process.rank])
+        # Dropout depends on the seed, the step and the rank alone: there is no random state to save. Tensor ranks run the same
+        # tokens and must drop the same of them.
+        entropy = numpy.random.SeedSequence([self._recipe.run.seed, plan.first_step + step, self._mesh.shard])
         torch.manual_seed(int(entropy.generate_state(1, numpy.uint64)[0] >> 1))
         last = len(share.micro_batches) - 1
         operations = self._engine.operations
-        losses = [
-            self._engine.forward_backward(batch, 1.0 / divisor, last=number == last)
-            for number, batch in enumerate(share.micro_batches)
-        ]
+        parts = [self._engine.own_part(batch) for batch in share.micro_batches]
+        losses = [self._engine.forward_backward(part, 1.0 / divisor, last=number == last) for number, part in enumerate(parts)]
         # Read back once a step: a read a micro-batch would hold the device up.
         values = torch.stack([loss.weighted_sum for loss in losses]).double().tolist()
         by_block = torch.stack([torch.cat([loss.block_sums, loss.block_counts]) for loss in losses]).double().sum(0).tolist()
-        tokens = float(sum(batch.tokens for batch in share.micro_batches))
+        tokens = float(sum(part.tokens for part in parts))
         totals = self._sum([sum(values), tokens, *by_block, self._engine.operations - operations])
         loss_value = self._last_loss = totals[0] / divisor
         if not math.isfinite(loss_value):
-            self._refuse_loss(plan, step, share, losses)
+            self._refuse_loss(plan, step, parts, share.samples, losses)
         rate = learning_rate(stage, step, plan.steps)
         norm = self._engine.step(rate)
         self._operations += totals[-1]
@@ -234,18 +251,21 @@ class Trainer:
         if self._peak:
             line["mfu"] = operations / seconds / (self._peak * self._process.ranks)
 
-    def _sum(self, values: list[float]) -> list[float]:
-        """Sum of each value over all ranks."""
+    def _sum(self, values: list[float], flags: Sequence[float] = ()) -> list[float]:
+        """Sum of each value over all ranks that have parts of it (tensor ranks have the same), and of each flag over all."""
         if self._process.ranks == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self._process.device)
+            return [*values, *flags]
+        mine = values if self._mesh.counts else [0.0] * len(values)
+        tensor = torch.tensor([*mine, *flags], dtype=torch.float64, device=self._process.device)
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def _refuse_loss(self, plan: StagePlan, step: int, share: RankShare, losses: list[ReadoutLoss]) -> None:
+    def _refuse_loss(
+        self, plan: StagePlan, step: int, parts: list[Batch], packed: list[list[EncodedSample]], losses: list[ReadoutLoss]
+    ) -> None:
         bad = [
             samples[i].line
-            for loss, batch, samples in zip(losses, share.micro_batches, share.samples, strict=True)
+            for loss, batch, samples in zip(losses, parts, packed, strict=True)
             for i in batch.rows_at(~loss.token_losses.isfinite())
             if samples
         ]
@@ -265,11 +285,12 @@ class Trainer:
         return agree_on_checkpoint(self._checkpoints, self._process)
 
     def _load(self, checkpoint: Path) -> TrainingState:
-        state = store.read_state(checkpoint)
+        state, degrees = store.read_state(checkpoint), self._mesh.degrees
         if state.ranks != self._process.ranks and not is_portable(checkpoint):
             raise CheckpointError(
                 f"{checkpoint}: saved by {state.ranks} ranks, this run has {self._process.ranks}; start it with {state.ranks}, "
-                f"or make it one for others: rim-dist convert reshape {checkpoint} OUT --data {self._process.ranks}"
+                f"or make it one for others: rim-dist convert reshape {checkpoint} OUT --tensor {degrees.tensor} "
+                f"--sequence {degrees.sequence} --data {degrees.data}"
             )
         if not starts_fresh(checkpoint):
             self._engine.load(checkpoint)
@@ -309,21 +330,21 @@ class Trainer:
         """Accuracy after every block on the recipe's questions, dealt over the ranks, decoded as a server would."""
         if not self._questions:
             return
-        recipe, process = self._recipe, self._process
-        mine = self._questions[process.rank :: process.ranks]
-        count = -(-len(self._questions) // process.ranks)
+        recipe, process, mesh = self._recipe, self._process, self._mesh
+        mine = self._questions[mesh.shard :: mesh.degrees.shards]
+        count = -(-len(self._questions) // mesh.degrees.shards)
         asked = mine + self._questions[:1] * (count - len(mine))  # as many on every rank
-        blocks = recipe.memory.blocks if recipe.method == "rim" else 0
-        limit = recipe.evaluation.max_new_tokens * (COT_FACTOR if recipe.method == "cot" else 1)
-        decoding = Decoding(limit, recipe.evaluation.batch, synced_ranks=process.ranks > 1)
+        method = method_of(recipe)
+        decoding = Decoding(method.answer_tokens, recipe.evaluation.batch, synced_ranks=process.ranks > 1)
         model = self._engine.module
         model.eval()
         use_plain_attention(bare_model(model))
         bidirectional = recipe.memory.inside_block == "bidirectional"
-        texts = block_answers(model, self._foundation.tokenizer, [s.question for s in asked], blocks, decoding, bidirectional)
+        questions = [s.question for s in asked]
+        texts = block_answers(model, self._foundation.tokenizer, questions, method.prompt_blocks, decoding, bidirectional)
         use_rim_attention(bare_model(model), self._foundation.attention.path)
         gathered: list[Any] = [None] * process.ranks
-        dist.all_gather_object(gathered, list(zip(mine, texts, strict=False)))
+        dist.all_gather_object(gathered, list(zip(mine, texts, strict=False)) if mesh.counts else [])
         beat(f"evaluation after step {state.step}")
         if not process.is_first or self._log is None or self._progress is None:
             return

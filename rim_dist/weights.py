@@ -1,0 +1,334 @@
+"""Weights for a model that was built without any: one part at a time, so that no rank ever holds the whole model.
+
+A skeleton on the meta device, adapters and tensor slices included, is filled module by module. Under ZeRO-3 each parameter is
+partitioned as soon as it has its values. Whole tensors exist one at a time, or one layer at a time where the family itself
+draws them. All ranks get what one process would get.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rim_dist.checkpoint.assemble import tensor_values
+from rim_dist.checkpoint.contents import plain_name
+from rim_dist.checkpoint.tensors import ModelTensor, read_folder_index
+from rim_dist.errors import CheckpointError, ModelError
+from rim_dist.memory import MemoryTokens
+from rim_dist.parallel.tensor import mark_slice, slice_of, whole_shape
+from rim_dist.unwrap import bare_model, base_layer
+
+_BASE = ".base_layer.weight"
+
+
+class WeightSource(Protocol):
+    """Whole tensors of the plain model by name, in fp32; None for a name it does not have."""
+
+    def __call__(self, name: str) -> torch.Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Tensors that lie in files."""
+
+    tensors: Mapping[str, ModelTensor]
+
+    def __call__(self, name: str) -> torch.Tensor | None:
+        if name not in self.tensors:
+            return None
+        tensor = self.tensors[name]
+        values = torch.empty(math.prod(tensor.shape), dtype=torch.float32)
+        start = 0
+        for chunk in tensor_values(tensor, torch.float32):
+            values[start : start + chunk.numel()] = chunk
+            start += chunk.numel()
+        return values.reshape(tensor.shape)
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """Tensors that are in memory."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+    def __call__(self, name: str) -> torch.Tensor | None:
+        return self.tensors[name].detach().float() if name in self.tensors else None
+
+
+def folder_weights(folder: Path, model: PreTrainedModel) -> StoredWeights | None:
+    """The safetensors files of an HF folder, if they hold the tensors of this class by the names it gives them.
+
+    None for other files (.bin, GGUF), and for families that transformers converts while it loads them.
+    """
+    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return None
+    stored = read_folder_index(folder)
+    prefix = f"{model.base_model_prefix}."
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in _second_names(model)}
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"inv_freq$", r"masked_bias$", r"attn\.bias$"]
+    found: dict[str, ModelTensor] = {}
+    used: set[str] = set()
+    for name in expected:
+        place = next((n for n in (name, name.removeprefix(prefix)) if n in stored), None)
+        if place is None:
+            return None
+        found[name] = ModelTensor((stored[place],), stored[place].shape)
+        used.add(place)
+    second = _second_names(model)
+    left = [n for n in stored if n not in used and n not in second and not any(re.search(p, n) for p in ignored)]
+    return None if left else StoredWeights(found)
+
+
+def _second_names(model: nn.Module) -> set[str]:
+    """Names of tied parameters beside their first."""
+    first = {id(p) for p in model.parameters()}
+    named = [name for name, _ in model.named_parameters()]
+    return {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in first} - set(named)
+
+
+@dataclass(frozen=True)
+class MemoryRows:
+    """Where the memory tokens' rows of embedding and head start from (`MemorySection.initialise`)."""
+
+    tokens: MemoryTokens
+    initialise: str
+    seed: int
+
+    def of(self, number: int, matrix: torch.Tensor, rows: int, std: float) -> torch.Tensor:
+        """The `number`-th matrix (0 embedding, 1 head, 2 head's bias) with `rows` rows and its memory rows set.
+
+        The mean of the old rows plus a hundredth of their spread in noise: blocks start as near-neutral inputs that
+        differ from each other. The noise is drawn from the seed alone.
+        """
+        generator = torch.Generator().manual_seed(self.seed * 3 + number)
+        old = matrix.shape[0]
+        if rows > old:
+            more = torch.empty((rows - old, *matrix.shape[1:])).normal_(0.0, std, generator=generator)
+            matrix = torch.cat([matrix, more])
+        tokens = self.tokens
+        chosen = list(tokens.ids) if self.initialise == "mean" else list(tokens.added) if self.initialise == "auto" else []
+        if chosen:
+            known = torch.ones(old, dtype=torch.bool)
+            known[[i for i in chosen if i < old]] = False
+            spread, mean = torch.std_mean(matrix[:old][known], dim=0)
+            noise = torch.randn((len(chosen), *matrix.shape[1:]), generator=generator) * spread * 0.01
+            matrix[chosen] = mean + noise
+        return matrix
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How a skeleton gets its values.
+
+    `source`: None draws them as the family does, from torch's random state. `names`: whose names the source goes by, the
+    plain model's or (`module`) those of the module with its adapters. `reads`: whether this rank makes values; others get
+    theirs when a parameter is partitioned. `partition`: takes parameters as soon as they have values.
+    """
+
+    source: WeightSource | None
+    memory: MemoryRows
+    seed: int
+    names: str = "model"
+    reads: bool = True
+    partition: Callable[[list[nn.Parameter]], None] | None = None
+    dtype: torch.dtype = torch.float32
+
+
+def fill(model: nn.Module, filling: Filling) -> None:
+    """Give every parameter and buffer of a skeleton its values. Raises CheckpointError or ModelError for one without."""
+    _Filler(model, filling).run()
+
+
+class _Filler:
+    def __init__(self, model: nn.Module, filling: Filling) -> None:
+        self._filling = filling
+        self._model = model
+        self._bare = bare_model(model)
+        self._names = {id(m): f"{name}." if name else "" for name, m in model.named_modules()}
+        self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    self._owners.setdefault(id(parameter), []).append((module, name))
+        embedding, head = base_layer(self._bare.get_input_embeddings()), base_layer(self._bare.get_output_embeddings())
+        self._vocabulary = {id(embedding.weight): 0}
+        self._vocabulary.setdefault(id(head.weight), 1)
+        if getattr(head, "bias", None) is not None:
+            self._vocabulary[id(head.bias)] = 2
+        self._rows: dict[str, torch.Tensor] = {}  # memory rows by the name of their matrix, for peft's copies of them
+        self._kept: list[nn.Parameter] = []
+
+    def run(self) -> None:
+        if self._filling.source is None:
+            torch.manual_seed(self._filling.seed)
+            largest = max(
+                (_elements(m) for part in self._bare.modules() if isinstance(part, nn.ModuleList) for m in part), default=0
+            )
+            for unit, owner in _units(self._bare, self._bare, largest):
+                self._draw(unit, owner)
+        for module in self._model.modules():
+            self._fill_buffers(module)
+            for name in list(module._parameters):
+                self._fill_parameter(module, name)
+        for name, tensor in [*self._model.named_parameters(), *self._model.named_buffers()]:
+            if tensor.is_meta:
+                raise ModelError(f"{name}: no value could be made for it; this model family is not supported")
+
+    # ---- drawn by the family ----------------------------------------------------------------------
+
+    def _draw(self, unit: nn.Module, owner: PreTrainedModel) -> None:
+        """Whole tensors for a unit, drawn as transformers draws them, then cut and partitioned."""
+        parts: dict[int, nn.Parameter] = {}
+        for module in unit.modules():
+            for name, part in module._parameters.items():
+                if part is not None and part.is_meta and plain_name(f"{self._names[id(module)]}{name}") is not None:
+                    whole = nn.Parameter(torch.empty(whole_shape(part)), requires_grad=part.requires_grad)
+                    parts[id(whole)] = part
+                    self._replace(part, whole)
+            self._empty_buffers(module)
+        if self._filling.reads:
+            _initialise(unit, owner, set(parts))
+        else:
+            for module in unit.modules():
+                if module._buffers:  # buffers are made by every rank
+                    owner._init_weights(module)
+        for module in list(unit.modules()):
+            for name, drawn in list(module._parameters.items()):
+                skeleton = parts.get(id(drawn))
+                if drawn is not None and skeleton is not None:
+                    self._finish(skeleton, drawn.detach(), f"{self._names[id(module)]}{name}", drawn)
+
+    def _empty_buffers(self, module: nn.Module) -> None:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                empty = torch.full_like(buffer, math.nan, device="cpu") if buffer.is_floating_point() else None
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu") if empty is None else empty
+
+    # ---- from a source -----------------------------------------------------------------------------
+
+    def _fill_parameter(self, module: nn.Module, name: str) -> None:
+        part = module._parameters[name]
+        if part is None or not part.is_meta:
+            return
+        full_name = f"{self._names[id(module)]}{name}"
+        shape = whole_shape(part)
+        if not self._filling.reads:
+            self._finish(part, torch.empty(shape), full_name, part)
+            return
+        whole = self._read(full_name)
+        if whole is None:
+            whole = self._adapter(full_name, shape)
+        if whole is None:
+            raise CheckpointError(f"{full_name}: the weights have no such tensor")
+        self._finish(part, whole, full_name, part)
+
+    def _read(self, name: str) -> torch.Tensor | None:
+        source = self._filling.source
+        if source is None:
+            return None
+        wanted = name if self._filling.names == "module" else plain_name(name)
+        return None if wanted is None else source(wanted)
+
+    def _adapter(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """The start of an adapter's tensor, as peft has it, drawn from the seed and the name alone."""
+        if ".lora_A." in name:
+            generator = torch.Generator().manual_seed((self._filling.seed << 32) + zlib.crc32(name.encode()))
+            return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
+        if ".lora_B." in name:
+            return torch.zeros(shape)
+        if ".trainable_tokens_" in name:
+            return self._rows[name.partition(".trainable_tokens_")[0]].clone()
+        return None
+
+    def _fill_buffers(self, module: nn.Module) -> None:
+        todo = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        if not todo:
+            return
+        self._empty_buffers(module)
+        if ".trainable_tokens_" not in f".{self._names[id(module)]}":
+            self._bare._init_weights(module)
+        for name in todo:
+            full_name = f"{self._names[id(module)]}{name}"
+            buffer = module._buffers[name]
+            assert buffer is not None
+            if ".trainable_tokens_" in full_name:
+                if self._filling.reads:
+                    buffer.copy_(self._rows[full_name.partition(".trainable_tokens_")[0]])
+                else:
+                    buffer.zero_()
+            elif (value := self._read(full_name)) is not None:
+                buffer.copy_(value)
+            if buffer.is_floating_point() and buffer.isnan().any():
+                raise ModelError(f"{full_name}: no value could be made for it; this model family is not supported")
+
+    # ---- into the model ------------------------------------------------------------------------------
+
+    def _finish(self, part: nn.Parameter, whole: torch.Tensor, name: str, now: nn.Parameter) -> None:
+        """Put the part of `whole` that is this rank's where `now` stands; `part` is the skeleton's parameter."""
+        filling = self._filling
+        number = self._vocabulary.get(id(part))
+        shape = whole_shape(part)
+        if number is not None and filling.reads:
+            if whole.shape[0] <= shape[0]:
+                std = float(getattr(self._bare.config.get_text_config(), "initializer_range", None) or 0.02)
+                whole = filling.memory.of(number, whole, shape[0], std)
+            if name.endswith(_BASE):
+                self._rows[name.removesuffix(_BASE)] = whole[list(filling.memory.tokens.ids)]
+        if tuple(whole.shape) != shape:
+            raise CheckpointError(f"{name} has shape {tuple(whole.shape)}, the model's is {shape}")
+        split = slice_of(part)
+        values = whole if split is None else split.of(whole).clone()
+        fresh = nn.Parameter(values.to(filling.dtype), requires_grad=part.requires_grad)
+        mark_slice(fresh, split)
+        if hasattr(part, "rim_summed"):
+            fresh.rim_summed = part.rim_summed  # type: ignore[attr-defined]
+        self._replace(now, fresh)
+        if filling.partition is not None:
+            filling.partition([fresh])
+
+    def _replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        owners = self._owners.pop(id(old))
+        for module, name in owners:
+            module._parameters[name] = new
+        self._owners[id(new)] = owners
+        self._kept.append(old)  # an id is only a name as long as its object lives
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(math.prod(whole_shape(p)) for p in module.parameters())
+
+
+def _units(module: nn.Module, owner: PreTrainedModel, largest: int) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
+    """Modules to draw one after the other: layers as they are, larger parts child by child."""
+    for child in module.children():
+        inner = child if isinstance(child, PreTrainedModel) else owner
+        if isinstance(child, nn.ModuleList) or (list(child.children()) and _elements(child) > largest):
+            yield from _units(child, inner, largest)
+        else:
+            yield child, inner
+
+
+def _initialise(module: nn.Module, owner: PreTrainedModel, fresh: set[int]) -> None:
+    """Children first, as transformers does it; adapters and layers whose (tied) weights already have values are left out."""
+    for name, child in module.named_children():
+        if not name.startswith(("lora_", "trainable_tokens_")):
+            _initialise(child, owner, fresh)
+    own = list(module.parameters(recurse=False))
+    if not own or any(id(parameter) in fresh for parameter in own):
+        owner._init_weights(module)
+
+
+def broadcast_buffers(model: nn.Module, send: Callable[[torch.Tensor], Any]) -> None:
+    """Give buffers that only the reading rank could make (peft's copies of rows) to the others."""
+    for name, buffer in model.named_buffers():
+        if ".trainable_tokens_" in name:
+            send(buffer)
