@@ -15,6 +15,7 @@ from rim_dist.checkpoint.commands import add_export_arguments, add_verbs, export
 from rim_dist.cluster.commands import add_cluster_commands
 from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, ConfigError, RimError
 from rim_dist.evaluation.commands import add_evaluation_commands
+from rim_dist.planning.commands import add_plan_command
 
 _EXIT_STATUS = """exit status:
   0  done
@@ -104,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_verbs(lambda *given: command(*given, under=verbs))
     add_evaluation_commands(command)
     add_cluster_commands(command, recipe_arguments)
+    add_plan_command(command, recipe_arguments)
     return parser
 
 
