@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +133,22 @@ def test_where_an_answer_starts(export: ExportedModel) -> None:
     assert answer_place(names, answer) == 0
     assert answer_place(names, steps) == len(steps)  # no answer proper
     assert answer_place(names, []) == 0
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "Qwen3", "Gemma 2", "OPT", "Cohere"])
+def test_states_are_what_the_head_reads(family: str) -> None:
+    """In families with other norms, scales and caps around the head: the probe and stopping early see the same state."""
+    from families import BLOCK, build
+
+    model = build(family).eval()
+    prompts = [[7, 3, 9] + BLOCK * 2, [5] + BLOCK * 2]
+    names: Any = SimpleNamespace(eos_token_id=93, pad_token_id=0, bos_token_id=None)
+    states = block_states(model, names, prompts, len(BLOCK), 2)
+    for i, prompt in enumerate(prompts):
+        for k, ids in enumerate((prompt[: -len(BLOCK)], prompt)):
+            with torch.no_grad():
+                last = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1]
+            assert torch.allclose(states[i, k], last, atol=1e-5)
 
 
 def test_latency(export: ExportedModel, samples: list[Sample]) -> None:
@@ -336,6 +355,24 @@ def test_evaluate_and_sweep_commands(
     assert "no probe: " in capsys.readouterr().out
 
 
+def test_latency_command(folder: Path, questions_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Models side by side; a plain prompt of as many tokens beside each one with blocks."""
+    direct = write_model(tmp_path / "direct", blocks=0, method="direct")
+    arguments = ["latency", str(questions_file), str(folder), str(direct), "--timed", "4", "--max-new-tokens", "3"]
+    assert main([*arguments, "--timed-batch", "2", "--output", str(tmp_path / "out")]) == 0
+    assert "a plain prompt as long" in capsys.readouterr().out
+    models = json.loads((tmp_path / "out" / "latency.json").read_text())["models"]
+    rim, plain, without = models[str(folder)], models[f"{folder}: a plain prompt as long"], models[str(direct)]
+    assert set(models) == {str(folder), f"{folder}: a plain prompt as long", str(direct)}
+    assert rim["prompt_tokens"] == plain["prompt_tokens"] == without["prompt_tokens"] + BLOCKS * 4
+    assert plain["new_tokens"] <= 1 < rim["new_tokens"]
+    assert all(m["questions"] == 4 and m["batch"] == 2 and m["first_token_seconds"] > 0 for m in models.values())
+    assert main([*arguments[:3], str(folder)]) == 2
+    assert "the same one is given twice" in capsys.readouterr().err
+    assert main([*arguments, "--timed-batch", "41"]) == 2
+    assert "there are 40 questions" in capsys.readouterr().err
+
+
 def test_compare_command(folder: Path, questions_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = []
     for k in (1, 3):
@@ -374,6 +411,7 @@ def test_compare_command(folder: Path, questions_file: Path, tmp_path: Path, cap
         (["evaluate", "MODEL", "DATA", "--temperature", "0"], "--temperature: 0 is not allowed"),
         (["evaluate", "MODEL", "DATA", "--output", "/proc/none/x"], "--output: /proc/none/x cannot be written"),
         (["evaluate", "NONE", "DATA"], "not an HF model folder"),
+        (["evaluate", "BARE", "DATA"], "its tokenizer has no chat template"),
         (["sweep", "MODEL", "DATA", "--output", "OUT", "--budgets", "1,x"], "--budgets: '1,x' is not allowed"),
         (["sweep", "MODEL", "DATA", "--output", "OUT", "--budgets", "0"], "--budgets: '0' is not allowed"),
         (["sweep", "MODEL", "DATA", "--output", "OUT", "--budgets", "90"], "the model has 128 positions"),
@@ -393,5 +431,8 @@ def test_what_is_refused(
     names = {"MODEL": folder, "DATA": questions_file, "NONE": tmp_path / "none", "OUT": tmp_path / "out"}
     if "PLAIN" in arguments:
         names["PLAIN"] = write_model(tmp_path / "plain", blocks=0, method="direct")
+    if "BARE" in arguments:
+        names["BARE"] = shutil.copytree(folder, tmp_path / "bare")
+        (tmp_path / "bare" / "chat_template.jinja").unlink()
     assert main([str(names.get(a, a)) for a in arguments]) == 2
     assert message in capsys.readouterr().err

@@ -319,4 +319,7 @@ def test_coconut_on_two_ranks_equals_one_process(tmp_path: Path) -> None:
     answers = [json.loads(line) for line in (tmp_path / "zero3-tensor1" / "report" / "answers.jsonl").read_text().splitlines()]
     given = {a["question"]: a["text"] for a in answers}
     assert given == {a["question"]: a["text"] for a in result.answers}
+    checkpoint = open_export(tmp_path / "zero3-tensor1" / "checkpoints" / "step-00000012")  # as it is, without an export
+    again = evaluate_export(checkpoint, samples, checkpoint.blocks, Decoding(3, 8), timed_questions=1)
+    assert again.answers == result.answers
     assert result.latency["first_token_seconds"] > 0

@@ -32,6 +32,7 @@ from rim_dist.checkpoint.tensors import (
 )
 from rim_dist.errors import CheckpointError, ConfigError
 from rim_dist.evaluation.generation import generation_config
+from rim_dist.memory import adds_bos
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 ABOUT = "rim_dist.json"
@@ -124,8 +125,7 @@ def _plan(contents: Contents, options: ExportOptions, lora: bool) -> _Plan:
     def card(folder: Path, note: str = "") -> None:
         (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(contents.recipe, about, note), encoding="utf-8")
-        with store.os_errors(folder):
-            contents.tokenizer.save_pretrained(folder)
+        _save_tokenizer(contents.tokenizer, folder)
 
     if options.adapter_only:
         tensors = adapter_tensors(contents, with_rows=True)
@@ -177,6 +177,14 @@ def _plan(contents: Contents, options: ExportOptions, lora: bool) -> _Plan:
         _check_rows(contents, model, folder, dtype)
 
     return _Plan(files, write_rest)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    with store.os_errors(folder):
+        tokenizer.save_pretrained(folder)
+    # transformers reads this from tokenizer.json and leaves it out; llama.cpp's converter then takes it for true.
+    path = folder / "tokenizer_config.json"
+    _write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "add_bos_token": adds_bos(tokenizer)})
 
 
 def _checked_contents(checkpoint: Path, workers: Workers) -> Contents:
@@ -288,7 +296,7 @@ def _padded(matrix: ModelTensor, rows: int, token: int) -> ModelTensor:
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:
-    path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_export_target(out: Path) -> None:

@@ -23,14 +23,18 @@ _MODEL = "an exported folder, any HF causal LM folder, a checkpoint, or a run (i
 def _model_arguments(sub: argparse.ArgumentParser, samples: int = 264) -> None:
     sub.add_argument("model", help=_MODEL)
     sub.add_argument("data", help="a file of questions, or synthetic[:SEED]")
+    _format_argument(sub)
+    sub.add_argument("--samples", type=int, default=samples, metavar="N", help=f"questions to ask, the first ones ({samples})")
+    sub.add_argument("--batch", type=int, default=64, metavar="N", help="questions answered together (64)")
+
+
+def _format_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--format",
         default="auto",
         choices=["auto", "gsm8k", "gsm8k_aug", "gsm_hard", "prosqa", "jsonl", "parquet"],
         help="format of the file (auto)",
     )
-    sub.add_argument("--samples", type=int, default=samples, metavar="N", help=f"questions to ask, the first ones ({samples})")
-    sub.add_argument("--batch", type=int, default=64, metavar="N", help="questions answered together (64)")
 
 
 def _decoding_arguments(sub: argparse.ArgumentParser) -> None:
@@ -76,6 +80,21 @@ def add_evaluation_commands(command: Command) -> None:
     evaluate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the drawn answers (1.0)")
     evaluate.add_argument("--timed", type=int, default=32, metavar="N", help="questions that are timed (32)")
     evaluate.add_argument("--timed-batch", type=int, default=1, metavar="N", help="questions timed together (1)")
+
+    latency = command(
+        "latency",
+        _latency,
+        "Time several models side by side on the same questions, and a plain prompt as long as one with blocks.",
+        "rim-dist latency synthetic:1 runs/demo/hf runs/demo-direct/hf runs/demo-base/hf",
+        "rim-dist latency gsm8k/test.jsonl exported/rim exported/cot --timed-batch 8 --output latency/",
+    )
+    latency.add_argument("data", help="a file of questions, or synthetic[:SEED]")
+    latency.add_argument("models", nargs="+", metavar="MODEL", help=_MODEL)
+    _format_argument(latency)
+    _decoding_arguments(latency)
+    latency.add_argument("--timed", type=int, default=32, metavar="N", help="questions that are timed (32)")
+    latency.add_argument("--timed-batch", type=int, default=1, metavar="N", help="questions timed together (1)")
+    latency.add_argument("--output", metavar="DIR", help="write latency.json here")
 
     sweep = command(
         "sweep",
@@ -157,21 +176,23 @@ def _at_least_one(arguments: argparse.Namespace, *names: str) -> None:
             raise ConfigError(f"--{name}: {value} is not allowed; allowed: 1 or more")
 
 
-def _questions(arguments: argparse.Namespace, export: ExportedModel, data: str | None = None) -> list[Sample]:
+def _questions(
+    arguments: argparse.Namespace, export: ExportedModel, data: str | None = None, count: int | None = None
+) -> list[Sample]:
     from rim_dist.config import ColumnsSection
     from rim_dist.evaluation.evaluate import evaluation_samples
 
     return evaluation_samples(
-        data or arguments.data, arguments.format, arguments.samples, ColumnsSection(), export.synthetic_steps
+        data or arguments.data, arguments.format, count or arguments.samples, ColumnsSection(), export.synthetic_steps
     )
 
 
-def _decoding(arguments: argparse.Namespace, export: ExportedModel) -> Decoding:
+def _decoding(arguments: argparse.Namespace, export: ExportedModel, batch: int | None = None) -> Decoding:
     from rim_dist.evaluation.generation import Decoding
     from rim_dist.methods import method_class
 
     limit = arguments.max_new_tokens or 32 * method_class(export.method).answer_factor
-    return Decoding(limit, arguments.batch, stop=tuple(arguments.stop))
+    return Decoding(limit, batch or arguments.batch, stop=tuple(arguments.stop))
 
 
 def _needs_blocks(export: ExportedModel, arguments: argparse.Namespace) -> None:
@@ -244,6 +265,46 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     else:
         figures = {k: v for k, v in vars(result).items() if k != "answers"}
         print(json.dumps(figures))
+    return EXIT_DONE
+
+
+def _latency(arguments: argparse.Namespace) -> int:
+    from rim_dist.evaluation.generation import Decoding
+    from rim_dist.evaluation.latency import Candidate, device_name, time_side_by_side
+    from rim_dist.evaluation.opened import open_export
+    from rim_dist.evaluation.table import print_latency
+    from rim_dist.memory import prompt_ids
+
+    _at_least_one(arguments, "timed", "timed-batch", "max-new-tokens")
+    output = _output(arguments.output) if arguments.output else None
+    batch, names = arguments.timed_batch, arguments.models
+    if len(set(names)) < len(names):
+        raise ConfigError("models: the same one is given twice")
+    exports = {name: open_export(name) for name in names}
+    questions = [s.question for s in _questions(arguments, exports[names[0]], count=max(batch, arguments.timed))]
+    if batch > len(questions):
+        raise ConfigError(f"--timed-batch: {batch} is not allowed; there are {len(questions)} questions")
+    candidates = {
+        name: Candidate(
+            e.model, e.tokenizer, prompt_ids(e.tokenizer, questions, e.blocks or None), _decoding(arguments, e, batch)
+        )
+        for name, e in exports.items()
+    }
+    for name, export in exports.items():
+        if export.blocks:
+            memory = export.blocks * export.block_size()
+            plain = [(ids * (1 + memory // len(ids)))[:memory] + ids for ids in prompt_ids(export.tokenizer, questions, 0)]
+            longer = Candidate(export.model, export.tokenizer, plain, Decoding(1, batch))
+            candidates[f"{name}: a plain prompt as long"] = longer
+    timed = time_side_by_side(candidates, batch)
+    tokens = {name: sum(map(len, c.prompts)) / len(c.prompts) for name, c in candidates.items()}
+    figures: dict[str, dict[str, Any]] = {
+        name: {"prompt_tokens": tokens[name], "only_first_token": name not in exports, **seconds}
+        for name, seconds in timed.items()
+    }
+    print_latency(figures, f"{device_name()}, batches of {batch}")
+    if output is not None:
+        _write_json(output / "latency.json", {"data": arguments.data, "device": device_name(), "models": figures})
     return EXIT_DONE
 
 

@@ -18,7 +18,7 @@ from rim_dist.data.sources import BadSample, Sample, read_file, recognise
 from rim_dist.data.synthetic import SyntheticTask
 from rim_dist.errors import DataError, ModelError
 from rim_dist.evaluation.generation import Decoding, Sampling, answer_questions, answer_texts, generate_ids
-from rim_dist.evaluation.latency import time_prompts
+from rim_dist.evaluation.latency import Candidate, time_side_by_side
 from rim_dist.evaluation.opened import ExportedModel
 from rim_dist.evaluation.readouts import readout_ids
 from rim_dist.evaluation.rules import RULES
@@ -181,7 +181,8 @@ def evaluate_export(
     if sampling is not None:
         result.pass_at_k = sampled_pass_at_k(export, samples, blocks, decoding, sampling)
     prompts = prompt_ids(export.tokenizer, questions[: max(timed_batch, timed_questions)], blocks or None)
-    result.latency = time_prompts(export.model, export.tokenizer, prompts, decoding, min(timed_batch, len(prompts)))
+    candidate = Candidate(export.model, export.tokenizer, prompts, decoding)
+    result.latency = time_side_by_side({"": candidate}, min(timed_batch, len(prompts)))[""]
     return result
 
 

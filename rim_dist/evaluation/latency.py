@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,14 +99,30 @@ def latency_summary(runs: Sequence[Latency], batch: int = 1) -> dict[str, float]
     return summary
 
 
-def time_prompts(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], decoding: Decoding, batch: int = 1
-) -> dict[str, float]:
-    """`latency_summary` of prompts in batches of `batch` (a last one that is not full is left out), after a warm-up."""
-    batches = [prompts[i : i + batch] for i in range(0, len(prompts) - batch + 1, batch)]
-    for prompt in batches[:WARM_UP]:
-        measure_latency(model, tokenizer, prompt, decoding)
-    return latency_summary([measure_latency(model, tokenizer, prompt, decoding) for prompt in batches], batch)
+@dataclass(frozen=True)
+class Candidate:
+    """Something to be timed: a model with the prompts (token ids) of the same questions as the others have."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Sequence[int]]
+    decoding: Decoding
+
+
+def time_side_by_side(candidates: Mapping[Any, Candidate], batch: int = 1) -> dict[Any, dict[str, float]]:
+    """`latency_summary` of every candidate, `batch` prompts at a time (a last batch that is not full is left out).
+
+    After a warm-up the candidates take turns with every batch, so that a slow spell of the machine hits all alike.
+    """
+    runs: dict[Any, list[Latency]] = {name: [] for name in candidates}
+    count = min(len(c.prompts) for c in candidates.values()) // batch
+    for number in range(-min(WARM_UP, count), count):
+        start = max(0, number) * batch
+        for name, c in candidates.items():
+            run = measure_latency(c.model, c.tokenizer, c.prompts[start : start + batch], c.decoding)
+            if number >= 0:
+                runs[name].append(run)
+    return {name: latency_summary(made, batch) for name, made in runs.items()}
 
 
 def device_name() -> str:

@@ -84,6 +84,8 @@ def _open_hf(folder: Path) -> ExportedModel:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     except Exception as error:
         raise CheckpointError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    if not tokenizer.chat_template:
+        raise CheckpointError(f"{folder}: its tokenizer has no chat template, so it is not known how to ask it a question")
     if thoughts := about.get("thoughts", 0):
         think_before_answers(model, thoughts, about["memory_token_ids"])
     return _opened(model, tokenizer, about.get("blocks", 0), method, about.get("synthetic_steps", 5))

@@ -39,13 +39,6 @@ def block_states(
         ends = longest - 1 - torch.arange(blocks - 1, -1, -1, device=device) * block_size
         padded = {"attention_mask": (places.segment >= 0).long()} if min(lengths) < longest else {}
         with torch.no_grad():
-            hidden = model(
-                input_ids=ids,
-                position_ids=places.position,
-                use_cache=False,
-                output_hidden_states=True,
-                logits_to_keep=1,
-                **padded,
-            ).hidden_states[-1]
+            hidden = model.base_model(input_ids=ids, position_ids=places.position, use_cache=False, **padded)[0]
         states.append(hidden[:, ends].float().cpu())
     return torch.cat(states)

@@ -14,7 +14,7 @@ from rim_dist.errors import DataError
 from rim_dist.evaluation.early_exit import SteppedAnswer, answer_stepwise
 from rim_dist.evaluation.evaluate import block_answers, score
 from rim_dist.evaluation.generation import Decoding, answer_texts
-from rim_dist.evaluation.latency import WARM_UP, Latency, latency_summary, measure_latency, spread
+from rim_dist.evaluation.latency import WARM_UP, Candidate, spread, time_side_by_side
 from rim_dist.evaluation.opened import ExportedModel
 from rim_dist.evaluation.probe import Probe, fit_probe, halves, judge_probe, right_answers
 from rim_dist.evaluation.scoring import extract_answer, same_answer
@@ -29,20 +29,6 @@ def answered(
     questions = [sample.question for sample in samples]
     texts = block_answers(export.model, export.tokenizer, questions, max(budgets), decoding, budgets=budgets)
     return score(samples, texts).answers
-
-
-def time_budgets(
-    export: ExportedModel, questions: list[str], budgets: Sequence[int], decoding: Decoding
-) -> list[dict[str, float]]:
-    """Latency at each budget, one question at a time; the budgets take turns, so that a slow spell hits all alike."""
-    prompts = {k: prompt_ids(export.tokenizer, questions, k) for k in budgets}
-    runs: dict[int, list[Latency]] = {k: [] for k in budgets}
-    for number in range(-min(WARM_UP, len(questions)), len(questions)):
-        for k in budgets:
-            run = measure_latency(export.model, export.tokenizer, [prompts[k][max(0, number)]], decoding)
-            if number >= 0:
-                runs[k].append(run)
-    return [latency_summary(runs[k]) for k in budgets]
 
 
 def learn_probe(
@@ -126,15 +112,15 @@ def sweep(
     answers = answered(export, samples, everything, decoding)
     right = right_answers(answers)
     by_budget = {k: float(right[:, i].double().mean()) for i, k in enumerate(everything)}
-    latency = time_budgets(export, [sample.question for sample in samples[:timed]], budgets, decoding)
+    asked = [sample.question for sample in samples[:timed]]
+    latency = time_side_by_side(
+        {k: Candidate(export.model, export.tokenizer, prompt_ids(export.tokenizer, asked, k), decoding) for k in budgets}
+    )
     size = export.block_size()
     figures: dict[str, Any] = {
         "questions": len(samples),
         "trained_blocks": export.blocks,
-        "budgets": [
-            {"blocks": k, "memory_tokens": k * size, "accuracy": by_budget[k], "latency": seconds}
-            for k, seconds in zip(budgets, latency, strict=True)
-        ],
+        "budgets": [{"blocks": k, "memory_tokens": k * size, "accuracy": by_budget[k], "latency": latency[k]} for k in budgets],
     }
     for answer in answers:
         answer["correct"] = [c for k, c in zip(everything, answer["correct"], strict=True) if k <= export.blocks]
@@ -148,8 +134,8 @@ def sweep(
         "penalty": probe.penalty,
         **judge_probe(probabilities, right),
     }
-    asked = [samples[i] for i in judged[:timed]]
-    figures["early_exit"] = time_early_exit(export, asked, probe, confidence, decoding)
+    unseen = [samples[i] for i in judged[:timed]]
+    figures["early_exit"] = time_early_exit(export, unseen, probe, confidence, decoding)
     return figures, probe
 
 

@@ -55,6 +55,21 @@ def print_evaluation(result: Evaluation, title: str) -> None:
     print_table(f"{title}: {result.questions} questions", ["measure", "value"], rows)
 
 
+def print_latency(figures: dict[str, dict[str, Any]], title: str) -> None:
+    """Models side by side on standard output; multiples are of the first one's."""
+    first = next(iter(figures.values()))
+    rows = []
+    for name, timed in figures.items():
+        row = [name, f"{timed['prompt_tokens']:.1f}"]
+        measures = ["first_token_seconds", "answer_start_seconds", "answer_seconds"]
+        for measure in measures[: 1 if timed["only_first_token"] else 3]:
+            row.append(milliseconds(timed[measure], timed[f"{measure}_iqr"]))
+            row.append(f"{timed[measure] / first[measure]:.2f}")
+        rows.append(row + [""] * 5 if timed["only_first_token"] else [*row, f"{timed['new_tokens']:.1f}"])
+    head = ["model", "prompt tokens", "TTFT ms", "x", "first token of the answer itself ms", "x", "full answer ms", "x"]
+    print_table(title, [*head, "new tokens"], rows)
+
+
 def print_sweep(figures: dict[str, Any], title: str) -> None:
     """Budgets, the probe and stopping early on standard output."""
     rows = [

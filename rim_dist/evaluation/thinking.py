@@ -45,9 +45,7 @@ def think_before_answers(model: PreTrainedModel, thoughts: int, markers: Sequenc
         wanted = {name: keywords.get(name, getattr(config, name, None)) or 1 for name in ("num_return_sequences", "num_beams")}
         if (copies := max(wanted.values())) > 1:  # generate copies the prompt so often, and nothing else
             cache.batch_repeat_interleave(copies)
-        output = plain(
-            input_ids=whole, attention_mask=mask, generation_config=config, past_key_values=cache, use_cache=True, **keywords
-        )
+        output = plain(input_ids=whole, attention_mask=mask, generation_config=config, past_key_values=cache, **keywords)
         prompt = input_ids.repeat_interleave(len(output) // len(input_ids), dim=0)
         return torch.cat([prompt, output[:, whole.shape[1] :]], dim=1)
 

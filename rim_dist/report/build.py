@@ -73,7 +73,7 @@ def _runs(runs: Sequence[RunFacts]) -> list[Part]:
         memory, model = run.recipe.get("memory", {}), run.recipe.get("model", {})
         method = run.recipe.get("method", "")
         row = [run.name, method, str(model.get("init_from") or "from scratch")]
-        row.append(f"{memory.get('blocks')} x {memory.get('tokens_per_block')}" if method == "rim" else "")
+        row.append(f"{memory.get('blocks')} x {memory.get('tokens_per_block')}" if method in ("rim", "pause") else "")
         if train := run.lines("train"):
             last = train[-1]
             row += [_number(last["samples"]), _number(last["step"]), f"{last['loss']:.4f}"]
