@@ -289,11 +289,11 @@ def measure(case: Case) -> dict[str, int]:
 
 def cases() -> list[Case]:
     """Models, memory blocks and degrees of many kinds. Each has several micro-batches a step but where it says not."""
-    rows = Workload(question=60, blocks=8, memory=16, target=6, samples=4, rounds=2)
-    small = Workload(question=60, blocks=8, memory=2, target=6, samples=4, rounds=2)
-    wide = Workload(question=80, blocks=8, memory=64, target=6, samples=2, rounds=2)
-    long = Workload(question=80, blocks=16, memory=256, target=5, samples=1, rounds=2)
-    longest = Workload(question=80, blocks=32, memory=512, target=5, samples=1, rounds=2)
+    rows = Workload(question=60, blocks=8, memory=16, target=6, samples=4, rounds=2, alike=True)
+    small = Workload(question=60, blocks=8, memory=2, target=6, samples=4, rounds=2, alike=True)
+    wide = Workload(question=80, blocks=8, memory=64, target=6, samples=1, rounds=2, alike=True)
+    long = Workload(question=80, blocks=16, memory=256, target=5, samples=1, rounds=2, alike=True)
+    longest = Workload(question=80, blocks=32, memory=512, target=5, samples=1, rounds=2, alike=True)
     return [
         Case("SmolLM2-135M", SMOLLM2, small, zero_stage=0),
         Case("SmolLM2-135M", SMOLLM2, small, zero_stage=2, data=2, dtype="bf16"),

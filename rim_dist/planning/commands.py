@@ -7,10 +7,14 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rim_dist.config import Recipe
 from rim_dist.errors import EXIT_DONE, ConfigError
+from rim_dist.planning.links import INTERCONNECTS
+
+if TYPE_CHECKING:
+    from rim_dist.config import Recipe
+    from rim_dist.planning.recommend import Planner
 
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "TiB": 2**40, "GB": 10**9, "MB": 10**6, "TB": 10**12}
 
@@ -26,8 +30,6 @@ def parse_memory(text: str, option: str = "--gpu-memory") -> int:
 def add_plan_command(
     command: Callable[..., argparse.ArgumentParser], recipe_arguments: Callable[[argparse.ArgumentParser], Any]
 ) -> None:
-    from rim_dist.planning.communication import INTERCONNECTS
-
     plan = command(
         "plan",
         _plan,
@@ -61,9 +63,8 @@ def make_planner(
     node_memory: int = 2**40,
     question: int = 128,
     target: int = 16,
-) -> Any:
+) -> Planner:
     """A `Planner`, everything given checked. Raises ConfigError."""
-    from rim_dist.planning.communication import INTERCONNECTS
     from rim_dist.planning.recommend import Cluster, Planner, Rows
     from rim_dist.planning.shape import model_shape, recipe_shape
 

@@ -92,14 +92,16 @@ class Setup:
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters of a tensor rank in entries: all, trained, those ZeRO-3 never shards, the largest tensor."""
+    """Parameters of a tensor rank in entries. `persistent`: those ZeRO-3 never shards. `largest`, `layer`: the largest that
+    trains, and what trains of one layer. `module`: the largest of all, which ZeRO-3 gathers at once."""
 
     all: int
     trained: int
     persistent: int
     largest: int
+    layer: int
     head: int
-    layer: int  # trained entries of one layer
+    module: int
 
     @staticmethod
     def of(shape: ModelShape, setup: Setup) -> Weights:
@@ -109,8 +111,9 @@ class Weights:
             trained=sum(t.entries for t in tensors if t.trained),
             persistent=sum(t.entries for t in tensors if t.size <= setup.buckets.persistence),
             largest=max(t.size for t in tensors if t.trained),
-            head=shape.vocabulary_rows(setup.tensor) * shape.hidden,
             layer=sum(t.entries for t in tensors if t.trained and t.count >= shape.layers) // shape.layers,
+            head=shape.vocabulary_rows(setup.tensor) * shape.hidden,
+            module=max(t.size for t in tensors),
         )
 
 
@@ -228,7 +231,7 @@ def _norm(shape: ModelShape, setup: Setup, tokens: int, width: int) -> int:
     """A norm's own part. RMS: its input in fp32 (a copy in half precision), the normalised entries for the weight's gradient
     and a statistic a token; the layer norm's kernel: input and two statistics."""
     if shape.family.norm == "layer":
-        return tokens * (width * setup.entry + 8)
+        return tokens * (width * setup.entry + 2 * (setup.entry if setup.device == "cpu" else 4))
     return tokens * (width * (4 + (setup.entry if setup.lora is None else 0)) + 4)
 
 
@@ -237,7 +240,7 @@ def layer_input(shape: ModelShape, setup: Setup, tokens: int) -> int:
 
 
 def attention_masks(setup: Setup, load: Workload) -> int:
-    """Masks built once per batch for all layers (rows of one shape share them)."""
+    """Masks built once per batch for all layers; rows of one shape share them."""
     if setup.attention == "dense":
         return load.tokens**2
     if setup.attention == "flex":
@@ -249,6 +252,7 @@ def attention_masks(setup: Setup, load: Workload) -> int:
         own, readouts = max(1, load.target - 1), load.readouts
         together = max(1.0, (MASK_ENTRIES / (own * max(own, load.block))) ** 0.5)
         entries = int(readouts * own * (together * (load.block + own)))
+    entries *= 1 if load.alike else math.ceil(load.samples)
     if gathered:
         # A rank's part of the row: of the readouts a share, and causal queries against the keys before them in chunks.
         own = _rank_tokens(setup, load)
@@ -316,7 +320,7 @@ def _during(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) -
             sharded -= weights.head  # a frozen embedding has no backward pass and is let go at once
         # A module's parameters stay if they are used again within the reuse distance: at the turn from forward to backward
         # that is the last half of it, and the module at work.
-        found["gathered parameters"] = b * min(sharded, setup.buckets.reuse // 2 + max(weights.head, weights.largest))
+        found["gathered parameters"] = b * min(sharded, setup.buckets.reuse // 2 + weights.module)
     if setup.lora is None:
         # The loss computes the head's gradient in the forward pass, whole; a tied one waits for the embedding's.
         found["logits"] = b * weights.head

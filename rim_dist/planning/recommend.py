@@ -13,7 +13,8 @@ from rim_dist.config import STAGE_NAMES, LoraSection, Recipe
 from rim_dist.errors import ConfigError
 from rim_dist.parallel.degrees import check_tensor_degree, choose_mode, fit_degrees
 from rim_dist.parallel.zero import compose
-from rim_dist.planning.communication import Interconnect, Transfer, seconds, transfers
+from rim_dist.planning.communication import Transfer, seconds, transfers
+from rim_dist.planning.links import Interconnect
 from rim_dist.planning.memory import Buckets, MemoryEstimate, Setup, estimate
 from rim_dist.planning.shape import ModelShape
 from rim_dist.planning.workload import Workload

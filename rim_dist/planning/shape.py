@@ -6,6 +6,7 @@ a number would be a guess, so it is refused.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -206,20 +207,27 @@ class ModelShape:
     def parameters(self, lora: LoraSection | None = None, tensor: int = 1) -> int:
         return sum(t.entries for t in self.tensors(lora, tensor))
 
-    def largest_module(self, tensor: int = 1) -> int:
-        """Entries of the largest matrix: what ZeRO-3 gathers at once at the least."""
-        return max(t.size for t in self.tensors(None, tensor))
-
 
 def adapted(linear: Linear, lora: LoraSection, layers: int) -> bool:
-    """Whether a matrix gets an adapter, by peft's rules for `target_modules` (names, a regular expression, `all-linear`)."""
+    """Whether a matrix gets an adapter, by peft's rules for `target_modules` (names, a regular expression, `all-linear`).
+
+    Raises ConfigError for an expression that takes it in some layers only.
+    """
     targets = lora.target_modules
     if targets == "all-linear":
         return True
-    paths = [f"{prefix}.{layer}.{linear.name}" for prefix in ("model.layers", "transformer.h") for layer in range(layers)]
     if isinstance(targets, str):
-        return any(re.fullmatch(targets, path) for path in paths)
+        return _matched(targets, linear.name, layers)
     return any(linear.name == t or linear.name.endswith(f".{t}") for t in targets)
+
+
+@functools.cache
+def _matched(expression: str, name: str, layers: int) -> bool:
+    stems = ("model.layers", "transformer.h")
+    found = {any(re.fullmatch(expression, f"{stem}.{n}.{name}") for stem in stems) for n in range(layers)}
+    if len(found) > 1:
+        raise ConfigError(f"model.lora.target_modules: {expression!r} takes {name} in some layers only: cannot be planned")
+    return found.pop()
 
 
 def known_models() -> list[str]:

@@ -11,7 +11,8 @@ class Workload:
     """`samples` equal rows (with a fraction: on average): `question` tokens, `blocks` blocks of `memory` tokens between begin
     and end, a readout of `target` tokens (end-of-text included) after each. Without blocks the one target follows the question.
 
-    `one_readout`: after the last block only. `rounds`: micro-batches of a rank in an optimizer step.
+    `one_readout`: after the last block only. `rounds`: micro-batches of a rank in an optimizer step. `alike`: all rows are of
+    exactly this shape and share masks; real ones are not.
     """
 
     question: int
@@ -21,6 +22,7 @@ class Workload:
     samples: float = 1
     rounds: int = 1
     one_readout: bool = False
+    alike: bool = False
 
     @property
     def readouts(self) -> int:
