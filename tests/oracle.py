@@ -45,6 +45,7 @@ def unrolled_loss(
 
 def thought_loss(model: Any, row: Row, block: Sequence[int]) -> torch.Tensor:
     """Weighted loss sum of one latent row by an unmodified model: no cache, the whole sequence again for every thought."""
+    model = bare_model(model)
     embed = model.get_input_embeddings()
     (readout,) = row.readouts
 
