@@ -13,7 +13,7 @@ from rim_dist.planning.communication import sent_bytes
 from rim_dist.planning.memory import PARTS, evaluation_cache
 from rim_dist.planning.recommend import USABLE, Candidate, Planner, gib, notable, reasons, words
 
-SHOWN = 8  # candidates in table and picture
+SHOWN = 6  # candidates in table and picture
 SEQUENCE_DEGREES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -101,7 +101,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
 
 def print_plan(plan: Plan) -> None:
     planner, cluster = plan.planner, plan.planner.cluster
-    console = Console(highlight=False, width=max(118, Console().width))
+    console = Console(highlight=False, soft_wrap=True, width=max(118, Console().width))
     shape, recipe, row = planner.shape, planner.recipe, planner.row
     trained = sum(t.entries for t in shape.tensors(recipe.model.lora) if t.trained)
     console.print(
@@ -246,10 +246,9 @@ def _draw_parts(axes: Any, plan: Plan) -> None:
         labels.append(f"T{s.tensor} S{s.sequence} D{s.data}\n{sharding}\n{kept}\n{name}")
     axes.set_xticks(range(len(candidates)), labels, fontsize=7)
     axes.set_title("by part, when fullest")
-    most = 2 * plan.planner.cluster.memory / 2**30
-    if max(base) > most:  # a recipe far beyond the GPU would flatten all others
-        axes.set_ylim(0, most)
-    axes.legend(fontsize="x-small")
+    memory = plan.planner.cluster.memory / 2**30
+    axes.set_ylim(0, min(2 * memory, 1.4 * max(memory, *base)))  # a recipe far beyond the GPU would flatten all others
+    axes.legend(fontsize="x-small", ncols=3, loc="upper right")
 
 
 def _draw_growth(axes: Any, plan: Plan) -> None:
