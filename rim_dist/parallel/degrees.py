@@ -15,11 +15,13 @@ def fit_degrees(recipe: Recipe, ranks: int) -> Degrees:
     tensor, sequence = recipe.parallel.tensor, recipe.parallel.sequence
     model = tensor * sequence
     if ranks % model:
-        nearest = max(1, round(ranks / model)) * model
-        possible = sorted({math.gcd(ranks, tensor) * math.gcd(ranks // math.gcd(ranks, tensor), sequence)} | {1})
+        fewer, more = ranks // model * model, -(-ranks // model) * model
+        # Divisors of what was asked for: heads that it divides are divided by them too.
+        fitting = math.gcd(ranks, tensor)
+        degrees = f"parallel.tensor {fitting} with parallel.sequence {math.gcd(ranks // fitting, sequence)}"
         raise ConfigError(
-            f"{ranks} ranks: parallel.tensor {tensor} x parallel.sequence {sequence} is {model}; allowed: a multiple of it "
-            f"(the nearest: {nearest}), or degrees whose product divides {ranks} (for example {possible[-1]})"
+            f"{ranks} ranks cannot be dealt out: parallel.tensor {tensor} x parallel.sequence {sequence} takes {model}; "
+            f"the nearest that can: {f'{fewer} or ' if fewer else ''}{more} ranks, or {degrees} on {ranks} ranks"
         )
     data = ranks // model
     if recipe.optimizer.global_batch < data:

@@ -28,16 +28,18 @@ _MOST_CHUNKS = 64  # of a rank
 
 
 def choose_mode(wanted: str, degree: int, heads: int, kv_heads: int) -> Mode:
-    """Resolve `parallel.sequence_mode` for a rank's heads (after tensor parallelism).
+    """Resolve `parallel.sequence_mode` for a tensor rank's heads.
 
     `ulysses` where the heads divide: it sends less. Raises ConfigError where it is asked for and they do not.
     """
     divides = heads % math.lcm(kv_heads, degree) == 0
     if wanted == "ulysses" and not divides:
-        possible = [d for d in range(degree, 0, -1) if heads % math.lcm(kv_heads, d) == 0]
+        possible = [d for d in range(1, heads + 1) if heads % math.lcm(kv_heads, d) == 0]
+        nearest = min(possible, key=lambda d: (abs(d - degree), d))
         raise ConfigError(
-            f"parallel.sequence: {degree} ranks cannot share {heads} heads ({kv_heads} for keys) by all-to-all; allowed: "
-            f"parallel.sequence {possible[0]}, or parallel.sequence_mode allgather_kv"
+            f"parallel.sequence: {degree} ranks cannot share the {heads} heads ({kv_heads} for keys) that a tensor rank has "
+            f"by all-to-all; the nearest that can: {nearest} (allowed: {', '.join(map(str, possible))}), or any number with "
+            "parallel.sequence_mode allgather_kv"
         )
     if wanted == "auto":
         return "ulysses" if divides else "allgather_kv"

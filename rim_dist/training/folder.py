@@ -9,7 +9,16 @@ from rim_dist.config import Recipe, load_recipe
 from rim_dist.errors import ConfigError
 
 # Fields that may change between two starts of the same run: they do not change what is trained.
-_FREE_FIELDS = ("logging", "checkpoint", "evaluation", "run.output_dir", "parallel.timeout_seconds", "data.cache_dir")
+_FREE_FIELDS = (
+    "logging",
+    "checkpoint",
+    "evaluation",
+    "run.output_dir",
+    "parallel.timeout_seconds",
+    "parallel.preflight",
+    "parallel.preflight_seconds",
+    "data.cache_dir",
+)
 
 
 def _difference(old: Any, new: Any, path: str = "") -> list[str]:
