@@ -170,7 +170,7 @@ class RollCall:
         with contextlib.suppress(RuntimeError):
             self._store.set(f"left/{self.rank}", "1")
             self._store.set(f"seen/{self.rank}", "1")
-            self._linger("left")
+            self._linger("left" if self.failure is None else "seen")
 
     def find_lost(self) -> Failure | None:
         """Why a collective of this rank broke: the failure that was published, or who does not answer; None if all do."""
@@ -283,8 +283,9 @@ class RollCall:
                     time.sleep(0.1)
                 if self._ended >= number or self.failure is not None:
                     return
-                begun = self._store.multi_get([f"at/{r}" for r in range(self.ranks)])
-                behind = [r for r, n in enumerate(begun) if int(n) < number]
+                begun = [int(n) for n in self._store.multi_get([f"at/{r}" for r in range(self.ranks)])]
+                # Others that are behind wait for the last ones, in groups that this rank is not in.
+                behind = [r for r, n in enumerate(begun) if n == min(begun) < number]
                 text = f"{what} did not end in {seconds:g} s, though every rank came to it: is the network between them open?"
                 if absent or behind:
                     verb = "did not answer" if absent else "did not come to it"

@@ -127,6 +127,7 @@ class Trainer:
             self._progress = ProgressReport(self._total_steps, state.step, self._recipe.logging.every_steps)
             self._announce(state, resume)
         self._stop = StopRequest()
+        broken = False
         try:
             with self._profiler() as self._profile:
                 for plan in self._plans:
@@ -136,18 +137,17 @@ class Trainer:
                         break
             if state.finished and self._recipe.evaluation.at_end:
                 self._evaluate(state, report=True)
-        except BaseException:
-            # A launcher ends all ranks with SIGTERM when it loses one: those that are left still say which it was.
-            if self._process.ranks == 1:
-                self._stop.close()
+        except BaseException as error:
+            broken = self._process.ranks > 1 and not isinstance(error, Stopped)
             raise
-        else:
-            self._stop.close()
         finally:
+            # A launcher ends all ranks with SIGTERM when it loses one: those that are left still say which it was.
+            if not broken:
+                self._stop.close()
             if self._progress is not None:
                 self._progress.close()
             if self._log is not None:
-                self._log.close()
+                self._log.close(broken)
         if self._process.is_first and state.finished:
             self._finish()
         dist.barrier()
