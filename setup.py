@@ -18,7 +18,12 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["rim_dist", "rim_dist.*"]), "rim_dist.ds_configs", "rim_dist.slurm"],
     package_dir={"rim_dist.ds_configs": "ds_configs", "rim_dist.slurm": "slurm"},
-    package_data={"rim_dist.ds_configs": ["*.json"], "rim_dist.slurm": ["*.sh", "*.sbatch", "*.example"]},
+    package_data={
+        "rim_dist.evaluation.harness": ["*.yaml"],
+        "rim_dist.planning": ["shapes/*.json"],
+        "rim_dist.ds_configs": ["*.json"],
+        "rim_dist.slurm": ["*.sh", "*.sbatch", "*.example"],
+    },
     install_requires=[
         "torch>=2.13",
         "deepspeed>=0.19.8",
@@ -43,6 +48,7 @@ setup(
         "mpi": ["openmpi>=5"],
         "cuda": ["cut-cross-entropy>=25.1"],
         "tensorboard": ["tensorboard>=2.21"],
+        "eval": ["lm_eval>=0.4.13"],
         "dev": [
             "pytest>=9",
             "pytest-timeout>=2.4",

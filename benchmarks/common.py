@@ -24,9 +24,11 @@ ROOT = Path(__file__).parents[1]
 
 from lengths import Lengths, load  # noqa: E402
 
-from rim_dist.config import CurriculumSection, StageName  # noqa: E402
+from rim_dist.config import Recipe, StageName  # noqa: E402
+from rim_dist.data.encoding import EncodedSample  # noqa: E402
 from rim_dist.data.rows import Row  # noqa: E402
-from rim_dist.objective.curriculum import sample_row  # noqa: E402
+from rim_dist.methods import method_of  # noqa: E402
+from rim_dist.methods.base import Moment  # noqa: E402
 
 SMOLLM2_135M = {
     "hidden_size": 576,
@@ -54,13 +56,19 @@ def block_ids(vocabulary: int, tokens_per_block: int) -> list[int]:
 def real_rows(count: int, stage: StageName, blocks: int, block_size: int, vocabulary: int, seed: int) -> list[Row]:
     """Rows of one stage, at its start, with GSM8K's own lengths and step counts, drawn at random; tokens are random."""
     pick = random.Random(seed)
+    recipe = {
+        "model": {"config": {"model_type": "llama"}, "tokenizer": "synthetic"},
+        "memory": {"blocks": blocks, "tokens_per_block": block_size - 2},
+        "curriculum": {"stage1": {"samples": 1}, "stage2": {"samples": 1}},
+    }
+    method = method_of(Recipe.model_validate(recipe))
 
     def tokens(number: int) -> list[int]:
         return [pick.randrange(vocabulary - 3) for _ in range(number)]
 
     def row(lengths: Lengths) -> Row:
         question, steps, answer = tokens(lengths.question), [tokens(n) for n in lengths.steps], tokens(lengths.answer)
-        return sample_row("rim", stage, CurriculumSection(), blocks, block_size, question, steps, answer, share=0.0)
+        return method.row(EncodedSample(question, steps, answer, 0), Moment(stage))
 
     return [row(lengths) for lengths in pick.sample(load(), count)]
 

@@ -2,19 +2,17 @@
 
     python benchmarks/export.py [--quick] [--folder DIR] [--repeats N]
 
-Makes ZeRO-3 checkpoints of random Llamas (two data ranks, fp32 weights and both moments), exports each with files of at most
-200 MB and writes `results/export-DATE.json`. Every measurement is a process of its own. Peak memory is what the process needs
-above its state after imports (VmHWM, mapped files counted); seconds leave imports out and end in fsync. `--quick`: a 10M model.
+Makes ZeRO-3 checkpoints of random Llamas (two data ranks, fp32 weights and both moments) and exports each with files of at
+most 200 MB. Every measurement is a process of its own. Peak memory is what the process needs above its state after imports
+(VmHWM, mapped files counted); seconds leave imports, and what transformers compiles at first use, out and end in fsync.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -23,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from common import ROOT, publish, table
+
 SHARD_BYTES = 200 * 10**6
 RANKS = 2
 SIZES: dict[str, dict[str, Any]] = {
@@ -138,13 +137,15 @@ def _sync_files(folder: Path) -> None:
 def measure(what: str, checkpoint: Path, out: Path, processes: int) -> dict[str, float]:
     """Run one conversion here. Imports first, so that neither time nor memory counts them."""
     if what == "export":
-        from transformers import LlamaConfig, PreTrainedTokenizerFast  # noqa: F401 - loaded, not used
+        from transformers import LlamaForCausalLM, LlamaTokenizer  # noqa: F401 - loaded, not used
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         from rim_dist.checkpoint import adapters, contents  # noqa: F401
         from rim_dist.checkpoint.assemble import Workers
         from rim_dist.checkpoint.hf_export import ExportOptions, export_checkpoint
         from rim_dist.training import engine  # noqa: F401
 
+        get_checkpoint_conversion_mapping("llama")  # compiles 900 patterns at its first call, about a second
         workers = Workers(processes)
         if processes > 1:
             workers.start()
@@ -230,7 +231,7 @@ def run_size(size: str, folder: Path, repeats: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small model, once")
+    parser.add_argument("--quick", action="store_true", help="one small model, once, nothing written")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, help="models (135M 1B)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each kind; the median counts (3)")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmark-export", help="where the files go; emptied")
@@ -247,18 +248,18 @@ def main() -> int:
     sizes = arguments.sizes or (["10M"] if arguments.quick else ["135M", "1B"])
     arguments.folder.mkdir(parents=True, exist_ok=True)
     rows = [run_size(size, arguments.folder, 1 if arguments.quick else arguments.repeats) for size in sizes]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux, Python {platform.python_version()}",
-        "max_shard_bytes": SHARD_BYTES,
-        "results": rows,
-    }
-    target = ROOT / "benchmarks" / "results" / f"export{'-quick' if arguments.quick else ''}-{result['date']}.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(target)
+    lines = []
+    for row in rows:
+        for name, seconds in row["median_seconds"].items():
+            peak = row["peak_bytes_above_imports"].get(name)
+            memory = "-" if peak is None else f"{peak / 1e6:.0f}"
+            lines.append([row["model"], name, f"{seconds:.2f}", f"{row['speed_of_cp'][name]:.2f}", memory])
+    repeats = 1 if arguments.quick else arguments.repeats
+    text = f"ZeRO-3 checkpoints of 2 ranks, fp32, files of at most {SHARD_BYTES / 1e6:.0f} MB, medians of {repeats}.\n\n"
+    text += table(["model", "", "s", "of cp's speed", "peak above imports, MB"], lines)
+    limits = ", ".join(f"{row['model']} {row['memory_limit_bytes'] / 1e6:.0f} MB" for row in rows)
+    text += f"\n1.5 x the largest file + 100 MB: {limits}.\n"
+    publish("export", "Export of a checkpoint", text, rows, arguments.quick)
     return 0
 
 

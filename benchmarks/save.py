@@ -2,17 +2,15 @@
 
     python benchmarks/save.py [--quick]
 
-Trains a few steps with a checkpoint after each, both ways, and writes what the runs' `saves.jsonl` say to
-`results/save-DATE.json`. The first save of a run is left out: a background save gets its memory then.
+Trains a few steps with a checkpoint after each, both ways, and reads the runs' `saves.jsonl`. The first save of a run is
+left out: a background save gets its memory then.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -21,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from common import ROOT, publish, table
 
-ROOT = Path(__file__).resolve().parents[1]
 MODELS = {
     "10M": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 8192},
     "135M": {
@@ -36,10 +34,10 @@ MODELS = {
 }
 
 
-def train(folder: Path, model: str, steps: int, background: bool) -> list[dict[str, Any]]:
-    """Run and return the lines of `saves.jsonl`."""
+def recipe_of(folder: Path, model: str, steps: int, background: bool) -> dict[str, Any]:
+    """A few steps, a checkpoint after each."""
     name = "background" if background else "front"
-    recipe = {
+    return {
         "run": {"name": name, "output_dir": str(folder)},
         "model": {
             "config": {"model_type": "llama", "tie_word_embeddings": True, "max_position_embeddings": 512, **MODELS[model]},
@@ -48,11 +46,17 @@ def train(folder: Path, model: str, steps: int, background: bool) -> list[dict[s
         "memory": {"blocks": 2},
         "data": {"synthetic": {"samples": 64, "min_steps": 1, "max_steps": 2}},
         "curriculum": {"stage2": {"samples": 4 * steps}},
-        "optimizer": {"global_batch": 4, "micro_batch": 2},
+        "optimizer": {"global_batch": 4, "micro_batch_tokens": 256},
         "parallel": {"zero_stage": 3},
         "checkpoint": {"every_steps": 1, "keep": 1, "background": background},
         "evaluation": {"at_end": False},
     }
+
+
+def train(folder: Path, model: str, steps: int, background: bool) -> list[dict[str, Any]]:
+    """Run and return the lines of `saves.jsonl`."""
+    recipe = recipe_of(folder, model, steps, background)
+    name = recipe["run"]["name"]
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     command = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "-m", "rim_dist", "train", str(path)]
@@ -66,7 +70,7 @@ def train(folder: Path, model: str, steps: int, background: bool) -> list[dict[s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a 10M model")
+    parser.add_argument("--quick", action="store_true", help="a 10M model, nothing written")
     parser.add_argument("--steps", type=int, default=6, help="steps, each with a save (6)")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmark-save", help="where the runs go; emptied")
     arguments = parser.parse_args()
@@ -75,22 +79,18 @@ def main() -> int:
     arguments.folder.mkdir(parents=True)
     saves = {way: train(arguments.folder, model, arguments.steps, way == "background") for way in ("front", "background")}
     blocked = {way: statistics.median(line["blocked_seconds"] for line in lines[1:]) for way, lines in saves.items()}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux, Python {platform.python_version()}",
-        "model": model,
-        "ranks": 2,
-        "median_blocked_seconds": blocked,
-        "background_blocks_share_of_front": blocked["background"] / blocked["front"],
-        "saves": saves,
-    }
-    target = ROOT / "benchmarks" / "results" / f"save{'-quick' if arguments.quick else ''}-{result['date']}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    share = blocked["background"] / blocked["front"]
     shutil.rmtree(arguments.folder)
-    print(json.dumps({k: v for k, v in result.items() if k != "saves"}, indent=1))
-    print(target)
+    size = saves["front"][-1]["bytes"] / 2**20
+    lines = [
+        [way, f"{blocked[way]:.2f}", f"{statistics.median(line['write_seconds'] for line in saves[way][1:]):.2f}"]
+        for way in saves
+    ]
+    text = f"A random Llama of {model}, 2 ranks, ZeRO-3, fp32: {size:,.0f} MiB a save, medians of {arguments.steps - 1}.\n\n"
+    text += table(["", "the loop stands still, s", "until it is on disk, s"], lines)
+    text += f"\nIn the background the loop stands still for {100 * share:.1f} % of the time in front.\n"
+    figures = {"median_blocked_seconds": blocked, "background_blocks_share_of_front": share, "saves": saves}
+    publish("save", "A save and the step loop", text, figures, arguments.quick)
     return 0
 
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rim_dist import __version__
 from rim_dist.checkpoint.commands import add_export_arguments, add_verbs, export
 from rim_dist.cluster.commands import add_cluster_commands
 from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, ConfigError, PeerLost, RimError, Stopped
+from rim_dist.evaluation.commands import add_evaluation_commands
+from rim_dist.planning.commands import add_plan_command
 
 if TYPE_CHECKING:
-    from rim_dist.data.sources import Sample
     from rim_dist.parallel.rollcall import RollCall
 
 _EXIT_STATUS = """exit status:
@@ -108,49 +107,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verbs = convert.add_subparsers(dest="verb", required=True, metavar="VERB")
     add_verbs(lambda *given: command(*given, under=verbs))
-    generate = command(
-        "generate",
-        _generate,
-        "Answer questions with an exported folder; without a question, one a line from standard input.",
-        'rim-dist generate runs/demo/hf "From the attic take red blue pink."',
-        "rim-dist generate runs/demo/hf --every-block < questions.txt",
-    )
-    generate.add_argument("hf_dir", help="an exported folder (any HF causal LM folder works)")
-    generate.add_argument("question", nargs="?", help="the question")
-    generate.add_argument("--blocks", type=int, metavar="K", help="memory blocks (default: as trained)")
-    generate.add_argument("--every-block", action="store_true", help="the answer after every block")
-    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of an answer (256)")
-    generate.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="an answer ends before this text too (repeatable)"
-    )
-
-    evaluate = command(
-        "evaluate",
-        _evaluate,
-        "Accuracy after every block and latency of an exported folder.",
-        "rim-dist evaluate runs/demo/hf synthetic:1 --samples 512",
-        "rim-dist evaluate exported/ gsm8k/test.jsonl --output report/",
-    )
-    evaluate.add_argument("hf_dir", help="an exported folder (any HF causal LM folder works)")
-    evaluate.add_argument("data", help="a file of questions, or synthetic[:SEED]")
-    evaluate.add_argument("--output", metavar="DIR", help="write evaluation.json and answers.jsonl here")
-    evaluate.add_argument(
-        "--format",
-        default="auto",
-        choices=["auto", "gsm8k", "gsm8k_aug", "gsm_hard", "prosqa", "jsonl", "parquet"],
-        help="format of the file (auto)",
-    )
-    evaluate.add_argument("--samples", type=int, default=264, metavar="N", help="questions to ask (264)")
-    evaluate.add_argument("--blocks", type=int, metavar="K", help="memory blocks (default: as trained)")
-    evaluate.add_argument("--batch", type=int, default=64, metavar="N", help="questions answered together (64)")
-    evaluate.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="most tokens of an answer (32; 512 for chains of thought)"
-    )
-    evaluate.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="an answer ends before this text too (repeatable)"
-    )
-    evaluate.add_argument("--timed", type=int, default=32, metavar="N", help="questions timed one by one (32)")
+    add_evaluation_commands(command)
     add_cluster_commands(command, recipe_arguments)
+    add_plan_command(command, recipe_arguments)
     return parser
 
 
@@ -200,77 +159,6 @@ def _data(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _blocks(given: int | None, trained: int) -> int:
-    """The block budget of a command: the trained one unless given. Raises ConfigError if it makes no sense."""
-    if given is None:
-        return trained
-    if trained == 0:
-        raise ConfigError(f"--blocks: {given} is not allowed; this model has no memory blocks")
-    if given < 1:
-        raise ConfigError(f"--blocks: {given} is not allowed; allowed: 1 or more")
-    return given
-
-
-def _generate(arguments: argparse.Namespace) -> int:
-    from rim_dist.evaluation.evaluate import block_answers, open_export
-    from rim_dist.evaluation.generation import Decoding, answer_questions
-
-    _at_least_one("--max-new-tokens", arguments.max_new_tokens)
-    export = open_export(arguments.hf_dir)
-    blocks = _blocks(arguments.blocks, export.blocks)
-    if arguments.every_block and not blocks:
-        raise ConfigError("--every-block: this model has no memory blocks")
-    questions = [arguments.question] if arguments.question is not None else (line.strip() for line in sys.stdin)
-    decoding = Decoding(arguments.max_new_tokens, stop=tuple(arguments.stop))
-    asked = 0
-    for question in questions:
-        if not question.strip():
-            continue
-        asked += 1
-        if arguments.every_block:
-            for k, text in enumerate(block_answers(export.model, export.tokenizer, [question], blocks, decoding)[0], 1):
-                print(f"block {k}: {text}", flush=True)
-        else:
-            print(answer_questions(export.model, export.tokenizer, [question], blocks or None, decoding)[0], flush=True)
-    if not asked:
-        raise ConfigError("question: there is none; give one, or one a line on standard input")
-    return EXIT_DONE
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{name}: {value} is not allowed; allowed: 1 or more")
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from rim_dist.config import ColumnsSection
-    from rim_dist.evaluation.evaluate import COT_FACTOR, evaluate_export, evaluation_samples, open_export, write_evaluation
-    from rim_dist.evaluation.generation import Decoding
-    from rim_dist.evaluation.table import print_evaluation
-
-    for name in ("samples", "batch", "timed"):
-        _at_least_one(f"--{name}", getattr(arguments, name))
-    export = open_export(arguments.hf_dir)
-    blocks = _blocks(arguments.blocks, export.blocks)
-    samples: list[Sample] = evaluation_samples(
-        arguments.data, arguments.format, arguments.samples, ColumnsSection(), export.synthetic_steps
-    )
-    limit = arguments.max_new_tokens or 32 * (COT_FACTOR if export.method == "cot" else 1)
-    result = evaluate_export(
-        export, samples, blocks, Decoding(limit, arguments.batch, stop=tuple(arguments.stop)), arguments.timed
-    )
-    print_evaluation(result, arguments.hf_dir)
-    if arguments.output:
-        try:
-            write_evaluation(result, Path(arguments.output), {"model": arguments.hf_dir, "data": arguments.data})
-        except OSError as error:
-            raise ConfigError(f"--output: {arguments.output} cannot be written ({error.strerror})") from None
-    else:
-        figures = {k: v for k, v in vars(result).items() if k != "answers"}
-        print(json.dumps(figures))
-    return EXIT_DONE
-
-
 # ---- the way out -------------------------------------------------------------------------------------------
 
 
@@ -316,20 +204,30 @@ def _loss(error: BaseException) -> PeerLost | None:
     return roll_call.loss(failure) if failure is not None else None
 
 
+def _has_other_ranks() -> bool:
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            return True
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and mpi.COMM_WORLD.Get_size() > 1
+
+
 def _end_of_rank(status: int, failed: str = "") -> int:
-    """With other ranks around, tell them what `failed` here and leave at once: a destructor could wait for a collective."""
+    """With other ranks around, tell them what `failed` here and leave at once.
+
+    Waiting in a destructor for a collective, or for MPI to close, would hang all.
+    """
     if (roll_call := _roll_call()) is not None:
         if failed:
             roll_call.fail(failed, status)
         else:
             roll_call.leave()
-    if "torch" in sys.modules:
-        import torch.distributed as dist
-
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+    if _has_other_ranks():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     return status
 
 

@@ -17,8 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator, model_validator
 
 from rim_dist.errors import ConfigError
+from rim_dist.methods import method_names, method_of
 
-Method = Literal["rim", "direct", "cot"]
 StageName = Literal["stage1", "stage2"]
 STAGE_NAMES: tuple[StageName, StageName] = ("stage1", "stage2")
 
@@ -255,7 +255,7 @@ class Stage2Section(StageSection):
 
 
 class CurriculumSection(Section):
-    """The stages. `direct` and `cot` go through the same stages with their own target."""
+    """The stages. Every method goes through them with targets of its own (docs/baselines.md)."""
 
     stage1: Stage1Section = Field(default_factory=Stage1Section, description="Grounding.")
     stage2: Stage2Section = Field(default_factory=Stage2Section, description="Refinement.")
@@ -267,6 +267,22 @@ class CurriculumSection(Section):
 
     def stage(self, name: StageName) -> Stage1Section | Stage2Section:
         return self.stage1 if name == "stage1" else self.stage2
+
+
+class CoconutSection(Section):
+    """Method `coconut` (docs/baselines.md): how the chain gives way to continuous thoughts in the course of stage 1."""
+
+    c_thought: StrictInt = Field(2, ge=1, description="Continuous thoughts for each step they stand for.")
+    max_latent_stage: StrictInt = Field(
+        3, ge=1, description="L: most steps that thoughts stand for; stage 1 passes through the latent stages 0 .. L."
+    )
+    epochs_per_stage: float | None = Field(
+        None, gt=0, description="Passes over the data of each latent stage; the last one has what is left. Null: equal parts."
+    )
+    uniform_prob: float = Field(
+        0.0, ge=0, le=1, description="Mixed-stage data: share of the samples whose latent stage is drawn from 0 .. their steps."
+    )
+    reset_optimizer: StrictBool = Field(True, description="Every latent stage begins with a new optimizer.")
 
 
 class OptimizerSection(Section):
@@ -291,6 +307,11 @@ class ParallelSection(Section):
 
     zero_stage: StrictInt = Field(3, ge=0, le=3, description="DeepSpeed ZeRO stage.")
     offload: StrictBool = Field(False, description="ZeRO-3 with optimizer and parameters in CPU memory.")
+    zero_plus_plus: StrictBool = Field(
+        False,
+        description="ZeRO++ (arXiv 2306.10209) on GPUs: a copy of the parameters in every node, weights and gradients "
+        "quantised on the way. Rounds what is sent: not exact.",
+    )
     tensor: StrictInt = Field(
         1,
         ge=1,
@@ -320,8 +341,11 @@ class ParallelSection(Section):
 
     @model_validator(mode="after")
     def _offload_needs_zero3(self) -> ParallelSection:
-        if self.offload and self.zero_stage != 3:
-            raise ValueError(f"offload needs zero_stage 3, not {self.zero_stage}")
+        for name in ("offload", "zero_plus_plus"):
+            if getattr(self, name) and self.zero_stage != 3:
+                raise ValueError(f"{name} needs zero_stage 3, not {self.zero_stage}")
+        if self.zero_plus_plus and (self.offload or self.tensor > 1):
+            raise ValueError("zero_plus_plus cannot be combined with offload or tensor above 1")
         return self
 
 
@@ -383,24 +407,31 @@ class LoggingSection(Section):
 class Recipe(Section):
     """A complete run."""
 
-    method: Method = Field("rim", description="`rim`, or a baseline: `direct` (answer at once), `cot` (chain of thought).")
+    method: str = Field(
+        "rim", description=f"What is trained, a file of `rim_dist/methods` (docs/baselines.md): {', '.join(method_names())}."
+    )
     run: RunSection = Field(default_factory=RunSection, description="Name and place.")
     model: ModelSection = Field(description="The model.")
     memory: MemorySection = Field(default_factory=MemorySection, description="The memory blocks.")
     data: DataSection = Field(default_factory=DataSection, description="The data.")
     curriculum: CurriculumSection = Field(default_factory=CurriculumSection, description="The stages.")
+    coconut: CoconutSection = Field(default_factory=CoconutSection, description="Method `coconut`.")
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="Optimizer and batch.")
     parallel: ParallelSection = Field(default_factory=ParallelSection, description="ZeRO and parallel degrees.")
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="Saving.")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Evaluation.")
     logging: LoggingSection = Field(default_factory=LoggingSection, description="Logging.")
 
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value not in method_names():
+            raise ValueError(f"{value!r} is not allowed; allowed: {', '.join(method_names())}")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.method == "rim":
-            for name in ("blocks", "tokens_per_block"):
-                if getattr(self.memory, name) == 0:
-                    raise ValueError(f"memory.{name}: 0 is not allowed with method rim; allowed: 1 or more")
+        method_of(self).check()
         if not (self.curriculum.stage1.enabled or self.curriculum.stage2.enabled):
             raise ValueError("curriculum: no stage has samples or epochs; there is nothing to train")
         if self.data.streaming:

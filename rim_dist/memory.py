@@ -66,6 +66,11 @@ def add_memory_tokens(tokenizer: PreTrainedTokenizerBase, memory: MemorySection)
     return tokens
 
 
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts BOS before a text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, memory: MemorySection, blocks: int) -> None:
     """Make the chat template append `blocks` memory blocks after the last assistant header.
 
@@ -77,8 +82,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, memory: MemorySection,
     if isinstance(template, dict):
         template = template.get("default")
     if not template:
-        begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-        template = ("{{ bos_token }}" if begins else "") + _MINIMAL_TEMPLATE
+        template = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + _MINIMAL_TEMPLATE
     template = template.partition(_BLOCKS_START)[0]
     if blocks:
         text = block_text(memory).replace("\\", "\\\\").replace("'", "\\'")

@@ -20,19 +20,22 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rim_dist.attention.probe import probe_family
-from rim_dist.attention.registration import PathChoice, choose_path, use_rim_attention
+from rim_dist.attention.choice import PathChoice, choose_path
+from rim_dist.attention.probe import probe_family, probe_thoughts
+from rim_dist.attention.registration import use_rim_attention
 from rim_dist.checkpoint.store import MODEL, find_checkpoint
 from rim_dist.checkpoint.tensors import DTYPES, ModelTensor
 from rim_dist.config import STAGE_NAMES, Recipe
 from rim_dist.data.synthetic import sentencepiece_tokenizer, synthetic_tokenizer
 from rim_dist.errors import ConfigError, ModelError, RimError
 from rim_dist.evaluation.generation import model_positions
+from rim_dist.evaluation.thinking import think_before_answers
 from rim_dist.memory import MemoryTokens, add_memory_tokens, set_chat_template
+from rim_dist.methods import method_of
+from rim_dist.methods.base import Method
 from rim_dist.objective.forward import install_readout_loss
-from rim_dist.parallel.degrees import check_tensor_degree, head_counts
+from rim_dist.parallel.degrees import Mode, check_tensor_degree, choose_mode, head_counts
 from rim_dist.parallel.mesh import Coordinates, Mesh
-from rim_dist.parallel.sequence import Mode, choose_mode
 from rim_dist.parallel.tensor import TensorPlace, split_model, sum_shared_gradients
 from rim_dist.unwrap import bare_model
 from rim_dist.weights import (
@@ -132,7 +135,8 @@ def lay_foundation(recipe: Recipe) -> Foundation:
     if tokenizer.eos_token_id is None:
         raise ModelError("model.tokenizer: the tokenizer has no end-of-text token, so no answer could ever end")
     tokens = add_memory_tokens(tokenizer, recipe.memory)
-    set_chat_template(tokenizer, recipe.memory, recipe.memory.blocks if recipe.method == "rim" else 0)
+    method = method_of(recipe)
+    set_chat_template(tokenizer, recipe.memory, method.prompt_blocks)
     if source is None:
         config = _scratch_config(recipe, len(tokenizer))
     else:
@@ -144,9 +148,10 @@ def lay_foundation(recipe: Recipe) -> Foundation:
     heads, kv_heads = (count // recipe.parallel.tensor for count in head_counts(config))
     mode = choose_mode(recipe.parallel.sequence_mode, recipe.parallel.sequence, heads, kv_heads)
     foundation = Foundation(tokenizer, tokens, config, source, checkpoint, _attention(recipe, config), mode)
-    if recipe.method == "rim":
-        _check_positions(recipe, foundation)
+    _check_positions(method, foundation)
     probe_family(config, section.trust_remote_code)
+    if method.thoughts:
+        probe_thoughts(config, section.trust_remote_code)
     if recipe.parallel.tensor > 1:
         split_model(skeleton(recipe, foundation), TensorPlace(0, recipe.parallel.tensor))  # refused here, if at all
     return foundation
@@ -164,12 +169,12 @@ def _attention(recipe: Recipe, config: PretrainedConfig) -> PathChoice:
     )
 
 
-def _check_positions(recipe: Recipe, foundation: Foundation) -> None:
+def _check_positions(method: Method, foundation: Foundation) -> None:
     size = len(foundation.tokens.block)
-    needed = recipe.memory.blocks * size
-    if needed >= foundation.positions:
+    blocks = method.prompt_blocks
+    if blocks * size >= foundation.positions:
         raise ConfigError(
-            f"memory.blocks: {recipe.memory.blocks} blocks of {size} tokens need {needed} positions; the model has "
+            f"memory.blocks: {blocks} blocks of {size} tokens need {blocks * size} positions; the model has "
             f"{foundation.positions}, so at most {(foundation.positions - 1) // size} blocks fit"
         )
 
@@ -209,6 +214,8 @@ def build_model(
         if section.lora is not None:
             model.enable_input_require_grads()
     install_readout_loss(bare)
+    if thoughts := method_of(recipe).thoughts:
+        think_before_answers(bare, thoughts, foundation.tokens.ids)
     return model
 
 

@@ -55,6 +55,9 @@ rim_environment() {
     RIM_LOCAL_RANKS=${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-$RIM_NODES} / RIM_NODES))}
     RIM_RANKS=$((RIM_NODES * RIM_LOCAL_RANKS))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+    # The last task of an array has the array's own number as its job id, which scontrol takes for all of the tasks.
+    RIM_JOB=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    RIM_JOB=${RIM_JOB:-${SLURM_JOB_ID:-}}
     # The batch host is the first node of the allocation, and rank 0 runs there.
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     export RIM_LAUNCHER RIM_NODES RIM_LOCAL_RANKS RIM_RANKS MASTER_ADDR
@@ -157,6 +160,19 @@ rim_status() {
     if [[ $given -eq 0 ]]; then echo 0; else echo 75; fi
 }
 
+# scontrol, again for two minutes while the controller does not answer: it may be starting anew.
+rim_scontrol() {
+    local answer status end=$((SECONDS + 120))
+    while :; do
+        status=0
+        answer=$(scontrol "$@" 2>&1) || status=$?
+        if [[ $status -eq 0 || $answer != *"Unable to contact slurm controller"* || $SECONDS -ge $end ]]; then break; fi
+        sleep 10
+    done
+    if [[ $status -eq 0 ]]; then printf '%s' "$answer"; else printf '%s\n' "$answer" >&2; fi
+    return "$status"
+}
+
 # Leave for the next job of a chain, or go back into the queue without the nodes that gave reason to.
 rim_end() {
     local status=$1 state bad
@@ -165,17 +181,17 @@ rim_end() {
         rim_say "ended with $status"
         exit "$status"
     fi
-    state=$(scontrol -o show job "$SLURM_JOB_ID" | grep -oE '(JobState|Restarts)=[A-Z_0-9]+' | head -n 2 | tr '\n' ' ')
+    state=$(rim_scontrol -o show job "$RIM_JOB" | grep -oE '(JobState|Restarts)=[A-Z_0-9]+' | head -n 2 | tr '\n' ' ') || true
     if [[ $state != "JobState=RUNNING Restarts=${SLURM_RESTART_COUNT:-0} " ]]; then
         # Requeued or cancelled already; or this script runs on a node that SLURM gave up, and the job elsewhere.
-        rim_say "ended with 75; SLURM has already decided what follows ($state)"
+        rim_say "ended with 75; SLURM has already decided what follows (${state:-it does not answer})"
     elif [[ ${RIM_REQUEUE:-1} != 1 ]]; then
         rim_say "ended with 75; left to the next start of the same command"
     else
         bad=$(rim_once python -m rim_dist.cluster suspects "$RIM_START" || true)
         rim_say "ended with 75; going back into the queue${bad:+, if there are enough nodes without $bad}"
         trap '' TERM USR1 # SLURM ends this script while it requeues it; the lines below are to be run
-        if ! scontrol requeue "$SLURM_JOB_ID"; then
+        if ! rim_scontrol requeue "$RIM_JOB"; then
             rim_say "SLURM does not requeue this job; start the same command again"
         elif [[ -n $bad ]]; then
             rim_exclude "$bad"
@@ -187,13 +203,13 @@ rim_end() {
 # Keep the requeued job off nodes, together with those it is kept off already, unless too few would be left.
 rim_exclude() {
     local bad=$1 before left
-    before=$(scontrol -o show job "$SLURM_JOB_ID" | grep -o 'ExcNodeList=[^ ]*' | head -n 1)
+    before=$(rim_scontrol -o show job "$RIM_JOB" | grep -o 'ExcNodeList=[^ ]*' | head -n 1)
     before=${before#ExcNodeList=}
     if [[ -n $before && $before != "(null)" ]]; then bad=$before,$bad; fi
     left=$(comm -23 <(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,alloc,mix,comp -o %N | sort -u) \
         <(scontrol show hostnames "$bad" | sort -u) | wc -l)
     if [[ $left -ge $SLURM_JOB_NUM_NODES ]]; then
-        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad" && rim_say "kept off $bad from now on"
+        rim_scontrol update JobId="$RIM_JOB" ExcNodeList="$bad" && rim_say "kept off $bad from now on"
     else
         rim_say "$bad not excluded: only $left other nodes in $SLURM_JOB_PARTITION, $SLURM_JOB_NUM_NODES needed"
     fi

@@ -62,6 +62,13 @@ FAMILIES: dict[str, transformers.PretrainedConfig] = {
     "Starcoder2": T.Starcoder2Config(**SIZES, residual_dropout=0.0, embedding_dropout=0.0, sliding_window=None),
     "Cohere": T.CohereConfig(**SIZES),
 }
+# Head counts that a group of ranks shares in different ways; the layers are those of Llama.
+HEADS: dict[str, transformers.PretrainedConfig] = {
+    f"Llama, {heads} heads, {kv_heads} for keys": T.LlamaConfig(
+        **{**SIZES, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    )
+    for heads, kv_heads in ((4, 1), (6, 3), (3, 1), (8, 2))
+}
 REFUSED: dict[str, transformers.PretrainedConfig] = {
     "StableLM": T.StableLmConfig(),
     "BLOOM": T.BloomConfig(),
@@ -77,7 +84,7 @@ Sample = tuple[list[int], int, list[Readout]]
 
 def build(family: str) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(FAMILIES[family]).float()
+    return transformers.AutoModelForCausalLM.from_config({**FAMILIES, **HEADS}[family]).float()
 
 
 def random_samples(seed: int) -> list[Sample]:
@@ -184,5 +191,5 @@ if __name__ == "__main__":
     print(text)
     if parser.parse_args().write:
         page = Path(__file__).parents[1] / "docs" / "families.md"
-        head, mark, _ = page.read_text(encoding="utf-8").partition("<!-- table -->\n")
-        page.write_text(head + mark + text, encoding="utf-8")
+        head, mark, rest = page.read_text(encoding="utf-8").partition("<!-- table -->\n")
+        page.write_text(head + mark + text + "".join(rest.partition("<!-- end -->")[1:]), encoding="utf-8")

@@ -43,6 +43,24 @@ def unrolled_loss(
     return total
 
 
+def thought_loss(model: Any, row: Row, block: Sequence[int]) -> torch.Tensor:
+    """Weighted loss sum of one latent row by an unmodified model: no cache, the whole sequence again for every thought."""
+    embed = model.get_input_embeddings()
+    (readout,) = row.readouts
+
+    def states_of(ids: Sequence[int]) -> torch.Tensor:
+        return embed(torch.tensor([[*map(int, ids)]]))
+
+    states = states_of([*row.question, block[0]])
+    for _ in range(row.block_size - 2):
+        thought = model.base_model(inputs_embeds=states, use_cache=False)[0][:, -1:]
+        states = torch.cat([states, thought], dim=1)
+    states = torch.cat([states, states_of([block[-1], *readout.target[:-1]])], dim=1)
+    logits = model(inputs_embeds=states, use_cache=False).logits[0, -len(readout.target) :]
+    target = torch.tensor([*map(int, readout.target)])
+    return readout.weight * F.cross_entropy(logits.float(), target, reduction="sum")
+
+
 @dataclass
 class PlainRow:
     """One sample token by token, as the method's text says it; all lists have one entry a token."""
@@ -57,9 +75,10 @@ class PlainRow:
 
 def plain_row(row: Row, block_ids: Sequence[int]) -> PlainRow:
     """`question, m_1 .. m_K, r_1 .. r_n` laid out one token after the other; label -100: no target."""
-    q, size = len(row.question), len(block_ids)
+    q, size = len(row.question), row.block_size
     prefix = q + row.blocks * size
-    input_ids = [*map(int, row.question), *(list(block_ids) * row.blocks)]
+    block_tokens = [block_ids[0], *[block_ids[1]] * (size - 2), block_ids[-1]]
+    input_ids = [*map(int, row.question), *(block_tokens * row.blocks)]
     kind = [QUESTION] * q + [MEMORY] * (row.blocks * size)
     block = [0] * q + [k for k in range(1, row.blocks + 1) for _ in range(size)]
     position = list(range(prefix))
@@ -91,23 +110,27 @@ def train_one_process(recipe: Recipe, trace: dict[str, Any] | None = None) -> li
     set_dropout(model, 0.0)
     trained = [p for p in model.parameters() if p.requires_grad]
     block = foundation.tokens.block
+
+    def new_optimizer() -> torch.optim.AdamW:
+        section = recipe.optimizer
+        return torch.optim.AdamW(trained, lr=0.0, betas=(section.beta1, section.beta2), eps=section.eps, weight_decay=0.0)
+
     results = []
     for plan in plan_stages(recipe, len(data)):
         section = recipe.curriculum.stage(plan.name)
-        optimizer = torch.optim.AdamW(
-            trained,
-            lr=0.0,
-            betas=(recipe.optimizer.beta1, recipe.optimizer.beta2),
-            eps=recipe.optimizer.eps,
-            weight_decay=0.0,
-        )
+        optimizer = new_optimizer()
         loader = BatchLoader(recipe, data, foundation.tokens, 0, 1)
         for step in range(plan.steps):
+            if step and loader.part(plan, step) != loader.part(plan, step - 1):
+                optimizer = new_optimizer()
             rows = [(s, loader.row(plan, step, s)) for s in loader.step_samples(plan, step)]
             weight = sum(row.total_weight for _, row in rows)
             loss = torch.zeros(())
             for sample, row in rows:
-                loss = loss + unrolled_loss(model, sample.question, block, row.readouts)
+                if row.latent:
+                    loss = loss + thought_loss(model, row, block)
+                else:
+                    loss = loss + unrolled_loss(model, sample.question, block, row.readouts)
             loss = loss / weight
             optimizer.zero_grad()
             loss.backward()

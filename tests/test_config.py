@@ -13,7 +13,7 @@ from ranks import ROOT
 from rim_dist.cli import main
 from rim_dist.config import dump_recipe, load_recipe, validate_recipe
 from rim_dist.errors import ConfigError
-from rim_dist.parallel.zero import OWNED_KEYS, compose
+from rim_dist.parallel.zero import OWNED_KEYS, compose, shipped_config
 
 Make = Callable[..., Path]
 
@@ -53,7 +53,7 @@ def test_overrides_are_typed(recipe_file: Make) -> None:
         ("data.answer_format=x", "must contain {answer}"),
         ("curriculum.stage1.epochs=1", "samples or epochs, not both"),
         ("parallel.offload=true", "offload needs zero_stage 3"),
-        ("parallel.tensor=2", "parallel.tensor: 2 is not allowed"),
+        ("parallel.tensor=2", "parallel.tensor 2 x parallel.sequence 1 is 2"),
         ("model.init_from=x", "exactly one of init_from"),
         ("run.name=a/b", "run.name: 'a/b' is not allowed"),
         ("model.attention=flash", "model.attention: 'flash' is not allowed; .*dense.*split"),
@@ -121,14 +121,52 @@ def test_shipped_recipes_are_valid() -> None:
 
 
 def test_shipped_ds_configs_compose_without_auto(recipe_file: Make) -> None:
+    names = {path.name for path in (ROOT / "ds_configs").glob("*.json")}
     for zero in range(4):
-        tree = compose(load_recipe(recipe_file(parallel={"zero_stage": zero})), 512)
+        recipe = load_recipe(recipe_file(parallel={"zero_stage": zero}))
+        names.remove(shipped_config(recipe))
+        tree = compose(recipe, 512)
         assert "auto" not in json.dumps(tree)
         assert tree["gradient_clipping"] == 1.0
-    offload = compose(load_recipe(recipe_file(parallel={"zero_stage": 3, "offload": True})), 512)
+    recipe = load_recipe(recipe_file(parallel={"zero_stage": 3, "offload": True}))
+    names.remove(shipped_config(recipe))
+    offload = compose(recipe, 512)
     assert offload["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    for degrees in ({"tensor": 2}, {"sequence": 2}, {"tensor": 2, "sequence": 2}, {"zero_plus_plus": True}):
+        recipe = load_recipe(recipe_file(parallel={"zero_stage": 3, **degrees}))
+        assert shipped_config(recipe) in names
+        names.remove(shipped_config(recipe))
+        tree = compose(recipe, 512, 8)
+        assert "auto" not in json.dumps(tree)
+        assert tree["zero_optimization"].get("zero_hpz_partition_size", 8) == 8
+    assert not names, "a file that no recipe uses"
     half = compose(load_recipe(recipe_file(model={"dtype": "fp16"})), 512)
     assert half["fp16"]["enabled"]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"offload": True}, "offload needs zero_stage 3, not 1"),
+        ({"zero_plus_plus": True}, "zero_plus_plus needs zero_stage 3, not 1"),
+        (
+            {"zero_stage": 3, "zero_plus_plus": True, "tensor": 2},
+            "zero_plus_plus cannot be combined with offload or tensor above 1",
+        ),
+        ({"tensor": 0}, "parallel.tensor: 0 is not allowed"),
+    ],
+)
+def test_impossible_sharding_is_refused(recipe_file: Make, parallel: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(recipe_file(parallel=parallel))
+
+
+def test_node_copies_under_tensor_ranks_are_refused(recipe_file: Make, tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"zero_optimization": {"zero_hpz_partition_size": 4}}))
+    recipe = load_recipe(recipe_file(parallel={"zero_stage": 3, "tensor": 2, "deepspeed_config": str(own)}))
+    with pytest.raises(ConfigError, match="zero_hpz_partition_size cannot be combined"):
+        compose(recipe, 64)
 
 
 @pytest.mark.parametrize("key", OWNED_KEYS)

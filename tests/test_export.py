@@ -14,16 +14,17 @@ import pytest
 import torch
 from conftest import tiny_recipe, write_recipe
 from ranks import ROOT, environment, run
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from rim_dist.checkpoint import store
+from rim_dist.checkpoint import store, verify
 from rim_dist.checkpoint.contents import read_contents
 from rim_dist.checkpoint.hf_export import load_module
 from rim_dist.checkpoint.store import find_checkpoint
 from rim_dist.checkpoint.tensors import read_folder_index
 from rim_dist.cli import main
 from rim_dist.config import load_recipe
+from rim_dist.errors import CheckpointError
 from rim_dist.memory import prompt_ids
 
 FULL = [f"full{z}" for z in range(4)] + ["bf16-full0", "bf16-full1", "bf16-full3", "gpt2-full3"]
@@ -131,6 +132,32 @@ def test_files_and_index(runs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["full1", "full3", "lora1"])
+def test_a_padded_vocabulary_answers_the_same(
+    runs: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Padding rows score as the memory token does, so greedy answers stay; training on from the folder works."""
+    plain, padded = tmp_path / "plain", tmp_path / "padded"
+    assert main(["export", str(runs / kind), str(plain)]) == 0
+    assert main(["export", str(runs / kind), str(padded), "--pad-vocabulary", "64", "--verify"]) == 0
+    assert json.loads((padded / "config.json").read_text())["vocab_size"] == 192
+    a, b = load_file(plain / "model.safetensors"), load_file(padded / "model.safetensors")
+    for name in a:
+        assert torch.equal(a[name], b[name][: a[name].shape[0]] if a[name].ndim else b[name]), name
+        if b[name].shape != a[name].shape:
+            assert b[name].shape[0] == 192
+            assert torch.equal(b[name][131:], a[name][129].expand(61, -1))
+    assert "has 61 rows above the tokenizer's last token" in (padded / "README.md").read_text()
+    answers = []
+    for folder in (plain, padded):
+        capsys.readouterr()
+        assert main(["generate", str(folder), "From the attic take red blue pink.", "--every-block"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    assert main(["export", str(runs / kind), str(tmp_path / "no"), "--pad-vocabulary", "0"]) == 2
+
+
+@pytest.mark.timeout(400)
 def test_every_way_to_run_it_writes_the_same(runs: Path, tmp_path: Path) -> None:
     """One process, three, MPI ranks; each also verified or inspected in a process that imports nothing of the trainer."""
     arguments = ["to-hf", str(runs / "lora3"), "--max-shard-size", "20KB"]
@@ -150,6 +177,49 @@ def test_every_way_to_run_it_writes_the_same(runs: Path, tmp_path: Path) -> None
     failed = run("mpirun", 2, [script, *arguments[:2], "/proc/nothing"], check=False)
     assert failed.returncode == 2
     assert "Traceback" not in failed.stdout
+
+
+@pytest.mark.parametrize("error", ["CheckpointError('only here')", "ValueError('a bug')"])
+def test_one_mpi_rank_that_fails_ends_all(runs: Path, tmp_path: Path, error: str) -> None:
+    code = (
+        "import os, sys\nfrom rim_dist.checkpoint import hf_export\nfrom rim_dist.cli import main\n"
+        "from rim_dist.errors import CheckpointError\n"
+        f"def fail(_): raise {error}\n"
+        "if os.environ['OMPI_COMM_WORLD_RANK'] == '1': hf_export.read_contents = fail\n"
+        f"sys.exit(main(['export', {str(runs / 'full1')!r}, {str(tmp_path / 'out')!r}]))"
+    )
+    failed = run("mpirun", 2, ["-c", code], timeout=60, check=False)
+    assert failed.returncode == (2 if "only" in error else 1)
+    assert error.split("'")[1] in failed.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_verification_fails_where_it_should(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other weights, weights that are no numbers (whose difference is none either), and nothing that could be asked."""
+    checkpoint, out = find_checkpoint(runs / "full1"), tmp_path / "out"
+    shutil.copytree(runs / "full1" / "hf", out)
+    weights = load_file(out / "model.safetensors")
+    for harm in (lambda t: t * 1.5, lambda t: t * float("nan")):
+        save_file({**weights, "model.norm.weight": harm(weights["model.norm.weight"])}, out / "model.safetensors")
+        with pytest.raises(CheckpointError, match="its logits are not the checkpoint's"):
+            verify.verify_export(checkpoint, out)
+    monkeypatch.setattr(verify, "model_positions", lambda _: 10)
+    with pytest.raises(CheckpointError, match="no question with 3 blocks fits the model's 10 positions"):
+        verify.verify_export(checkpoint, out)
+
+
+def test_a_failed_export_leaves_nothing(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer's own writer words a full disk as a plain Exception."""
+
+    def full(*_: object, **__: object) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
+    assert main(["export", str(runs / "full1"), str(tmp_path / "out")]) == 2
+    assert f"{tmp_path / 'out'}: cannot be written (No space left on device)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_unmerged_and_adapter_alone(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,9 @@ from families import BLOCK, FAMILIES, PATHS, REFUSED, build, gradients, measure,
 from oracle import plain_row
 
 from rim_dist.attention import split
+from rim_dist.attention.choice import choose_path
 from rim_dist.attention.dense import dense_mask
-from rim_dist.attention.registration import choose_path, rim_attention, use_rim_attention
+from rim_dist.attention.registration import rim_attention, use_rim_attention
 from rim_dist.attention.split import split_plan
 from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT, Places, RowLayout, visible
 from rim_dist.data.rows import Batch, Readout, Row, pack
@@ -49,7 +50,8 @@ def test_bidirectional_blocks(family: str, path: str) -> None:
 def test_the_table_of_families_says_what_is_measured() -> None:
     """docs/families.md lists exactly the families tested here, as exact or refused (`python tests/families.py --write`)."""
     page = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| ([^|]+?) \| (exact|refused)", page.partition("<!-- table -->")[2], re.MULTILINE))
+    table = page.partition("<!-- table -->")[2].partition("<!-- end -->")[0]
+    rows = dict(re.findall(r"^\| ([^|]+?) \| (exact|refused)", table, re.MULTILINE))
     assert rows == {**dict.fromkeys(FAMILIES, "exact"), **dict.fromkeys(REFUSED, "refused")}
 
 

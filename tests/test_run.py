@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rim_dist.cli import main
 from rim_dist.config import load_recipe
 from rim_dist.data.synthetic import SyntheticTask
+from rim_dist.evaluation.opened import open_export
 from rim_dist.training.metrics import read_metrics
 
 Make = Callable[..., Path]
@@ -145,7 +146,11 @@ def test_generate(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main(["generate", hf]) == 0
     assert capsys.readouterr().out == final * 2
     monkeypatch.setattr("sys.stdin", iter([]))
-    for arguments in (["generate", hf], ["generate", hf, question, "--blocks", "0"], ["generate", str(trained), question]):
+    for arguments in (
+        ["generate", hf],
+        ["generate", hf, question, "--blocks", "0"],
+        ["generate", str(trained / "data"), question],
+    ):
         assert main(arguments) == 2
     assert main(["generate", hf, question, "--max-new-tokens", "0"]) == 2
 
@@ -201,6 +206,26 @@ def test_evaluate(trained: Path, tmp_path: Path, gsm8k: Path, capsys: pytest.Cap
     assert main(["evaluate", hf, "synthetic", "--samples", "0"]) == 2
 
 
+def test_checkpoints_are_asked_as_they_are(trained: Path, tmp_path: Path) -> None:
+    """A checkpoint, or a run, stands for its export; analyse draws the states of all of a run's checkpoints."""
+    short = ["synthetic", "--samples", "12", "--max-new-tokens", "4"]
+    answers, weights = [], []
+    for number, model in enumerate((trained / "hf", trained, trained / "checkpoints" / "step-00000006")):
+        out = tmp_path / str(number)
+        assert main(["evaluate", str(model), *short, "--timed", "1", "--output", str(out)]) == 0
+        answers.append((out / "answers.jsonl").read_text())
+        weights.append(open_export(model).model.state_dict())
+    assert answers[0] == answers[1] == (trained / "report" / "answers.jsonl").read_text()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert weights[2].keys() == weights[0].keys()
+    assert not torch.equal(weights[2]["model.norm.weight"], weights[0]["model.norm.weight"])
+    assert main(["analyse", str(trained), *short, "--output", str(tmp_path / "a")]) == 0
+    figures = json.loads((tmp_path / "a" / "analysis.json").read_text())
+    names = [entry["checkpoint"] for entry in figures["training"]["checkpoints"]]
+    assert names == sorted(p.name for p in (trained / "checkpoints").glob("step-*"))
+    assert (tmp_path / "a" / "training.png").stat().st_size > 10_000
+
+
 def test_training_and_template_ids_are_the_same(trained: Path, gsm8k: Path) -> None:
     """1,000 questions (fewer without real data): training's question and blocks = apply_chat_template's prompt."""
     from rim_dist.config import ColumnsSection
@@ -254,10 +279,11 @@ def test_starting_from_a_rim_model_does_not_add_its_blocks_again(trained: Path, 
             assert prompt.count(foundation.tokens.end) == expected
 
 
-def test_begin_of_text_comes_once_where_the_tokenizer_adds_it() -> None:
-    """Also where only the tokenizer's post-processor adds it, as Llama 3 does."""
+def test_begin_of_text_comes_once_where_the_tokenizer_adds_it(tmp_path: Path) -> None:
+    """Also where only the tokenizer's post-processor adds it, as Llama 3 does; an export says which it is."""
     from tokenizers.processors import TemplateProcessing
 
+    from rim_dist.checkpoint.hf_export import _save_tokenizer
     from rim_dist.config import MemorySection
     from rim_dist.data.synthetic import synthetic_tokenizer
     from rim_dist.memory import add_memory_tokens, prompt_ids, set_chat_template
@@ -273,6 +299,11 @@ def test_begin_of_text_comes_once_where_the_tokenizer_adds_it() -> None:
         set_chat_template(tokenizer, MemorySection(blocks=2), 2)
         (prompt,) = prompt_ids(tokenizer, ["From the hall take red."])
         assert prompt.count(tokenizer.bos_token_id) == (1 if adds else 0)
+        # llama.cpp's converter takes what the file does not say for true.
+        _save_tokenizer(tokenizer, tmp_path / str(adds))
+        assert json.loads((tmp_path / str(adds) / "tokenizer_config.json").read_text())["add_bos_token"] is adds
+        again = AutoTokenizer.from_pretrained(tmp_path / str(adds))
+        assert prompt_ids(again, ["From the hall take red."]) == [prompt]
 
 
 @pytest.mark.timeout(300)

@@ -198,3 +198,29 @@ def test_sweep_picks_the_best(cluster: Cluster, tmp_path: Path) -> None:
     answer = json.loads((tmp_path / "chain-sweep.json").read_text())
     assert answer["finished"] == 2
     assert answer["best"] == "1e-3"
+
+
+@long
+def test_task_of_a_sweep_is_requeued_alone(cluster: Cluster, tmp_path: Path) -> None:
+    """The task whose job id is the array's number stops and goes back into the queue; the other one goes on undisturbed."""
+    job = cluster.sbatch(
+        "--array=0-1",
+        *shape(1, 1),
+        f"--output={tmp_path}/slurm-%A_%a.out",
+        "slurm/sweep.sbatch",
+        str(steps_recipe(tmp_path, "run")),
+        **JOB_ENVIRONMENT,
+        RIM_LEARNING_RATES="1e-3 2e-3",
+    )
+    for task in range(2):
+        cluster.wait(f"{job}_{task}", "RUNNING", 30)
+    ids = {cluster.job(f"{job}_{task}")["JobId"]: task for task in range(2)}
+    own = ids[job]
+    folders = [tmp_path / f"run-lr{rate}" for rate in ("1e-3", "2e-3")]
+    until(lambda: last_step(folders[own]) >= 30, 120, "30 steps")
+    cluster.client("scancel", "--batch", "--signal=USR1", f"{job}_{own}")
+    for task in range(2):
+        cluster.wait(f"{job}_{task}", "COMPLETED", 200)
+    assert [cluster.job(f"{job}_{task}")["Restarts"] for task in (own, 1 - own)] == ["1", "0"]
+    assert [start.status for start in starts_of(folders[own])] == [75, 0]
+    assert [start.status for start in starts_of(folders[1 - own])] == [0]

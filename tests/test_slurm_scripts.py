@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 from ranks import ROOT, environment, free_port
 
-from rim_dist.checkpoint.store import TrainingState
+from rim_dist.checkpoint.store import TrainingState, record_of, write_manifest
 from rim_dist.cli import main
 from rim_dist.cluster import nodes, starts
 from rim_dist.cluster.logs import merged
-from rim_dist.cluster.status import describe, run_status
+from rim_dist.cluster.status import describe, job_state, run_status
 from rim_dist.cluster.sweep import best_run, sweep_overrides
 from rim_dist.config import load_recipe
 from rim_dist.errors import ConfigError
@@ -295,6 +295,61 @@ def test_rank_is_logged_with_time_host_and_rank_and_without_secrets(tmp_path: Pa
     assert not list(tmp_path.glob("stacks-*")), "nothing hung"
 
 
+# ---- the end of a job --------------------------------------------------------------------------------------
+
+SCONTROL = """#!/usr/bin/env bash
+[[ $* == "show hostnames"* ]] && { echo n1; exit; }
+echo "$*" >>calls
+if [[ $(wc -l <calls) -le ${AWAY:-0} ]]; then
+    echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2
+    exit 1
+fi
+[[ $* == *"show job"* ]] && echo "JobId=17 JobState=${STATE:-RUNNING} Reason=None Requeue=1 Restarts=0 ExcNodeList=(null)"
+exit 0
+"""
+
+
+def end_of_job(folder: Path, **variables: str) -> tuple[list[str], subprocess.CompletedProcess[str]]:
+    """What a job that ends with 75 asks of scontrol, which does not answer the first AWAY times."""
+    programs = {"scontrol": SCONTROL, "srun": "#!/bin/sh\necho n2\n", "sinfo": "#!/bin/sh\nprintf 'n1\\nn3\\n'\n"}
+    for name, text in {**programs, "sleep": "#!/bin/sh\n"}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    script = f"set -euo pipefail; source {ROOT}/slurm/lib.sh; rim_site; rim_environment; PATH={folder}:$PATH; rim_end 75"
+    job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_PARTITION": "p"}
+    path = {"PATH": f"{folder}:{os.environ['PATH']}", "RIM_SITE": "/none", "RIM_VENV": "/none", "RIM_START": str(folder)}
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=folder,
+        env={**environment(), **path, **job, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    return (folder / "calls").read_text().splitlines(), done
+
+
+def test_job_goes_back_when_the_controller_answers_again(tmp_path: Path) -> None:
+    calls, done = end_of_job(tmp_path, AWAY="2")
+    assert done.returncode == 75
+    show, exclude = "-o show job 17", "update JobId=17 ExcNodeList=n2"
+    assert calls == [show, show, show, "requeue 17", show, exclude]
+    assert "kept off n2 from now on" in done.stderr
+
+
+def test_task_of_an_array_goes_back_alone(tmp_path: Path) -> None:
+    """The last task has the array's number as its job id: named by it, scontrol would requeue all tasks."""
+    calls, _ = end_of_job(tmp_path, SLURM_ARRAY_JOB_ID="17", SLURM_ARRAY_TASK_ID="4")
+    assert calls == ["-o show job 17_4", "requeue 17_4", "-o show job 17_4", "update JobId=17_4 ExcNodeList=n2"]
+
+
+def test_job_that_slurm_has_requeued_already_is_left_alone(tmp_path: Path) -> None:
+    calls, done = end_of_job(tmp_path, STATE="COMPLETING")
+    assert calls == ["-o show job 17"]
+    assert "SLURM has already decided what follows (JobState=COMPLETING Restarts=0 )" in done.stderr
+
+
 # ---- looking -----------------------------------------------------------------------------------------------
 
 
@@ -343,6 +398,16 @@ def test_status_says_where_a_run_stands(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["status", str(tmp_path / "empty")]) == 2
 
 
+def test_state_of_one_task_of_an_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\nprintf '18 RUNNING None N/A\\n17 PENDING BeginTime 2026-01-01T00:00:00\\n'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert job_state("17") == "PENDING (BeginTime, 2026-01-01T00:00:00)"
+    assert job_state("18") == "RUNNING"
+    assert job_state("19") is None
+
+
 def test_sweep_keeps_the_ratio_and_picks_the_best(recipe_file: Make, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file())
     overrides = sweep_overrides(recipe, "2e-3")
@@ -358,7 +423,7 @@ def test_sweep_keeps_the_ratio_and_picks_the_best(recipe_file: Make, tmp_path: P
         checkpoint.mkdir(parents=True)
         state = TrainingState("stage2", 1, 1, 1, 0.0, 1, finished=True)
         (checkpoint / "state.json").write_text(json.dumps(asdict(state)))
-        (checkpoint / "manifest.json").write_text(json.dumps({"files": {}}))
+        write_manifest(checkpoint, {"state.json": record_of(checkpoint / "state.json")})
         lines = [{"kind": "train", "step": 1, "loss": loss}, {"kind": "evaluation", "step": 1, "accuracy": accuracy}]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     answer = best_run(recipe, ["1e-3", "2e-3", "4e-3", "8e-3", "1"])

@@ -50,8 +50,9 @@ def last_line(name: str, kind: str) -> dict[str, Any]:
 def measure(name: str, seed: int) -> dict[str, Any]:
     """Accuracy and latency of a run's export in this process."""
     from rim_dist.config import ColumnsSection
-    from rim_dist.evaluation.evaluate import evaluate_export, evaluation_samples, open_export
+    from rim_dist.evaluation.evaluate import evaluate_export, evaluation_samples
     from rim_dist.evaluation.generation import Decoding
+    from rim_dist.evaluation.opened import open_export
 
     export = open_export(ROOT / "runs" / name / "hf")
     samples = evaluation_samples(f"synthetic:{seed}", "auto", QUESTIONS, ColumnsSection(), export.synthetic_steps)

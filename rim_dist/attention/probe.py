@@ -131,3 +131,41 @@ def probe_family(config: PretrainedConfig, trust_remote_code: bool = False) -> f
             "the family is not supported"
         )
     return worst
+
+
+def probe_thoughts(config: PretrainedConfig, trust_remote_code: bool = False) -> float:
+    """Largest difference of a token loss between the passes of continuous thoughts and slow runs without a cache.
+
+    On a tiny model of the family. Raises ModelError, with its name and the reason, if it cannot take hidden states as inputs.
+    """
+    family = config.model_type
+    model = tiny_model(tiny_config(config), trust_remote_code)
+    rows = [Row([5, 6, 7], 1, 4, (Readout(1, [8, 9], 1.0),), latent=True), Row([9], 1, 3, (Readout(1, [4], 1.0),), latent=True)]
+    batch = pack(rows, [60, 61, 62], thoughts=2)
+    install_readout_loss(model)
+    worst = 0.0
+    try:
+        with torch.no_grad():
+            use_rim_attention(model, "split")
+            _, losses = run_batch(model, batch)
+            use_plain_attention(model)
+            embed = model.get_input_embeddings()
+            for number, row in enumerate(rows[i] for i in batch.order):
+                states = embed(torch.tensor([[*row.question, 60]]))
+                for _ in range(row.thoughts):
+                    last = model.base_model(inputs_embeds=states, use_cache=False)[0][:, -1:]
+                    states = torch.cat([states, last], dim=1)
+                target = row.readouts[0].target
+                states = torch.cat([states, embed(torch.tensor([[62, *target[:-1]]]))], dim=1)
+                logits = model(inputs_embeds=states, use_cache=False).logits[0, -len(target) :]
+                wanted = F.cross_entropy(logits, torch.tensor(target), reduction="none")
+                own = losses[batch.layout.queries.segment[0, batch.targets.column] == number]
+                worst = max(worst, float((own - wanted).abs().max()))
+    except Exception as error:
+        raise ModelError(f"model family {family}: it cannot take hidden states as inputs ({error})") from error
+    if not worst < 1e-3:
+        raise ModelError(
+            f"model family {family}: hidden states fed back differ from plain runs (largest loss difference {worst:.1e}); "
+            "method coconut does not support the family"
+        )
+    return worst

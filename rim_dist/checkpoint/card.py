@@ -8,6 +8,7 @@ import rim_dist
 from rim_dist.checkpoint.store import TrainingState
 from rim_dist.config import Recipe, dump_recipe
 from rim_dist.memory import MemoryTokens
+from rim_dist.methods import method_of
 
 _LICENCE_NOTE = "The licence of the base model and of the training data applies; this card does not grant one."
 
@@ -19,7 +20,8 @@ def about_export(
     return {
         "rim_dist": rim_dist.__version__,
         "method": recipe.method,
-        "blocks": recipe.memory.blocks if recipe.method == "rim" else 0,
+        "blocks": method_of(recipe).prompt_blocks,
+        "thoughts": method_of(recipe).thoughts,
         "tokens_per_block": recipe.memory.tokens_per_block,
         "memory_token_ids": list(tokens.ids),
         "stage": state.stage,
@@ -42,7 +44,7 @@ def _rows_note(recipe: Recipe, about: dict[str, Any]) -> str:
     ids = ", ".join(map(str, about["memory_token_ids"]))
     spare = about["embedding_rows"] - about["vocabulary"]
     padding = (
-        f"The embedding has {spare} rows above the tokenizer's last token, as its base has; no text reaches them."
+        f"The embedding has {spare} rows above the tokenizer's last token; no text reaches them."
         if spare > 0
         else "There are no padding rows."
     )
@@ -62,6 +64,12 @@ def model_card(recipe: Recipe, about: dict[str, Any], adapter: str = "") -> str:
         if about["blocks"]
         else "This is a baseline without memory blocks."
     )
+    if about["thoughts"]:
+        blocks = (
+            f"The model answers after {about['thoughts']} continuous thoughts between `{recipe.memory.begin_token}` and "
+            f"`{recipe.memory.end_token}`: a thought's input is the last hidden state before it. **Servers, and the code "
+            "below, cannot feed that back and answer without thoughts**; `rim-dist generate` and `rim-dist evaluate` run them."
+        )
     base = recipe.model.init_from or "from scratch"
     return f"""---
 library_name: transformers

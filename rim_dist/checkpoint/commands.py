@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rim_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError
+from rim_dist.parallel.mesh import Degrees
 
 Command = Callable[..., argparse.ArgumentParser]
 _CHECKPOINT = "a checkpoint folder, or a run's folder (its newest checkpoint)"
@@ -23,6 +24,13 @@ def add_export_arguments(sub: argparse.ArgumentParser) -> None:
     which.add_argument("--stage", type=int, choices=[1, 2], help="the last checkpoint of this stage")
     which.add_argument("--step", type=int, metavar="N", help="the checkpoint of this optimizer step")
     which.add_argument("--best", action="store_true", help="the best checkpoint by the recipe's checkpoint.metric")
+    sub.add_argument(
+        "--pad-vocabulary",
+        type=int,
+        default=1,
+        metavar="N",
+        help="rows of embedding and head as a multiple of N, for servers that split them (1: no padding)",
+    )
     lora = sub.add_mutually_exclusive_group()
     lora.add_argument(
         "--no-merge-lora", action="store_true", help="base with the trained memory rows, and the adapter beside it in adapter/"
@@ -38,6 +46,13 @@ def add_export_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _shard_size(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file of weights, such as 200MB (5GB)")
+
+
+def _degrees(sub: argparse.ArgumentParser, data_required: bool) -> None:
+    sub.add_argument("--tensor", type=int, default=1, metavar="T", help="tensor parallel degree (1)")
+    sub.add_argument("--sequence", type=int, default=1, metavar="S", help="sequence parallel degree (1)")
+    default = None if data_required else 1
+    sub.add_argument("--data", type=int, required=data_required, default=default, metavar="D", help="data parallel degree")
 
 
 def _processes(sub: argparse.ArgumentParser) -> None:
@@ -68,7 +83,7 @@ def add_verbs(command: Command) -> None:
     from_hf.add_argument("out_dir", help="run folder to make; `rim-dist train OUT_DIR/recipe.yaml` goes on from it")
     from_hf.add_argument("--recipe", metavar="YAML", help="recipe of the run (default: the one in a RiM export)")
     from_hf.add_argument("--stage", type=int, choices=[1, 2], help="stage to begin (default: the recipe's first)")
-    from_hf.add_argument("--data", type=int, default=1, metavar="D", help="data ranks (1)")
+    _degrees(from_hf, data_required=False)
     _processes(from_hf)
     reshape = command(
         "reshape",
@@ -78,9 +93,7 @@ def add_verbs(command: Command) -> None:
     )
     reshape.add_argument("checkpoint", help=_CHECKPOINT)
     reshape.add_argument("out_dir", help="run folder to make; `rim-dist train OUT_DIR/recipe.yaml` goes on from it")
-    reshape.add_argument("--tensor", type=int, default=1, metavar="T", help="tensor parallel degree (1)")
-    reshape.add_argument("--sequence", type=int, default=1, metavar="S", help="sequence parallel degree (1)")
-    reshape.add_argument("--data", type=int, required=True, metavar="D", help="data ranks")
+    _degrees(reshape, data_required=True)
     _processes(reshape)
     inspect = command(
         "inspect",
@@ -129,7 +142,11 @@ def export(arguments: argparse.Namespace) -> int:
     from rim_dist.checkpoint.retention import choose
 
     options = ExportOptions(
-        arguments.dtype, parse_size(arguments.max_shard_size), not arguments.no_merge_lora, arguments.adapter_only
+        arguments.dtype,
+        parse_size(arguments.max_shard_size),
+        not arguments.no_merge_lora,
+        arguments.adapter_only,
+        _at_least_one("--pad-vocabulary", arguments.pad_vocabulary),
     )
     if arguments.verify and arguments.adapter_only:
         raise ConfigError("--verify: an adapter alone is no model; verify with --no-merge-lora or the merged folder")
@@ -151,9 +168,10 @@ def _from_hf(arguments: argparse.Namespace) -> int:
 
     workers = Workers(_at_least_one("--processes", arguments.processes), mpi=True)
     recipe = Path(arguments.recipe) if arguments.recipe else None
-    run = from_hf(Path(arguments.hf_dir), Path(arguments.out_dir), recipe, arguments.stage, arguments.data, workers)
+    degrees = Degrees(arguments.tensor, arguments.sequence, arguments.data)
+    run = from_hf(Path(arguments.hf_dir), Path(arguments.out_dir), recipe, arguments.stage, degrees, workers)
     if workers.is_first:
-        print(f"{run}: go on with `rim-dist train {run / 'recipe.yaml'}` on {arguments.data} data rank(s)")
+        print(f"{run}: go on with `rim-dist train {run / 'recipe.yaml'}` on {degrees.ranks} rank(s) ({degrees})")
     return EXIT_DONE
 
 
@@ -164,9 +182,10 @@ def _reshape(arguments: argparse.Namespace) -> int:
 
     workers = Workers(_at_least_one("--processes", arguments.processes), mpi=True)
     source = find_checkpoint(arguments.checkpoint)
-    run = reshape(source, Path(arguments.out_dir), arguments.tensor, arguments.sequence, arguments.data, workers)
+    degrees = Degrees(arguments.tensor, arguments.sequence, arguments.data)
+    run = reshape(source, Path(arguments.out_dir), degrees, workers)
     if workers.is_first:
-        print(f"{run}: go on with `rim-dist train {run / 'recipe.yaml'}` on {arguments.data} data rank(s)")
+        print(f"{run}: go on with `rim-dist train {run / 'recipe.yaml'}` on {degrees.ranks} rank(s) ({degrees})")
     return EXIT_DONE
 
 

@@ -50,6 +50,16 @@ def empty_module(recipe: Recipe, config: Any, tokens: MemoryTokens | None) -> An
     return model
 
 
+def tensor_slices(recipe: Recipe, config: Any, tokens: MemoryTokens) -> dict[str, tuple[int, int]]:
+    """For each parameter of the trained module that tensor ranks share: the dimension, and the whole's entries of it."""
+    from rim_dist.parallel.tensor import TensorPlace, slice_of, split_model
+
+    module = empty_module(recipe, config, tokens)
+    split_model(module, TensorPlace(0, recipe.parallel.tensor))
+    found = {name: slice_of(p) for name, p in module.named_parameters(remove_duplicate=False)}
+    return {name: (split.dim, split.whole) for name, split in found.items() if split is not None}
+
+
 def tied_names(module: torch.nn.Module) -> list[list[str]]:
     """Groups of names that are one parameter, each in the module's order."""
     groups: dict[int, list[str]] = {}
@@ -118,11 +128,14 @@ def read_contents(checkpoint: Path) -> Contents:
         module = empty_module(recipe, config, tokens if adapted else None)
     else:
         module = empty_module(recipe, config, tokens)
+        tensor = recipe.parallel.tensor
         index = index_shards(
             checkpoint / ENGINE,
-            state.ranks,
+            state.ranks // tensor,
             recipe.parallel.zero_stage,
             lambda: optimizer_groups(module, recipe.optimizer.weight_decay),
+            tensor,
+            tensor_slices(recipe, config, tokens) if tensor > 1 else {},
         )
     found = account(checkpoint, index.weights, module, index.steps)
     plain = empty_module(recipe, config, None) if hasattr(module, "get_base_model") else module

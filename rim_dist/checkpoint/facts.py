@@ -45,7 +45,11 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         "step": state.step,
         "samples": state.samples,
         "finished": state.finished,
-        "degrees": {"tensor": parallel.tensor, "sequence": parallel.sequence, "data": state.ranks},
+        "degrees": {
+            "tensor": parallel.tensor,
+            "sequence": parallel.sequence,
+            "data": state.ranks // (parallel.tensor * parallel.sequence),
+        },
         "zero_stage": parallel.zero_stage,
         "dtype": recipe.model.dtype,
         "lora_rank": recipe.model.lora.rank if recipe.model.lora else None,

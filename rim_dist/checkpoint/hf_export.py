@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,18 @@ from rim_dist.checkpoint.assemble import OutputFile, Workers, index_text, plan_f
 from rim_dist.checkpoint.card import about_export, model_card
 from rim_dist.checkpoint.contents import Contents, read_contents
 from rim_dist.checkpoint.store import find_checkpoint
-from rim_dist.checkpoint.tensors import DTYPES, ModelTensor, forget_files, read_folder_index, read_tensor, rows_of
+from rim_dist.checkpoint.tensors import (
+    DTYPES,
+    ModelTensor,
+    StoredTensor,
+    forget_files,
+    read_folder_index,
+    read_tensor,
+    rows_of,
+)
 from rim_dist.errors import CheckpointError, ConfigError
 from rim_dist.evaluation.generation import generation_config
+from rim_dist.memory import adds_bos
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 ABOUT = "rim_dist.json"
@@ -32,12 +41,16 @@ ADAPTER = "adapter"
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a checkpoint is exported. `dtype`: fp32, bf16, fp16; None is the recipe's."""
+    """How a checkpoint is exported. `dtype`: fp32, bf16, fp16; None is the recipe's.
+
+    `pad_vocabulary`: rows of embedding and head become a multiple of it. Training's padding for tensor ranks is never written.
+    """
 
     dtype: str | None = None
     shard_bytes: int = DEFAULT_SHARD_BYTES
     merge_lora: bool = True
     adapter_only: bool = False
+    pad_vocabulary: int = 1
 
 
 def load_trained_model(checkpoint: Path) -> PreTrainedModel:
@@ -105,12 +118,14 @@ def _plan(contents: Contents, options: ExportOptions, lora: bool) -> _Plan:
     dtype_name = options.dtype or contents.recipe.model.dtype
     dtype = DTYPES[dtype_name]
     rows = contents.config.get_text_config().vocab_size
+    padding = 0 if options.adapter_only else -rows % options.pad_vocabulary
+    rows = contents.config.get_text_config().vocab_size = rows + padding
     about = about_export(contents.recipe, contents.state, contents.tokens, rows, len(contents.tokenizer), dtype_name)
 
     def card(folder: Path, note: str = "") -> None:
         (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(contents.recipe, about, note), encoding="utf-8")
-        contents.tokenizer.save_pretrained(folder)
+        _save_tokenizer(contents.tokenizer, folder)
 
     if options.adapter_only:
         tensors = adapter_tensors(contents, with_rows=True)
@@ -129,10 +144,15 @@ def _plan(contents: Contents, options: ExportOptions, lora: bool) -> _Plan:
         # Servers take no trained rows in an adapter: the rows go into the base, the adapter keeps to its matrices.
         model = {name: t if t.low_rank is None else ModelTensor(t.parts, t.shape) for name, t in model.items()}
         files[ADAPTER] = plan_files(adapter_tensors(contents, with_rows=False), dtype, options.shard_bytes, "adapter_model")
+    if padding:
+        token = contents.tokens.memory
+        model = {n: _padded(t, padding, token) if n in contents.embeddings else t for n, t in model.items()}
     # Some families (mixtures of experts) have other tensors on disk than in the module; transformers knows how to write those.
     other_layout = bool(get_checkpoint_conversion_mapping(contents.config.model_type))
     files[""] = [] if other_layout else plan_files(model, dtype, options.shard_bytes)
     unmerged = lora and not options.merge_lora
+    if other_layout and padding:
+        raise ConfigError(f"--pad-vocabulary: not for {contents.config.model_type}, whose files are laid out in another way")
     if other_layout and unmerged:
         raise ConfigError(f"--no-merge-lora: not for {contents.config.model_type}, whose files are laid out in another way")
 
@@ -159,6 +179,14 @@ def _plan(contents: Contents, options: ExportOptions, lora: bool) -> _Plan:
     return _Plan(files, write_rest)
 
 
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    with store.os_errors(folder):
+        tokenizer.save_pretrained(folder)
+    # transformers reads this from tokenizer.json and leaves it out; llama.cpp's converter then takes it for true.
+    path = folder / "tokenizer_config.json"
+    _write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "add_bos_token": adds_bos(tokenizer)})
+
+
 def _checked_contents(checkpoint: Path, workers: Workers) -> Contents:
     """The contents of a checkpoint, after what an export reads of it was compared with its checksums."""
     try:
@@ -168,7 +196,7 @@ def _checked_contents(checkpoint: Path, workers: Workers) -> Contents:
         raise
     spans: dict[str, list[store.Span]] = {}
     for stored in contents.module.values():
-        for extent in stored.extents:
+        for extent in stored.regions:
             name = str(Path(extent.file).relative_to(checkpoint))
             spans.setdefault(name, []).append((extent.offset, extent.offset + extent.length))
     for shard in store.read_manifest(checkpoint):
@@ -215,6 +243,8 @@ def write_folder(out: Path, files: dict[str, list[OutputFile]], write_rest: Call
                 if name not in records:
                     store.sync_path(file)
                     records[name] = store.record_of(file)
+            for folder in [p for p in partial.rglob("*") if p.is_dir()]:
+                store.sync_path(folder)
             store.write_manifest(partial, records)
             if out.exists():
                 shutil.rmtree(out)
@@ -244,16 +274,29 @@ def _check_rows(contents: Contents, model: dict[str, ModelTensor], folder: Path,
 
 
 def _row(tensor: ModelTensor, number: int) -> torch.Tensor:
+    return read_tensor(_stored_row(tensor, number))
+
+
+def _stored_row(tensor: ModelTensor, number: int) -> StoredTensor:
     first = 0
     for part in tensor.parts:
         if number < first + part.shape[0]:
-            return read_tensor(rows_of(part, number - first, number - first + 1))
+            return rows_of(part, number - first, number - first + 1)
         first += part.shape[0]
     raise IndexError(number)
 
 
+def _padded(matrix: ModelTensor, rows: int, token: int) -> ModelTensor:
+    """Embedding or head with rows that are copies of the memory token's: no answer contains it, so none contains them."""
+    return replace(
+        matrix,
+        parts=(*matrix.parts, *[_stored_row(matrix, token)] * rows),
+        shape=(matrix.shape[0] + rows, *matrix.shape[1:]),
+    )
+
+
 def _write_json(path: Path, tree: dict[str, Any]) -> None:
-    path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(tree, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_export_target(out: Path) -> None:
@@ -302,7 +345,8 @@ def extract_adapter(tuned: Path, base: Path, out: Path, rank: int) -> dict[str, 
     errors: dict[str, float] = {}
 
     def write_rest(folder: Path) -> None:
-        errors.update(extract_lora(base, tuned, folder, rank))
+        with store.os_errors(folder):
+            errors.update(extract_lora(base, tuned, folder, rank))
         _copy_others(tuned, folder)
         (folder / "config.json").unlink(missing_ok=True)
         if (tuned / ABOUT).is_file():

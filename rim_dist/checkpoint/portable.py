@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from rim_dist.checkpoint import store
 from rim_dist.checkpoint.assemble import Workers, index_text, plan_files, write_all
 from rim_dist.checkpoint.shards import MOMENTS, ShardIndex
@@ -25,6 +23,8 @@ from rim_dist.checkpoint.store import MODEL, PORTABLE, TrainingState
 from rim_dist.checkpoint.tensors import ModelTensor, StoredTensor, forget_files, read_folder_index, read_safetensors_index
 from rim_dist.config import Recipe, dump_recipe, load_recipe, validate_recipe
 from rim_dist.errors import CheckpointError, ConfigError
+from rim_dist.parallel.degrees import check_tensor_degree, choose_mode, head_counts
+from rim_dist.parallel.mesh import Degrees
 
 Names = Literal["module", "model"]
 _SHARD_BYTES = 2 * 10**9
@@ -76,10 +76,13 @@ def _write(
     checkpoints = run / "checkpoints"
     partial = store.partial_folder(checkpoints, state.step)
     files = plan_files(tensors, None, _SHARD_BYTES, "portable")
+    begun = False
 
     def begin() -> None:
+        nonlocal begun
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise CheckpointError(f"{run}: already holds something; choose another folder")
+        begun = True
         checkpoints.mkdir(parents=True, exist_ok=True)
         needed, free = sum(file.data_bytes for file in files), shutil.disk_usage(checkpoints).free
         if needed > free:
@@ -105,41 +108,51 @@ def _write(
             store.write_atomically(run / "recipe.yaml", dump_recipe(recipe))
 
         workers.on_first(finish)
-    except OSError as error:
-        raise CheckpointError(f"{run}: cannot be written ({error.strerror or error})") from None
+    except BaseException as error:
+        if begun:  # on the first rank; what is left of it would stand in the way of another try
+            shutil.rmtree(run, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{run}: cannot be written ({error.strerror or error})") from None
+        raise
     finally:
         forget_files()
     return run
 
 
-def _placed(recipe: Recipe, run: Path, **model: Any) -> Recipe:
-    """The recipe of a run that lives in another folder."""
+def _placed(recipe: Recipe, run: Path, degrees: Degrees, **model: Any) -> Recipe:
+    """The recipe of a run that lives in another folder and has other degrees."""
     tree = recipe.model_dump(mode="json")
     tree["run"] |= {"name": run.name, "output_dir": str(run.parent)}
     tree["model"] |= model
+    tree["parallel"] |= {"tensor": degrees.tensor, "sequence": degrees.sequence}
     return validate_recipe(tree, str(run))
 
 
-def check_degrees(recipe: Recipe, tensor: int, sequence: int, data: int) -> None:
-    """Refuse degrees a run could not have. Tensor and sequence degrees above 1 come in here."""
-    for name, degree in (("tensor", tensor), ("sequence", sequence)):
-        if degree != 1:
-            raise ConfigError(f"--{name}: {degree} is not allowed; this version trains with 1")
-    if data < 1:
-        raise ConfigError(f"--data: {data} is not allowed; allowed: 1 or more")
-    if recipe.optimizer.global_batch < data:
-        raise ConfigError(f"--data: {data} ranks share a global batch of {recipe.optimizer.global_batch} samples; use fewer")
+def check_degrees(recipe: Recipe, degrees: Degrees, config: Any) -> None:
+    """Refuse degrees that a run of this recipe and model could not have."""
+    for name in ("tensor", "sequence", "data"):
+        if getattr(degrees, name) < 1:
+            raise ConfigError(f"--{name}: {getattr(degrees, name)} is not allowed; allowed: 1 or more")
+    if recipe.optimizer.global_batch < degrees.data:
+        raise ConfigError(
+            f"--data: {degrees.data} ranks share a global batch of {recipe.optimizer.global_batch} samples; use fewer"
+        )
+    check_tensor_degree(degrees.tensor, config)
+    heads, kv_heads = (count // degrees.tensor for count in head_counts(config))
+    choose_mode(recipe.parallel.sequence_mode, degrees.sequence, heads, kv_heads)
 
 
-def reshape(source: Path, run: Path, tensor: int, sequence: int, data: int, workers: Workers) -> Path:
+def reshape(source: Path, run: Path, degrees: Degrees, workers: Workers) -> Path:
     """A checkpoint as one for other degrees, in a run folder of its own: weights, optimizer, stage, position.
 
     There is no random state to carry: dropout and data order follow from seed, step and rank.
     """
+    from transformers import AutoConfig
+
     from rim_dist.checkpoint.contents import read_contents
     from rim_dist.checkpoint.hf_export import check_intact
 
-    check_degrees(store.read_recipe(source), tensor, sequence, data)
+    check_degrees(store.read_recipe(source), degrees, AutoConfig.from_pretrained(source / MODEL))
     check_intact(source, workers)
     contents = read_contents(source)
     if contents.recipe.model.dtype == "fp16":
@@ -158,8 +171,8 @@ def reshape(source: Path, run: Path, tensor: int, sequence: int, data: int, work
         if metrics.is_file():
             shutil.copy(metrics, run / "metrics.jsonl")
 
-    state = replace(contents.state, ranks=data)
-    return _write(run, _placed(contents.recipe, run), state, tensors, description, write_model, workers)
+    state = replace(contents.state, ranks=degrees.ranks)
+    return _write(run, _placed(contents.recipe, run, degrees), state, tensors, description, write_model, workers)
 
 
 def recipe_of_export(folder: Path) -> Recipe:
@@ -171,7 +184,7 @@ def recipe_of_export(folder: Path) -> Recipe:
         raise CheckpointError(f"{folder}: not a RiM export with its recipe; give one with --recipe") from None
 
 
-def from_hf(folder: Path, run: Path, recipe_path: Path | None, stage: int | None, data: int, workers: Workers) -> Path:
+def from_hf(folder: Path, run: Path, recipe_path: Path | None, stage: int | None, degrees: Degrees, workers: Workers) -> Path:
     """An HF folder as the start of a run: its weights with memory rows, a fresh optimizer, the beginning of a stage."""
     from transformers import AutoConfig
 
@@ -180,8 +193,8 @@ def from_hf(folder: Path, run: Path, recipe_path: Path | None, stage: int | None
     from rim_dist.model import build_model, lay_foundation
 
     recipe = load_recipe(recipe_path) if recipe_path else recipe_of_export(folder)
-    check_degrees(recipe, 1, 1, data)
-    recipe = _placed(recipe, run, init_from=str(folder.resolve()), config=None, tokenizer=None)
+    check_degrees(recipe, degrees, AutoConfig.from_pretrained(folder))
+    recipe = _placed(recipe, run, degrees, init_from=str(folder.resolve()), config=None, tokenizer=None)
     first = recipe.curriculum.stage1 if recipe.curriculum.stage1.enabled else recipe.curriculum.stage2
     if stage == 2 and first is recipe.curriculum.stage1 and not first.samples:
         raise ConfigError(
@@ -191,7 +204,7 @@ def from_hf(folder: Path, run: Path, recipe_path: Path | None, stage: int | None
     if not plans:
         raise ConfigError(f"--stage {stage}: the recipe leaves this stage out")
     plan = plans[0]
-    state = TrainingState(plan.name, 0, plan.first_step, plan.first_sample, 0.0, data)
+    state = TrainingState(plan.name, 0, plan.first_step, plan.first_sample, 0.0, degrees.ranks)
     foundation = lay_foundation(recipe)
     rows = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
     stored: dict[str, ModelTensor]
@@ -209,7 +222,8 @@ def from_hf(folder: Path, run: Path, recipe_path: Path | None, stage: int | None
         config.get_text_config().vocab_size = max(rows, max(foundation.tokens.ids) + 1)
         config.save_pretrained(target)
         generation_config(foundation.tokenizer).save_pretrained(target)
-        foundation.tokenizer.save_pretrained(target)
+        with store.os_errors(target):
+            foundation.tokenizer.save_pretrained(target)
 
     try:
         tensors = {f"weight/{name}": tensor for name, tensor in stored.items()}
@@ -230,7 +244,8 @@ def _built(build_model: Any, recipe: Recipe, foundation: Any, scratch: Path, wor
         scratch.mkdir(parents=True)
         model = build_model(plain, foundation)
         weights = {name: p.detach().contiguous() for name, p in [*model.named_parameters(), *model.named_buffers()]}
-        save_file({name: weights[name] for name in weights if name in model.state_dict()}, scratch / "model.safetensors")
+        with store.os_errors(scratch):
+            save_file({name: weights[name] for name in weights if name in model.state_dict()}, scratch / "model.safetensors")
 
     workers.on_first(build)
     return {name: ModelTensor((t,), t.shape) for name, t in read_safetensors_index(scratch / "model.safetensors").items()}
@@ -243,18 +258,3 @@ def _account(where: Path, recipe: Recipe, foundation: Any, found: dict[str, Stor
     rows = max(config.get_text_config().vocab_size, max(foundation.tokens.ids) + 1)
     config.get_text_config().vocab_size = rows
     account(where, found, empty_module(recipe, config, None), ())
-
-
-# ---- into a running engine -----------------------------------------------------------------------------------
-
-
-def fill_module(module: torch.nn.Module, checkpoint: Path) -> None:
-    """Set the weights of a built module, adapters included, from a portable checkpoint with the module's names."""
-    from rim_dist.checkpoint.contents import account
-    from rim_dist.checkpoint.tensors import read_tensor
-
-    index = read_portable(checkpoint / PORTABLE).index
-    own = module.state_dict()
-    with torch.no_grad():
-        for name, stored in account(checkpoint, index.weights, module, index.steps).items():
-            own[name].copy_(read_tensor(stored))

@@ -17,15 +17,20 @@ import torch
 from rim_dist.checkpoint.portable import read_portable
 from rim_dist.checkpoint.shards import MOMENTS
 from rim_dist.checkpoint.store import PORTABLE
-from rim_dist.checkpoint.tensors import StoredTensor, elements_of, read_tensor
+from rim_dist.checkpoint.tensors import StoredTensor, elements_of, read_tensor, sliced
 from rim_dist.errors import CheckpointError
+from rim_dist.parallel.tensor import Slice, slice_of
 
 
 @dataclass(frozen=True)
 class _Fragment:
-    """Elements `start` to `start + count` of a parameter lie at `position` of `flat`, a parameter of the inner optimizer."""
+    """Elements `start` to `start + count` of a parameter lie at `position` of `flat`, a parameter of the inner optimizer.
+
+    The parameter is a tensor rank's; `split` says what part of the whole one that is.
+    """
 
     name: str
+    split: Slice | None
     start: int
     count: int
     flat: torch.Tensor
@@ -63,9 +68,14 @@ def _begin(state: dict[str, Any], flat: torch.Tensor, step: float, inner: torch.
 
 
 def _copy(fragment: _Fragment, stored: StoredTensor, target: torch.Tensor) -> None:
-    # Tensor parallelism: `stored` is the whole parameter; its slice for this tensor rank is to be taken here.
-    values = read_tensor(elements_of(stored, fragment.start, fragment.count))
-    target.data.view(-1)[fragment.position : fragment.position + fragment.count].copy_(values)
+    if fragment.split is not None:
+        split = fragment.split
+        stored = sliced(stored, split.dim, min(split.start, split.whole), min(split.start, split.whole) + split.real)
+    count = max(0, min(fragment.count, stored.elements - fragment.start))  # what is left is padding of the vocabulary
+    part = target.data.view(-1)[fragment.position : fragment.position + fragment.count]
+    part[count:].zero_()
+    if count:
+        part[:count].copy_(read_tensor(elements_of(stored, fragment.start, count)))
 
 
 def _fragments(engine: Any, inner: torch.optim.Optimizer, zero_stage: int, names: dict[int, str]) -> Iterator[_Fragment]:
@@ -80,14 +90,14 @@ def _fragments(engine: Any, inner: torch.optim.Optimizer, zero_stage: int, names
             rank = optimizer._get_param_partition_rank(parameter)
             count = max(0, min(size, parameter.ds_numel - rank * size))
             flat = optimizer.fp32_partitioned_groups_flat[group]
-            yield _Fragment(names[id(parameter)], rank * size, count, flat, position)
+            yield _Fragment(names[id(parameter)], slice_of(parameter), rank * size, count, flat, position)
     else:
         for group, flat in enumerate(optimizer.single_partition_of_fp32_groups):
             for parameter in optimizer.bit16_groups[group]:
                 mapping = parameter._hp_mapping
                 if mapping is not None:
                     low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    yield _Fragment(names[id(parameter)], low.start, low.numel, flat, high.start)
+                    yield _Fragment(names[id(parameter)], slice_of(parameter), low.start, low.numel, flat, high.start)
 
 
 def _whole(optimizer: Any, inner: torch.optim.Optimizer, names: dict[int, str]) -> Iterator[_Fragment]:
@@ -96,4 +106,4 @@ def _whole(optimizer: Any, inner: torch.optim.Optimizer, names: dict[int, str]) 
     lists = groups if groups is not None else [group["params"] for group in inner.param_groups]
     for originals, group in zip(lists, inner.param_groups, strict=True):
         for original, flat in zip(originals, group["params"], strict=True):
-            yield _Fragment(names[id(original)], 0, flat.numel(), flat, 0)
+            yield _Fragment(names[id(original)], slice_of(original), 0, flat.numel(), flat, 0)

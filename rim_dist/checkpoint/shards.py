@@ -1,8 +1,7 @@
 """DeepSpeed's shards as an index of whole tensors: where every fragment of every parameter lies, nothing loaded.
 
-Tensor parallelism comes in here: `index_shards` reads the files of one tensor rank (`mp_rank_00`); with more of them each
-parameter's extents are one tensor rank's slice, to be joined along that parameter's dimension. Sequence ranks are data ranks to
-DeepSpeed and need nothing.
+The files of each tensor rank hold its slice of the model; `index_shards` joins them along each parameter's own dimension.
+Sequence ranks are data ranks to DeepSpeed and need nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from rim_dist.checkpoint.tensors import Extent, StoredTensor, read_tensor
+from rim_dist.checkpoint.tensors import Extent, StoredTensor, joined, read_tensor
 from rim_dist.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -103,25 +102,63 @@ class _Pieces:
         return result
 
 
-def index_shards(engine: Path, ranks: int, zero_stage: int, groups: Callable[[], list[list[str]]]) -> ShardIndex:
-    """The tensors in the `engine/` folder of a checkpoint saved by `ranks` data ranks.
+def index_shards(
+    engine: Path,
+    ranks: int,
+    zero_stage: int,
+    groups: Callable[[], list[list[str]]],
+    tensor: int = 1,
+    slices: Mapping[str, tuple[int, int]] | None = None,
+) -> ShardIndex:
+    """The tensors in the `engine/` folder of a checkpoint saved by `tensor` x `ranks` ranks.
 
-    `groups`: names of the optimizer's parameters, group by group (used for ZeRO-0, which does not record them). Raises
-    CheckpointError if a shard is missing or does not fit.
+    `groups`: names of the optimizer's parameters, group by group (used for ZeRO-0, which does not record them). `slices`: for
+    each parameter that tensor ranks share, the dimension and how many entries of it the whole has. Raises CheckpointError if a
+    shard is missing or does not fit.
     """
+    if zero_stage:
+        wanted = {_optimizer_file(engine, rank, place) for place in range(tensor) for rank in range(ranks)}
+        if surplus := sorted(set(engine.glob("*_optim_states.pt")) - wanted):
+            raise CheckpointError(f"{surplus[0]}: a shard too many for {tensor} x {ranks} tensor and data ranks")
+    parts = [_index_slice(engine, ranks, zero_stage, groups, place) for place in range(tensor)]
+    if tensor == 1:
+        return parts[0]
+    first = parts[0]
+    return ShardIndex(
+        _joined([part.weights for part in parts], slices or {}, engine),
+        {kind: _joined([part.moments[kind] for part in parts], slices or {}, engine) for kind in first.moments},
+        first.steps,
+    )
+
+
+def _joined(
+    parts: list[dict[str, StoredTensor]], slices: Mapping[str, tuple[int, int]], where: Path
+) -> dict[str, StoredTensor]:
+    result = {}
+    for name, stored in parts[0].items():
+        if name not in slices:
+            result[name] = stored
+            continue
+        if any(name not in part for part in parts):
+            raise CheckpointError(f"{where}: a tensor rank has no slice of {name}")
+        dim, length = slices[name]
+        result[name] = joined([part[name] for part in parts], dim, length)
+    return result
+
+
+def _index_slice(engine: Path, ranks: int, zero_stage: int, groups: Callable[[], list[list[str]]], place: int) -> ShardIndex:
+    """What one tensor rank's files hold."""
     if zero_stage == 0:
-        return _unpartitioned(engine / "mp_rank_00_model_states.pt", groups)
-    optimizer_files = [_optimizer_file(engine, rank) for rank in range(ranks)]
-    surplus = sorted(set(engine.glob("*_optim_states.pt")) - set(optimizer_files))
-    if surplus:
-        raise CheckpointError(f"{surplus[0]}: a shard too many for {ranks} data ranks")
+        return _unpartitioned(engine / f"mp_rank_{place:02d}_model_states.pt", groups)
+    optimizer_files = [_optimizer_file(engine, rank, place) for rank in range(ranks)]
     if zero_stage == 3:
-        return _zero3(engine, optimizer_files)
-    return _zero12(engine, optimizer_files)
+        names = [f"zero_pp_rank_{rank}_mp_rank_{place:02d}_model_states.pt" for rank in range(ranks)]
+        return _zero3(engine, [engine / name for name in names], optimizer_files)
+    return _zero12(engine, engine / f"mp_rank_{place:02d}_model_states.pt", optimizer_files)
 
 
-def _optimizer_file(engine: Path, rank: int) -> Path:
-    names = [f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for prefix in ("", "bf16_", "fp16_")]
+def _optimizer_file(engine: Path, rank: int, place: int) -> Path:
+    names = [f"{prefix}zero_pp_rank_{rank}_mp_rank_{place:02d}_optim_states.pt" for prefix in ("", "bf16_", "fp16_")]
     found = [engine / name for name in names if (engine / name).is_file()]
     if not found:
         raise CheckpointError(f"{engine / names[0]}: is missing")
@@ -153,8 +190,7 @@ def _unpartitioned(file: Path, groups: Callable[[], list[list[str]]]) -> ShardIn
     return index
 
 
-def _zero12(engine: Path, files: list[Path]) -> ShardIndex:
-    model_file = engine / "mp_rank_00_model_states.pt"
+def _zero12(engine: Path, model_file: Path, files: list[Path]) -> ShardIndex:
     state = _load(model_file)
     shapes = {name: shape for group in state["param_shapes"] for name, shape in group.items()}
     pieces = {kind: _Pieces() for kind in ("fp32", *MOMENTS)}
@@ -178,9 +214,8 @@ def _zero12(engine: Path, files: list[Path]) -> ShardIndex:
     return ShardIndex({**_module(model_file, state), **masters}, moments, steps)
 
 
-def _zero3(engine: Path, files: list[Path]) -> ShardIndex:
+def _zero3(engine: Path, model_files: list[Path], files: list[Path]) -> ShardIndex:
     ranks = len(files)
-    model_files = [engine / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(ranks)]
     pieces = {kind: _Pieces() for kind in ("fp32", "frozen", *MOMENTS)}
     steps: dict[str, float] = {}
     shapes: dict[str, tuple[int, ...]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +64,16 @@ def size_bytes(files: dict[str, Any]) -> int:
 
 def _rebuilt(tree: Any, copies: dict[int, torch.UntypedStorage]) -> Any:
     if torch.is_tensor(tree):
-        copy = copies[tree.untyped_storage()._cdata]
+        storage = copies[tree.untyped_storage()._cdata]
         empty = torch.empty(0, dtype=tree.dtype)
-        return empty.set_(copy, tree.storage_offset(), tree.size(), tree.stride())
+        return empty.set_(storage, tree.storage_offset(), tree.size(), tree.stride())
     if isinstance(tree, dict):
         return type(tree)((key, _rebuilt(value, copies)) for key, value in tree.items())
     if isinstance(tree, list):
         return [_rebuilt(value, copies) for value in tree]
     if type(tree) is tuple:
         return tuple(_rebuilt(value, copies) for value in tree)
-    return tree
+    return copy.deepcopy(tree)  # fp16's loss scaler goes on counting while it is written
 
 
 class Snapshotter:

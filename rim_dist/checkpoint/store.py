@@ -13,10 +13,12 @@ checkpoints/scores.json, saves.jsonl   metrics of checkpoints (retention.py), an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,6 +156,18 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """Raise what the Rust writers of tokenizers and safetensors word as a plain Exception as the OSError it is."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file so that a crash leaves the old or the new one, never a part."""
     partial = path.with_name(path.name + _PARTIAL)
@@ -221,11 +235,12 @@ def damage(folder: Path, checksums: bool, rank: int = 0, ranks: int = 1, only: M
     except CheckpointError:
         return f"it has no readable {MANIFEST}"
     for name, record in records.items():
-        file = folder / name
-        if not file.is_file():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:  # also one that is just being removed by a run that goes on
             return f"{name} is missing"
-        if file.stat().st_size != record.size:
-            return f"{name} has {file.stat().st_size} bytes instead of {record.size}"
+        if size != record.size:
+            return f"{name} has {size} bytes instead of {record.size}"
     if checksums:
         blocks = [(n, i) for n, r in sorted(records.items()) for i in _blocks_of(r, only.get(n) if only is not None else None)]
         # Hashing and reading leave Python's lock: a few blocks at a time.

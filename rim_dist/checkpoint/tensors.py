@@ -7,7 +7,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,11 +48,11 @@ class Extent:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor whose contiguous bytes are the extents, one after the other."""
+    """A tensor whose contiguous bytes are the extents, one after the other (for slices of columns, made as they are read)."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    extents: tuple[Extent, ...]
+    extents: Iterable[Extent]
 
     @property
     def elements(self) -> int:
@@ -61,6 +61,15 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         return self.elements * self.dtype.itemsize
+
+    @property
+    def regions(self) -> Iterator[Extent]:
+        """The bytes it is read from, in any order: fewer and longer runs than `extents` for columns of tensor ranks."""
+        if isinstance(self.extents, _SideBySide):
+            for part in self.extents.parts:
+                yield from part.regions
+        else:
+            yield from self.extents
 
 
 @dataclass(frozen=True)
@@ -133,12 +142,12 @@ def read_tensor(stored: StoredTensor) -> torch.Tensor:
     """The whole tensor in memory of its own. Raises CheckpointError if a file is too short."""
     buffer = torch.empty(stored.nbytes, dtype=torch.uint8)
     view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-    start = 0
+    start, file = 0, ""
     for extent in stored.extents:
         _read_into(view[start : start + extent.length], extent.file, extent.offset)
-        start += extent.length
+        start, file = start + extent.length, extent.file
     if start != stored.nbytes:
-        raise CheckpointError(f"{stored.extents[0].file}: {start} bytes for a tensor of {stored.nbytes}")
+        raise CheckpointError(f"{file}: {start} bytes for a tensor of {stored.nbytes}")
     return buffer.view(stored.dtype).reshape(stored.shape)
 
 
@@ -146,18 +155,29 @@ def read_chunks(stored: StoredTensor) -> Iterator[torch.Tensor]:
     """The tensor's elements in order, some MiB at a time, flat. A chunk is valid until the next one."""
     buffer = torch.empty(min(_CHUNK_BYTES, max(stored.nbytes, 1)), dtype=torch.uint8)
     view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+    filled = 0
     for extent in stored.extents:
-        for start in range(0, extent.length, len(view)):
-            length = min(len(view), extent.length - start)
-            _read_into(view[:length], extent.file, extent.offset + start)
-            yield buffer[:length].view(stored.dtype)
+        start = 0
+        while start < extent.length:
+            length = min(len(view) - filled, extent.length - start)
+            _read_into(view[filled : filled + length], extent.file, extent.offset + start)
+            start, filled = start + length, filled + length
+            if filled == len(view):
+                yield buffer.view(stored.dtype)
+                filled = 0
+    if filled:
+        yield buffer[:filled].view(stored.dtype)
 
 
 def _part(stored: StoredTensor, start: int, stop: int) -> tuple[Extent, ...]:
     """Bytes `start` to `stop` of a tensor, where they lie."""
+    return _cut(stored.extents, start, stop)
+
+
+def _cut(pieces: Iterable[Extent], start: int, stop: int) -> tuple[Extent, ...]:
     extents = []
     position = 0
-    for extent in stored.extents:
+    for extent in pieces:
         low, high = max(start, position), min(stop, position + extent.length)
         if low < high:
             extents.append(Extent(extent.file, extent.offset + low - position, high - low))
@@ -175,6 +195,69 @@ def elements_of(stored: StoredTensor, first: int, count: int) -> StoredTensor:
     """`count` elements from `first` on, flat."""
     size = stored.dtype.itemsize
     return StoredTensor((count,), stored.dtype, _part(stored, first * size, (first + count) * size))
+
+
+# ---- slices of tensor ranks ----------------------------------------------------------------------------------
+
+
+def _rows(stored: StoredTensor) -> Iterator[list[Extent]]:
+    """The extents of each row of a matrix, in order; one walk over the tensor's extents."""
+    size = stored.nbytes // stored.shape[0]
+    row: list[Extent] = []
+    missing = size
+    for extent in stored.extents:
+        start = 0
+        while start < extent.length:
+            length = min(missing, extent.length - start)
+            row.append(Extent(extent.file, extent.offset + start, length))
+            start, missing = start + length, missing - length
+            if not missing:
+                yield row
+                row, missing = [], size
+
+
+@dataclass(frozen=True)
+class _SideBySide:
+    """The extents of matrices joined along their columns: row by row, a piece of each."""
+
+    parts: tuple[StoredTensor, ...]
+
+    def __iter__(self) -> Iterator[Extent]:
+        for rows in zip(*map(_rows, self.parts), strict=True):
+            for row in rows:
+                yield from row
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The extents of columns `first` to `last` of a matrix, row by row."""
+
+    whole: StoredTensor
+    first: int
+    last: int
+
+    def __iter__(self) -> Iterator[Extent]:
+        size = self.whole.dtype.itemsize
+        for row in _rows(self.whole):
+            yield from _cut(row, self.first * size, self.last * size)
+
+
+def joined(parts: Sequence[StoredTensor], dim: int, length: int) -> StoredTensor:
+    """The slices of all tensor ranks as the whole tensor, of which `dim` has `length` entries (the rest is padding)."""
+    first = parts[0]
+    if dim == 0:
+        whole = StoredTensor(
+            (sum(p.shape[0] for p in parts), *first.shape[1:]), first.dtype, tuple(e for p in parts for e in p.extents)
+        )
+        return rows_of(whole, 0, length)
+    return StoredTensor((first.shape[0], length), first.dtype, _SideBySide(tuple(parts)))
+
+
+def sliced(whole: StoredTensor, dim: int, first: int, last: int) -> StoredTensor:
+    """Entries `first` to `last` along the first or second dimension."""
+    if dim == 0:
+        return rows_of(whole, first, last)
+    return StoredTensor((whole.shape[0], last - first), whole.dtype, _Columns(whole, first, last))
 
 
 # ---- safetensors files ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from rim_dist.errors import CheckpointError, RimError
 from rim_dist.evaluation.evaluate import recipe_samples
 from rim_dist.evaluation.generation import model_positions
 from rim_dist.memory import prompt_ids
+from rim_dist.methods import method_of
 
 # Rounding of weights to the export's dtype, and another order of additions, as a share of the largest logit.
 _TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
@@ -51,13 +53,21 @@ def verify_export(checkpoint: Path, out: Path) -> Verification:
         questions = [sample.question for sample in recipe_samples(recipe)][:_COUNT] or _QUESTIONS
     except RimError:  # the evaluation file of the run is not on this machine
         questions = _QUESTIONS
-    blocks = list(range(1, recipe.memory.blocks + 1)) if recipe.method == "rim" else [0]
+    with_blocks = method_of(recipe).prompt_blocks
+    blocks = list(range(1, with_blocks + 1)) or [0]
+    positions = model_positions(contents.config)
+    longest = prompt_ids(contents.tokenizer, questions, blocks[-1] or None)
+    questions = [question for question, prompt in zip(questions, longest, strict=True) if len(prompt) <= positions]
+    if not questions:
+        raise CheckpointError(
+            f"{out}: not verified: no question with {blocks[-1]} blocks fits the model's {positions} positions"
+        )
     adapter = out / ADAPTER if (out / ADAPTER / "adapter_config.json").is_file() else None
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder) / "asked.json", Path(folder) / "logits.safetensors"
         task = {
             "questions": questions,
-            "blocks": blocks if recipe.method == "rim" else [None],
+            "blocks": blocks if with_blocks else [None],
             "adapter": str(adapter) if adapter else None,
         }
         asked.write_text(json.dumps(task), encoding="utf-8")
@@ -72,16 +82,17 @@ def verify_export(checkpoint: Path, out: Path) -> Verification:
     differences: dict[int, float] = {}
     largest = 0.0
     for k in blocks:
-        prompts = prompt_ids(contents.tokenizer, questions, k if recipe.method == "rim" else None)
+        prompts = prompt_ids(contents.tokenizer, questions, k if with_blocks else None)
         for i, prompt in enumerate(prompts):
             key = f"{i}/{k if recipe.method == 'rim' else None}"
             if found[f"ids/{key}"].tolist() != prompt:
                 raise CheckpointError(f"{out}: its chat template renders question {i + 1} with {k} blocks to other tokens")
-            if len(prompt) > model_positions(contents.config):
-                continue
             with torch.no_grad():
                 expected = module(torch.tensor([prompt])).logits[0].float()
-            differences[k] = max(differences.get(k, 0.0), float((expected - found[f"logits/{key}"]).abs().max()))
+            logits = found[f"logits/{key}"][:, : expected.shape[-1]]  # what is left are padding rows of the export
+            difference = float((expected - logits).abs().max())
+            # max() would pass over a NaN.
+            differences[k] = max(differences.get(k, 0.0), difference if math.isfinite(difference) else math.inf)
             largest = max(largest, float(expected.abs().max()))
     dtype = str(json.loads((out / ABOUT).read_text(encoding="utf-8"))["dtype"])
     result = Verification(differences, largest, dtype, len(questions))

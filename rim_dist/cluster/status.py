@@ -50,12 +50,13 @@ def job_state(job: str) -> str | None:
     """What squeue says of a job: RUNNING, PENDING (reason); None if it does not know the job or is not there."""
     if not job.isdigit() or shutil.which("squeue") is None:
         return None
-    command = ["squeue", "--noheader", "--jobs", job, "--format=%T %r %S"]
+    command = ["squeue", "--noheader", "--jobs", job, "--format=%A %T %r %S"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     except subprocess.TimeoutExpired:
         return None
-    words = done.stdout.split()
+    # One task of an array has the array's number, for which squeue answers with all of them.
+    words = next((rest for number, *rest in map(str.split, done.stdout.splitlines()) if number == job), None)
     if done.returncode or not words:
         return None
     if words[0] != "PENDING":

@@ -14,7 +14,7 @@ from rim_dist.data.rows import TokenIds
 from rim_dist.data.sources import BadSample, Sample, source_name
 from rim_dist.errors import DataError
 from rim_dist.memory import MemoryTokens, prompt_ids
-from rim_dist.objective.curriculum import longest_row, longest_sequence
+from rim_dist.methods import method_of
 
 _CHUNK = 512
 
@@ -80,7 +80,7 @@ def encode(
     `data.on_bad_sample` is `refuse`. Samples with too many steps follow `curriculum.stage1.longer`.
     """
     name = source_name(recipe.data)
-    stage1 = recipe.curriculum.stage1
+    stage1, method = recipe.curriculum.stage1, method_of(recipe)
 
     def reject(bad: BadSample) -> None:
         if recipe.data.on_bad_sample == "refuse":
@@ -116,16 +116,16 @@ def encode(
             if any(i in tokens.ids for ids in (question, *steps, answer) for i in ids):
                 reject(BadSample(sample.line, "the text contains a memory token"))
                 continue
-            lengths = (len(question), [*map(len, steps)], len(answer))
-            shape = (recipe.method, recipe.curriculum, recipe.memory.blocks, len(tokens.block), *lengths)
+            encoded_sample = EncodedSample(question, steps, answer, sample.line)
+            longest_rows = list(method.longest_rows(encoded_sample))
             limit = min(positions, recipe.data.max_tokens or positions)
-            if (longest := longest_sequence(*shape)) > limit:
+            if (longest := max(row.longest_sequence for row in longest_rows)) > limit:
                 reject(BadSample(sample.line, f"longer than {limit} tokens", f"{longest} tokens"))
                 continue
             budget = recipe.optimizer.micro_batch_tokens
-            if (packed := longest_row(*shape)) > budget:
+            if (packed := max(map(len, longest_rows))) > budget:
                 reject(BadSample(sample.line, f"its row is above optimizer.micro_batch_tokens={budget}", f"{packed} tokens"))
                 continue
             report.used += 1
             report.steps[len(steps)] += 1
-            yield EncodedSample(question, steps, answer, sample.line)
+            yield encoded_sample

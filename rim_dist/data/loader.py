@@ -15,7 +15,8 @@ from rim_dist.data.packing import Packing, RowCost, pack_step
 from rim_dist.data.prepared import SampleStream
 from rim_dist.data.rows import Batch, Row, pack
 from rim_dist.memory import MemoryTokens
-from rim_dist.objective.curriculum import sample_row
+from rim_dist.methods import method_of
+from rim_dist.methods.base import Moment
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class BatchLoader:
         ranks: int,
         cost: Callable[[Row], float] | None = None,
     ) -> None:
-        self._recipe, self._data, self._tokens = recipe, data, tokens
+        self._recipe, self._data, self._tokens, self._method = recipe, data, tokens, method_of(recipe)
         self._rank, self._ranks, self._cost = rank, ranks, cost or RowCost()
         self._block = tokens.block
         self._bidirectional = recipe.memory.inside_block == "bidirectional"
@@ -77,19 +78,17 @@ class BatchLoader:
         stop = min(start + self._recipe.optimizer.global_batch, stage.samples)
         return self._data.samples(stage.first_sample + start, stage.first_sample + stop)
 
+    def moment(self, stage: StagePlan, step: int) -> Moment:
+        """Where a step of a stage stands in it."""
+        consumed = step * self._recipe.optimizer.global_batch
+        return Moment(stage.name, consumed / stage.samples, consumed / len(self._data) if len(self._data) else 0.0, step)
+
+    def part(self, stage: StagePlan, step: int) -> int:
+        """The part of its stage that a step belongs to (`Method.part`)."""
+        return self._method.part(self.moment(stage, step))
+
     def row(self, stage: StagePlan, step: int, sample: EncodedSample) -> Row:
-        share = step * self._recipe.optimizer.global_batch / stage.samples
-        return sample_row(
-            self._recipe.method,
-            stage.name,
-            self._recipe.curriculum,
-            self._recipe.memory.blocks,
-            len(self._block),
-            sample.question,
-            sample.steps,
-            sample.answer,
-            share,
-        )
+        return self._method.row(sample, self.moment(stage, step))
 
     def share(self, stage: StagePlan, step: int) -> RankShare:
         """This rank's micro-batches: as many on every rank, a weightless row filling an empty place."""
@@ -98,8 +97,10 @@ class BatchLoader:
         packing = pack_step(rows, self._ranks, self._recipe.optimizer.micro_batch_tokens, self._cost)
         mine = [bins[self._rank] for bins in packing.bins]
         shortest = min(rows, key=len)
+        # Of the whole step, so that every rank runs as many passes: ZeRO-3 gathers weights in each.
+        thoughts = max((row.thoughts for row in rows if row.latent), default=None)
         batches = [
-            pack([rows[i] for i in numbers] or [shortest.without_weight()], self._block, self._bidirectional)
+            pack([rows[i] for i in numbers] or [shortest.without_weight()], self._block, self._bidirectional, thoughts)
             for numbers in mine
         ]
         weight = sum(rows[i].total_weight for numbers in mine for i in numbers)

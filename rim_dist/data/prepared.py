@@ -156,6 +156,7 @@ def fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: i
             recipe.curriculum.stage1.targets,
         ],
         "stage2": recipe.curriculum.stage2.enabled,
+        "coconut": recipe.coconut.model_dump(mode="json"),
         "positions": positions,
         "micro_batch_tokens": recipe.optimizer.micro_batch_tokens,
         "template": tokenizer.chat_template,

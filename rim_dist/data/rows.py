@@ -33,16 +33,28 @@ class Readout:
 class Row:
     """One sample as the model sees it: `question, m_1 .. m_blocks, r_1 .. r_n` (method.md, "Sequence").
 
-    Readouts are ordered by block. A readout's last target token is predicted and never an input.
+    Readouts are ordered by block. A readout's last target token is predicted and never an input. `latent`: the row has one
+    block, and what stands between its begin and its end are continuous thoughts (`rim_dist.objective.latent`).
     """
 
     question: TokenIds
     blocks: int
     block_size: int
     readouts: tuple[Readout, ...]
+    latent: bool = False
 
     def __len__(self) -> int:
         return len(self.question) + self.blocks * self.block_size + sum(len(r.target) - 1 for r in self.readouts)
+
+    @property
+    def thoughts(self) -> int:
+        """Continuous thoughts."""
+        return self.block_size - 2 if self.latent else 0
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest plain sequence in the row, its last target included: what must fit the model's positions."""
+        return len(self.question) + max(r.block * self.block_size + len(r.target) for r in self.readouts)
 
     @property
     def targets(self) -> int:
@@ -81,13 +93,15 @@ class Batch:
     """Packed rows: `input_ids` `[1, tokens]`, their places and their targets. Nothing is padding, but at the end of a row
     that several ranks share (`layout.share`), of which this is a part.
 
-    `order[i]` is the number, in what was packed, of the row that is segment i.
+    `order[i]` is the number, in what was packed, of the row that is segment i. `thoughts`: passes of continuous thoughts (the
+    most that any rank's rows need in this step); None: rows without any.
     """
 
     input_ids: torch.Tensor
     layout: RowLayout
     targets: Targets
     order: tuple[int, ...]
+    thoughts: int | None = None
 
     @property
     def position_ids(self) -> torch.Tensor:
@@ -114,21 +128,22 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         input_ids = self.input_ids.to(device, non_blocking=True)
-        return Batch(input_ids, self.layout.to(device), self.targets.to(device), self.order)
+        return replace(self, input_ids=input_ids, layout=self.layout.to(device), targets=self.targets.to(device))
 
 
 @functools.cache
-def _memory(block_ids: tuple[int, ...], blocks: int) -> numpy.ndarray:
-    return numpy.tile(numpy.array(block_ids, dtype=numpy.int64), blocks)
+def _memory(block_ids: tuple[int, ...], blocks: int, size: int) -> numpy.ndarray:
+    block = [block_ids[0], *[block_ids[1]] * (size - 2), block_ids[-1]]
+    return numpy.tile(numpy.array(block, dtype=numpy.int64), blocks)
 
 
-def pack(rows: Sequence[Row], block_ids: Sequence[int], bidirectional: bool = False) -> Batch:
+def pack(rows: Sequence[Row], block_ids: Sequence[int], bidirectional: bool = False, thoughts: int | None = None) -> Batch:
     """One packed row of all rows, those of the same shape side by side so that they share attention calls.
 
-    Position ids of readout k start at q + k (M + 2), where the text would stand if nothing followed block k.
+    Position ids of readout k start at q + k (M + 2), where the text would stand if nothing followed block k. `block_ids`: one
+    block of the method's own size. `thoughts`: see `Batch`.
     """
     ids = tuple(block_ids)
-    size = len(ids)
     tokens: list[Any] = []
     labels: list[Any] = []
     # A piece is a question, a block or a readout: its kind, block, first position, length and sample.
@@ -148,9 +163,9 @@ def pack(rows: Sequence[Row], block_ids: Sequence[int], bidirectional: bool = Fa
     placed = sorted(((row.span(), number) for number, row in enumerate(rows)), key=lambda pair: (pair[0].shape, pair[1]))
     for segment, (span, number) in enumerate(placed):
         row = rows[number]
-        question = span.question
+        question, size = span.question, span.block_size
         spans.append(replace(span, start=start))
-        tokens += (row.question, _memory(ids, row.blocks))
+        tokens += (row.question, _memory(ids, row.blocks, size))
         kinds += [QUESTION, *[MEMORY] * row.blocks]
         blocks += range(row.blocks + 1)
         positions += [0, *range(question, question + row.blocks * size, size)]
@@ -199,4 +214,4 @@ def pack(rows: Sequence[Row], block_ids: Sequence[int], bidirectional: bool = Fa
     )
     input_ids = torch.from_numpy(numpy.concatenate(tokens).astype(numpy.int64)).unsqueeze(0)
     layout = RowLayout(places, places, tuple(spans), bidirectional)
-    return Batch(input_ids, layout, targets, tuple(number for _, number in placed))
+    return Batch(input_ids, layout, targets, tuple(number for _, number in placed), thoughts)

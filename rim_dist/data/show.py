@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rim_dist.attention.visibility import KIND_NAMES
+from rim_dist.attention.visibility import KIND_NAMES, MEMORY
 from rim_dist.config import Recipe
 from rim_dist.data.encoding import DataReport
 from rim_dist.data.loader import BatchLoader, StagePlan, plan_stages
@@ -45,9 +45,12 @@ def show_data(recipe: Recipe, samples: int) -> None:
                 _print_lengths(console, plan.name, [len(loader.row(plan, 0, data[i])) for i in range(min(len(data), 2000))])
             console.print(f"{plan.name}: {plan.steps} optimizer steps, {plan.samples} samples")
             _print_packing(console, recipe, loader, plan)
-            for number, sample in enumerate(data.samples(plan.first_sample, plan.first_sample + samples), 1):
-                title = f"{plan.name}, sample {number} ({source_name(recipe.data)}:{sample.line})"
-                _print_row(console, foundation, loader.row(plan, 0, sample), title)
+            starts = [step for step in range(plan.steps) if not step or loader.part(plan, step) != loader.part(plan, step - 1)]
+            for step in starts:
+                when = f", from step {step + 1}" if len(starts) > 1 else ""
+                for number, sample in enumerate(data.samples(plan.first_sample, plan.first_sample + samples), 1):
+                    title = f"{plan.name}{when}, sample {number} ({source_name(recipe.data)}:{sample.line})"
+                    _print_row(console, foundation, loader.row(plan, step, sample), title)
 
 
 def _print_report(console: Console, recipe: Recipe, report: DataReport) -> None:
@@ -103,5 +106,7 @@ def _print_row(console: Console, foundation: Foundation, row: Row, title: str) -
     targets = {column: (text(label), f"{weight:.3f}") for column, label, weight in zip(columns, labels, weights, strict=True)}
     places = zip(*(t[0].tolist() for t in batch.layout.queries), strict=True)
     for i, (token, (_, kind, block, position)) in enumerate(zip(batch.input_ids[0].tolist(), places, strict=True)):
-        table.add_row(str(i), text(token), KIND_NAMES[kind], str(block or ""), str(position), *targets.get(i, ("", "")))
+        thought = row.latent and kind == MEMORY and token == foundation.tokens.memory
+        name = "thought" if thought else KIND_NAMES[kind]
+        table.add_row(str(i), text(token), name, str(block or ""), str(position), *targets.get(i, ("", "")))
     console.print(table)

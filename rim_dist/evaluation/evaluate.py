@@ -4,38 +4,46 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rim_dist.attention.probe import probe_family
 from rim_dist.config import ColumnsSection, Recipe
 from rim_dist.data.sources import BadSample, Sample, read_file, recognise
 from rim_dist.data.synthetic import SyntheticTask
-from rim_dist.errors import CheckpointError, DataError, ModelError
-from rim_dist.evaluation.generation import Decoding, Latency, answer_questions, answer_texts, measure_latency, padding_note
+from rim_dist.errors import DataError, ModelError
+from rim_dist.evaluation.generation import Decoding, Sampling, answer_questions, answer_texts, generate_ids
+from rim_dist.evaluation.latency import Candidate, time_side_by_side
+from rim_dist.evaluation.opened import ExportedModel
 from rim_dist.evaluation.readouts import readout_ids
-from rim_dist.evaluation.scoring import extract_answer, same_answer
+from rim_dist.evaluation.rules import RULES
+from rim_dist.evaluation.scoring import extract_answer, majority_answer, pass_at_k, same_answer
 from rim_dist.memory import prompt_ids
 from rim_dist.unwrap import bare_model
 
 _TAKES_MASK = "_rim_dist_takes_mask"
-COT_FACTOR = 16  # a chain of thought may be so many times longer than an answer
 
 
 @dataclass
 class Evaluation:
-    """Result over `questions` questions. `per_block[k - 1]` is the accuracy after block k (one entry without blocks)."""
+    """Result over `questions` questions, accuracies as shares.
+
+    `accuracy`: after the last block. `per_block[k - 1]`: after block k (one entry without blocks). `any_block`: after at least
+    one. `majority`: of the answer most blocks give. `rules`: after the last block, by the rules of others (`evaluation.rules`).
+    """
 
     questions: int
     accuracy: float
     per_block: list[float]
     any_block: float
+    majority: float
+    rules: dict[str, float]
+    pass_at_k: dict[str, float] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
     latency: dict[str, float] = field(default_factory=dict)
 
@@ -83,11 +91,15 @@ def block_answers(
     blocks: int,
     decoding: Decoding,
     bidirectional: bool = False,
+    budgets: Sequence[int] | None = None,
 ) -> list[list[str]]:
-    """Answer texts of every question after each of 1 .. `blocks` blocks (one text each with 0 blocks)."""
+    """Answer texts of every question after each of 1 .. `blocks` blocks (one text each with 0 blocks).
+
+    `budgets`: these numbers of blocks only, the largest of them `blocks`.
+    """
     if not blocks:
         return [[text] for text in answer_questions(model, tokenizer, questions, None, decoding)]
-    budgets = range(1, blocks + 1)
+    budgets = budgets or range(1, blocks + 1)
     if not bidirectional and not _takes_mask(bare_model(model)):
         columns = [answer_questions(model, tokenizer, questions, budget, decoding) for budget in budgets]
         return [list(row) for row in zip(*columns, strict=True)]
@@ -110,15 +122,17 @@ def _takes_mask(model: Any) -> bool:
 
 def score(samples: Sequence[Sample], texts: Sequence[Sequence[str]]) -> Evaluation:
     """Compare answers after every block with the targets."""
-    answers = []
+    answers: list[dict[str, Any]] = []
     for sample, row in zip(samples, texts, strict=True):
-        given = [extract_answer(text) for text in row]
+        target = sample.answer
+        given = [extract_answer(text, target) for text in row]
         answers.append(
             {
                 "question": sample.question,
-                "target": sample.answer,
+                "target": target,
                 "answers": given,
-                "correct": [same_answer(text, sample.answer) for text in given],
+                "correct": [same_answer(answer, target) for answer in given],
+                "majority_correct": same_answer(majority_answer(given), target),
                 "text": row[-1],
             }
         )
@@ -128,68 +142,47 @@ def score(samples: Sequence[Sample], texts: Sequence[Sequence[str]]) -> Evaluati
         accuracy=float(correct[:, -1].mean()),
         per_block=correct.mean(dim=0).tolist(),
         any_block=float(correct.any(dim=1).double().mean()),
+        majority=statistics.fmean(a["majority_correct"] for a in answers),
+        rules={name: statistics.fmean(rule(a["text"], a["target"]) for a in answers) for name, rule in RULES.items()},
         answers=answers,
     )
 
 
-@dataclass(frozen=True)
-class ExportedModel:
-    """A plain HF folder, loaded: `blocks` memory blocks come with every prompt (0: none)."""
-
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-    blocks: int
-    method: str
-    synthetic_steps: int
-
-
-def open_export(folder: str | Path) -> ExportedModel:
-    """Load an exported folder (or any HF causal LM folder). Raises CheckpointError if it is none."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: not an HF model folder (no config.json); `rim-dist export` makes one")
-    about: dict[str, Any] = {}
-    try:
-        if (folder / "rim_dist.json").is_file():
-            about = json.loads((folder / "rim_dist.json").read_text(encoding="utf-8"))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    except Exception as error:
-        raise CheckpointError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
-    if note := padding_note(tokenizer):
-        print(note, file=sys.stderr)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-    return ExportedModel(
-        model, tokenizer, about.get("blocks", 0), about.get("method", "direct"), about.get("synthetic_steps", 5)
-    )
-
-
-def latency_summary(runs: Sequence[Latency]) -> dict[str, float]:
-    """Medians, and the middle half's width of the time to the first token, in seconds."""
-    first = sorted(run.first_token_seconds for run in runs)
-    quarter = len(first) // 4
-    return {
-        "questions": len(runs),
-        "first_token_seconds": statistics.median(first),
-        "first_token_seconds_iqr": first[-1 - quarter] - first[quarter],
-        "answer_seconds": statistics.median(run.answer_seconds for run in runs),
-        "new_tokens": statistics.fmean(run.new_tokens for run in runs),
-    }
+def sampled_pass_at_k(
+    export: ExportedModel, samples: Sequence[Sample], blocks: int, decoding: Decoding, sampling: Sampling
+) -> dict[str, float]:
+    """Chance of a right answer among k drawn ones, for k = 1, 2, 4 .. up to the number drawn; keys are k as text."""
+    prompts = prompt_ids(export.tokenizer, [sample.question for sample in samples], blocks or None)
+    ids = generate_ids(export.model, export.tokenizer, prompts, decoding, sampling)
+    texts = iter(answer_texts(export.tokenizer, ids, decoding))
+    n = sampling.answers
+    right = [
+        sum(same_answer(extract_answer(next(texts), sample.answer), sample.answer) for _ in range(n)) for sample in samples
+    ]
+    budgets = sorted({n, *(1 << i for i in range(n.bit_length()))})
+    return {str(k): statistics.fmean(pass_at_k(n, c, k) for c in right) for k in budgets}
 
 
 def evaluate_export(
-    export: ExportedModel, samples: Sequence[Sample], blocks: int, decoding: Decoding, timed_questions: int
+    export: ExportedModel,
+    samples: Sequence[Sample],
+    blocks: int,
+    decoding: Decoding,
+    timed_questions: int,
+    timed_batch: int = 1,
+    sampling: Sampling | None = None,
 ) -> Evaluation:
-    """Accuracy after every block, and latency over the first `timed_questions` questions after a warm-up."""
+    """Accuracy after every block, pass@k where answers are sampled, and latency.
+
+    `timed_questions`: the first so many questions are timed in batches of `timed_batch`, after a warm-up.
+    """
     questions = [sample.question for sample in samples]
     result = score(samples, block_answers(export.model, export.tokenizer, questions, blocks, decoding))
-    prompts = prompt_ids(export.tokenizer, questions[: max(1, timed_questions)], blocks or None)
-    for prompt in prompts[:3]:
-        measure_latency(export.model, export.tokenizer, prompt, decoding.max_new_tokens)
-    result.latency = latency_summary(
-        [measure_latency(export.model, export.tokenizer, p, decoding.max_new_tokens) for p in prompts]
-    )
+    if sampling is not None:
+        result.pass_at_k = sampled_pass_at_k(export, samples, blocks, decoding, sampling)
+    prompts = prompt_ids(export.tokenizer, questions[: max(timed_batch, timed_questions)], blocks or None)
+    candidate = Candidate(export.model, export.tokenizer, prompts, decoding)
+    result.latency = time_side_by_side({"": candidate}, min(timed_batch, len(prompts)))[""]
     return result
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from rim_dist.errors import DataError
 from rim_dist.memory import prompt_ids
@@ -25,6 +24,15 @@ class Decoding:
     batch: int = 64
     synced_ranks: bool = False
     stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Answers drawn at random instead of greedily: so many a prompt, from the whole distribution at a temperature."""
+
+    answers: int
+    temperature: float = 1.0
+    seed: int = 0
 
 
 def stopped(tokenizer: PreTrainedTokenizerBase, answers: torch.Tensor, stop: Sequence[str]) -> torch.Tensor:
@@ -50,11 +58,21 @@ def padding_note(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"note: the tokenizer has no pad token; generation pads with {tokenizer.eos_token!r}, masked"
 
 
-def generation_config(tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None = None) -> GenerationConfig:
-    """Greedy decoding to the end-of-text token; a tokenizer without a pad token pads with end-of-text, masked."""
+def generation_config(
+    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None = None, sampling: Sampling | None = None
+) -> GenerationConfig:
+    """Decoding to the end-of-text token; a tokenizer without a pad token pads with end-of-text, masked."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    how: dict[str, Any] = {"do_sample": False}
+    if sampling is not None:
+        how = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_k": 0,
+            "num_return_sequences": sampling.answers,
+        }
     return GenerationConfig(
-        do_sample=False,
+        **how,
         max_new_tokens=max_new_tokens,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -77,11 +95,17 @@ def check_prompts(prompts: Sequence[Sequence[int]], positions: int) -> None:
 
 
 def generate_ids(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], decoding: Decoding
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    sampling: Sampling | None = None,
+    watch: StoppingCriteria | None = None,
 ) -> list[list[int]]:
     """New token ids of each prompt, without the end-of-text token. Prompts are padded on the left and masked.
 
-    An answer ends at the model's last position. Raises DataError if a prompt itself does not fit.
+    With `sampling` its answers to a prompt stand side by side, drawn from its seed alone. An answer ends at the model's last
+    position. `watch` is called after every token. Raises DataError if a prompt itself does not fit.
     """
     positions = model_positions(model.config)
     check_prompts(prompts, positions)
@@ -90,13 +114,21 @@ def generate_ids(
     for start in range(0, len(prompts), decoding.batch):
         part = prompts[start : start + decoding.batch]
         length = max(map(len, part))
-        config = generation_config(tokenizer, min(decoding.max_new_tokens, positions - length))
+        config = generation_config(tokenizer, min(decoding.max_new_tokens, positions - length), sampling)
         ids = torch.tensor([[config.pad_token_id] * (length - len(p)) + list(p) for p in part], device=device)
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in part], device=device)
-        stop = {"stopping_criteria": [_StopTexts(tokenizer, decoding.stop, length)]} if decoding.stop else {}
-        with torch.no_grad():
+        criteria: list[StoppingCriteria] = [watch] if watch is not None else []
+        if decoding.stop:
+            criteria.append(_StopTexts(tokenizer, decoding.stop, length))
+        with torch.no_grad(), torch.random.fork_rng(enabled=sampling is not None):
+            if sampling is not None:
+                torch.manual_seed(sampling.seed + start)
             output = model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=decoding.synced_ranks, **stop
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                synced_gpus=decoding.synced_ranks,
+                stopping_criteria=StoppingCriteriaList(criteria),
             )
         for row in output[:, length:].tolist():
             end = row.index(config.eos_token_id) if config.eos_token_id in row else len(row)
@@ -117,32 +149,3 @@ def answer_texts(tokenizer: PreTrainedTokenizerBase, answers: list[list[int]], d
     for stop in decoding.stop:
         texts = [text.partition(stop)[0] for text in texts]
     return texts
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Seconds of one question alone: to the first token, to the whole answer; and the tokens it took."""
-
-    first_token_seconds: float
-    answer_seconds: float
-    new_tokens: int
-
-
-def measure_latency(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], max_new_tokens: int) -> Latency:
-    """Time one prompt at batch size 1, prefill included (TTFT: until the first new token is known)."""
-
-    def timed(limit: int) -> tuple[float, int]:
-        _synchronise()
-        start = time.perf_counter()
-        tokens = len(generate_ids(model, tokenizer, [prompt], Decoding(limit, batch=1))[0])
-        _synchronise()
-        return time.perf_counter() - start, tokens
-
-    first, _ = timed(1)
-    whole, tokens = timed(max_new_tokens)
-    return Latency(first, whole, tokens)
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rim_dist.data.rows import Batch, Targets
+from rim_dist.objective.latent import thought_states
 from rim_dist.objective.loss import HeadWeights, LogitRule, full_logits, plain_cross_entropy, weighted_cross_entropy
 from rim_dist.parallel.tensor import vocabulary_of
 from rim_dist.unwrap import base_layer
@@ -77,8 +78,11 @@ def install_readout_loss(model: PreTrainedModel) -> None:
         if rim_targets is None:
             return plain_forward(*args, **keywords)
         wanted = {name: keywords[name] for name in ("input_ids", "position_ids", "rim_layout")}
-        hidden = model.base_model(**wanted, use_cache=False)[0]
-        return head(hidden[0].index_select(0, rim_targets.column), rim_targets=rim_targets, gradient_scale=gradient_scale)
+        if (thoughts := keywords.get("rim_thoughts")) is not None:
+            states = thought_states(model, wanted["input_ids"], wanted["rim_layout"], rim_targets.column, thoughts)
+        else:
+            states = model.base_model(**wanted, use_cache=False)[0][0].index_select(0, rim_targets.column)
+        return head(states, rim_targets=rim_targets, gradient_scale=gradient_scale)
 
     head.forward, model.forward = head_forward, forward
     adapter = getattr(model.get_input_embeddings(), "token_adapter", None)
@@ -93,5 +97,6 @@ def run_batch(model: nn.Module, batch: Batch, gradient_scale: float = 1.0) -> tu
         position_ids=batch.position_ids,
         rim_layout=batch.layout,
         rim_targets=batch.targets,
+        rim_thoughts=batch.thoughts,
         gradient_scale=gradient_scale,
     )

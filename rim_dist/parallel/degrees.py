@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from rim_dist.config import Recipe
 from rim_dist.errors import ConfigError
 from rim_dist.parallel.mesh import Degrees
+
+Mode = Literal["ulysses", "allgather_kv"]
 
 
 def fit_degrees(recipe: Recipe, ranks: int) -> Degrees:
@@ -55,3 +57,22 @@ def check_tensor_degree(tensor: int, config: Any) -> None:
         f"parallel.tensor: {tensor} ranks cannot share {' and '.join(wrong)} of {config.model_type}; the nearest that can: "
         f"{nearest} (allowed: {', '.join(map(str, possible))})"
     )
+
+
+def choose_mode(wanted: str, degree: int, heads: int, kv_heads: int) -> Mode:
+    """Resolve `parallel.sequence_mode` for a tensor rank's heads.
+
+    `ulysses` where the heads divide: it sends less. Raises ConfigError where it is asked for and they do not.
+    """
+    divides = heads % math.lcm(kv_heads, degree) == 0
+    if wanted == "ulysses" and not divides:
+        possible = [d for d in range(1, heads + 1) if heads % math.lcm(kv_heads, d) == 0]
+        nearest = min(possible, key=lambda d: (abs(d - degree), d))
+        raise ConfigError(
+            f"parallel.sequence: {degree} ranks cannot share the {heads} heads ({kv_heads} for keys) that a tensor rank has "
+            f"by all-to-all; the nearest that can: {nearest} (allowed: {', '.join(map(str, possible))}), or any number with "
+            "parallel.sequence_mode allgather_kv"
+        )
+    if wanted == "auto":
+        return "ulysses" if divides else "allgather_kv"
+    return wanted  # type: ignore[return-value]

@@ -19,8 +19,9 @@ from rim_dist.data.rows import Batch, pack
 from rim_dist.errors import ModelError
 from rim_dist.objective.forward import install_readout_loss, run_batch
 from rim_dist.parallel.collectives import all_reduce
+from rim_dist.parallel.degrees import Mode
 from rim_dist.parallel.mesh import Mesh
-from rim_dist.parallel.sequence import Mode, share_row
+from rim_dist.parallel.sequence import share_row
 from rim_dist.parallel.tensor import TensorPlace, slice_of, split_model, sum_shared_gradients
 
 _TOLERANCE = 1e-3  # a forgotten sum or a wrong factor is off by the order of 1; fp32 rounding by 1e-6, TF32's by 1e-4

@@ -35,7 +35,15 @@ OWNED_KEYS = {
 
 def shipped_config(recipe: Recipe) -> str:
     """Name of the file in `ds_configs/` that fits the recipe."""
-    return f"zero{recipe.parallel.zero_stage}{'-offload' if recipe.parallel.offload else ''}.json"
+    parallel = recipe.parallel
+    name = f"zero{parallel.zero_stage}"
+    if parallel.offload:
+        name += "-offload"
+    elif parallel.zero_plus_plus:
+        name += "-zeropp"
+    elif parallel.zero_stage == 3:
+        name += ("-tp" if parallel.tensor > 1 else "") + ("-sp" if parallel.sequence > 1 else "")
+    return f"{name}.json"
 
 
 def _shipped_folder() -> Traversable:
@@ -73,10 +81,10 @@ def _read(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     return own, tree
 
 
-def compose(recipe: Recipe, hidden_size: int) -> dict[str, Any]:
+def compose(recipe: Recipe, hidden_size: int, ranks_per_node: int = 1) -> dict[str, Any]:
     """The complete DeepSpeed configuration. Pure: reads the JSON, checks it, fills in what the recipe decides.
 
-    `hidden_size` resolves sizes given as "auto". Raises ConfigError for a file that cannot be used.
+    `hidden_size` and `ranks_per_node` resolve sizes given as "auto". Raises ConfigError for a file that cannot be used.
     """
     name, tree = _read(recipe)
     tree = {key: value for key, value in tree.items() if key not in OWNED_KEYS}
@@ -85,11 +93,17 @@ def compose(recipe: Recipe, hidden_size: int) -> dict[str, Any]:
         "reduce_bucket_size": max(1_000_000, hidden_size * hidden_size),
         "stage3_prefetch_bucket_size": max(1_000_000, hidden_size * hidden_size * 9 // 10),
         "stage3_param_persistence_threshold": 10 * hidden_size,
+        "zero_hpz_partition_size": ranks_per_node,
     }
     for key, size in sizes.items():
         if zero.get(key) == "auto":
             zero[key] = size
     zero["stage"] = recipe.parallel.zero_stage
+    if recipe.parallel.tensor > 1 and zero.get("zero_hpz_partition_size", 1) > 1:
+        raise ConfigError(
+            f"parallel.deepspeed_config: {name}: zero_hpz_partition_size cannot be combined with parallel.tensor "
+            f"{recipe.parallel.tensor}: DeepSpeed takes neighbouring ranks for copies of one slice; allowed: 1"
+        )
     if recipe.model.dtype == "bf16":
         tree["bf16"] = {"enabled": True}
     fp16 = tree.pop("fp16", {})

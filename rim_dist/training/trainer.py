@@ -31,9 +31,10 @@ from rim_dist.data.prepared import SampleStream, StreamedData, prepare
 from rim_dist.data.rows import Batch
 from rim_dist.data.sources import Sample, source_name
 from rim_dist.errors import CheckpointError, ConfigError, Stopped, TrainingError
-from rim_dist.evaluation.evaluate import COT_FACTOR, block_answers, recipe_samples, score, write_evaluation
+from rim_dist.evaluation.evaluate import block_answers, recipe_samples, score, write_evaluation
 from rim_dist.evaluation.generation import Decoding, check_prompts, generation_config, padding_note
 from rim_dist.memory import prompt_ids
+from rim_dist.methods import method_of
 from rim_dist.model import Foundation, build_model, lay_foundation
 from rim_dist.objective.loss import ReadoutLoss
 from rim_dist.parallel.degrees import fit_degrees
@@ -81,8 +82,10 @@ class Trainer:
         degrees = fit_degrees(recipe, process.ranks)
         if recipe.model.dtype == "fp16" and process.device == "cpu":
             raise ConfigError("model.dtype: fp16 needs a GPU; on a CPU use fp32 or bf16")
+        if recipe.parallel.zero_plus_plus and process.device == "cpu":
+            raise ConfigError("parallel.zero_plus_plus: true needs GPUs: its kernels are CUDA's")
         self._recipe, self._process, self._foundation, self._data = recipe, process, foundation, data
-        self._ds_config = compose(recipe, foundation.hidden_size)
+        self._ds_config = compose(recipe, foundation.hidden_size, process.hosts.count(process.hosts[process.rank]))
         if process.is_first and process.ranks > 1:
             print(describe(degrees, process.hosts), file=sys.stderr, flush=True)
         self._preflight = Preflight(recipe, process) if recipe.parallel.preflight else None
@@ -166,6 +169,8 @@ class Trainer:
         for step in range(first, plan.steps):
             started = time.perf_counter()
             share = loader.share(plan, step)
+            if step and loader.part(plan, step) != loader.part(plan, step - 1):
+                self._engine.begin_stage(stage.dropout)
             if self._preflight is not None:
                 started += self._dry_batch(self._preflight, share)
                 self._preflight = None
@@ -310,11 +315,12 @@ class Trainer:
         return agree_on_checkpoint(self._checkpoints, self._process)
 
     def _load(self, checkpoint: Path) -> TrainingState:
-        state = store.read_state(checkpoint)
+        state, degrees = store.read_state(checkpoint), self._mesh.degrees
         if state.ranks != self._process.ranks and not is_portable(checkpoint):
             raise CheckpointError(
                 f"{checkpoint}: saved by {state.ranks} ranks, this run has {self._process.ranks}; start it with {state.ranks}, "
-                f"or make it one for others: rim-dist convert reshape {checkpoint} OUT --data {self._process.ranks}"
+                f"or make it one for others: rim-dist convert reshape {checkpoint} OUT --tensor {degrees.tensor} "
+                f"--sequence {degrees.sequence} --data {degrees.data}"
             )
         if not starts_fresh(checkpoint):
             self._engine.load(checkpoint)
@@ -329,7 +335,8 @@ class Trainer:
         def write_model(folder: Path) -> None:
             bare_model(self._engine.module).config.save_pretrained(folder)
             generation_config(self._foundation.tokenizer).save_pretrained(folder)
-            self._foundation.tokenizer.save_pretrained(folder)
+            with store.os_errors(folder):
+                self._foundation.tokenizer.save_pretrained(folder)
 
         scores = {"loss": self._last_loss, **(self._scores if self._scored_step == state.step else {})}
         self._saver.save(state, self._engine.capture, write_model, scores)
@@ -357,14 +364,14 @@ class Trainer:
         mine = self._questions[mesh.shard :: mesh.degrees.shards]
         count = -(-len(self._questions) // mesh.degrees.shards)
         asked = mine + self._questions[:1] * (count - len(mine))  # as many on every rank
-        blocks = recipe.memory.blocks if recipe.method == "rim" else 0
-        limit = recipe.evaluation.max_new_tokens * (COT_FACTOR if recipe.method == "cot" else 1)
-        decoding = Decoding(limit, recipe.evaluation.batch, synced_ranks=process.ranks > 1)
+        method = method_of(recipe)
+        decoding = Decoding(method.answer_tokens, recipe.evaluation.batch, synced_ranks=process.ranks > 1)
         model = self._engine.module
         model.eval()
         use_plain_attention(bare_model(model))
         bidirectional = recipe.memory.inside_block == "bidirectional"
-        texts = block_answers(model, self._foundation.tokenizer, [s.question for s in asked], blocks, decoding, bidirectional)
+        questions = [s.question for s in asked]
+        texts = block_answers(model, self._foundation.tokenizer, questions, method.prompt_blocks, decoding, bidirectional)
         use_rim_attention(bare_model(model), self._foundation.attention.path)
         gathered: list[Any] = [None] * process.ranks
         dist.all_gather_object(gathered, list(zip(mine, texts, strict=False)) if mesh.counts else [])

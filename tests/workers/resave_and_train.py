@@ -13,19 +13,26 @@ import torch.distributed as dist
 
 from rim_dist.checkpoint import store
 from rim_dist.checkpoint.snapshot import write_files
+from rim_dist.checkpoint.tensors import DTYPES
 from rim_dist.config import dump_recipe, load_recipe
-from rim_dist.model import bare_model, build_model
+from rim_dist.model import build_model
+from rim_dist.parallel.degrees import fit_degrees
 from rim_dist.parallel.launch import Process, join, leave
-from rim_dist.parallel.zero import compose
+from rim_dist.parallel.mesh import make_mesh
+from rim_dist.parallel.zero import compose, partitioner
 from rim_dist.training.engine import Engine
 from rim_dist.training.trainer import Trainer, prepare_run
+from rim_dist.unwrap import bare_model
 
 
 def resave(run: Path, process: Process) -> None:
     recipe = load_recipe(run / "recipe.yaml")
     foundation, _ = prepare_run(recipe)
     source = store.find_checkpoint(run)
-    engine = Engine(recipe, build_model(recipe, foundation, source), compose(recipe, foundation.hidden_size), process)
+    mesh = make_mesh(fit_degrees(recipe, process.ranks), process.rank, "cpu")
+    ds_config = compose(recipe, foundation.hidden_size)
+    model = build_model(recipe, foundation, source, mesh, partitioner(ds_config, mesh, DTYPES[recipe.model.dtype]))
+    engine = Engine(recipe, model, ds_config, process, mesh, foundation.sequence_mode)
     engine.load(source)
     state = replace(store.read_state(source), ranks=process.ranks)
     partial = store.partial_folder(run / "resaved", state.step)

@@ -1,0 +1,99 @@
+"""A model to ask: an exported folder, any HF causal LM folder, or a checkpoint as it is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from rim_dist.errors import CheckpointError
+from rim_dist.evaluation.generation import padding_note
+from rim_dist.evaluation.thinking import think_before_answers
+from rim_dist.memory import add_memory_tokens, prompt_ids
+from rim_dist.methods import method_names, method_of
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A model on its device, ready to answer: `blocks` memory blocks come with every prompt (0: none)."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    blocks: int
+    method: str
+    synthetic_steps: int
+
+    def block_size(self) -> int:
+        """Tokens of a memory block, begin and end included; 0 without blocks."""
+        if not self.blocks:
+            return 0
+        with_one, without = (len(prompt_ids(self.tokenizer, ["?"], k)[0]) for k in (1, 0))
+        return with_one - without
+
+
+def open_export(folder: str | Path) -> ExportedModel:
+    """Load an exported folder, any HF causal LM folder, a checkpoint, or a run's newest checkpoint.
+
+    Raises CheckpointError if it is none of them, cannot be loaded, or has blocks that only training can run.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        return _open_hf(folder)
+    if (folder / "checkpoints").is_dir() or (folder / "state.json").is_file():
+        from rim_dist.checkpoint.store import find_checkpoint
+
+        return open_checkpoint(find_checkpoint(folder))
+    raise CheckpointError(f"{folder}: not an HF model folder (no config.json); `rim-dist export` makes one")
+
+
+def open_checkpoint(checkpoint: Path) -> ExportedModel:
+    """The model of a checkpoint, LoRA merged, in the precision that its export would have. Raises CheckpointError."""
+    # Those rooms build on this one.
+    from rim_dist.checkpoint.hf_export import load_trained_model
+    from rim_dist.checkpoint.store import MODEL, read_recipe
+    from rim_dist.checkpoint.tensors import DTYPES
+
+    recipe = read_recipe(checkpoint)
+    if not recipe.exportable:
+        raise CheckpointError(
+            f"{checkpoint}: trained with memory.inside_block={recipe.memory.inside_block}, which no ordinary server can run; "
+            "training evaluates such a model (evaluation.every_steps)"
+        )
+    model = load_trained_model(checkpoint).to(DTYPES[recipe.model.dtype]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / MODEL)
+    method = method_of(recipe)
+    if method.thoughts:
+        think_before_answers(model, method.thoughts, add_memory_tokens(tokenizer, recipe.memory).ids)
+    return _opened(model, tokenizer, method.prompt_blocks, recipe.method, recipe.data.synthetic.max_steps)
+
+
+def _open_hf(folder: Path) -> ExportedModel:
+    about: dict[str, Any] = {}
+    try:
+        if (folder / "rim_dist.json").is_file():
+            about = json.loads((folder / "rim_dist.json").read_text(encoding="utf-8"))
+        method = about.get("method", "direct")
+        if method not in method_names():
+            raise ValueError(f"its method {method} is not known here")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    except Exception as error:
+        raise CheckpointError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    if not tokenizer.chat_template:
+        raise CheckpointError(f"{folder}: its tokenizer has no chat template, so it is not known how to ask it a question")
+    if thoughts := about.get("thoughts", 0):
+        think_before_answers(model, thoughts, about["memory_token_ids"])
+    return _opened(model, tokenizer, about.get("blocks", 0), method, about.get("synthetic_steps", 5))
+
+
+def _opened(model: Any, tokenizer: PreTrainedTokenizerBase, blocks: int, method: str, synthetic_steps: int) -> ExportedModel:
+    if note := padding_note(tokenizer):
+        print(note, file=sys.stderr)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    return ExportedModel(model, tokenizer, blocks, method, synthetic_steps)

@@ -1,0 +1,80 @@
+"""Continuous thoughts before an answer: the model's own `generate`, with the passes that feed hidden states back before it.
+
+Everything that asks a model through `generate` (answers, latency, sampling) then gets answers after thoughts, and the time to
+the first token has the passes in it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from rim_dist.errors import DataError
+
+_PLAIN = "_rim_dist_plain_generate"
+
+
+def think_before_answers(model: PreTrainedModel, thoughts: int, markers: Sequence[int]) -> None:
+    """Let `model.generate` run `thoughts` continuous thoughts between the prompt and what it generates.
+
+    `markers`: ids of the begin token, of the token that stands for a thought where ids are wanted, and of the end token. What
+    is returned is prompt and new tokens, as before.
+    """
+    begin, memory, end = markers
+    extra = [begin, *[memory] * thoughts, end]
+    plain = getattr(model, _PLAIN, model.generate)
+
+    @functools.wraps(plain)
+    def generate(
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **keywords: Any,
+    ) -> Any:
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        added = torch.tensor([extra], device=input_ids.device).expand(len(input_ids), -1)
+        whole = torch.cat([input_ids, added], dim=1)
+        mask = torch.cat([attention_mask, torch.ones_like(added)], dim=1)
+        config = _fitting(model, generation_config, whole.shape[1])
+        cache = thought_cache(model, whole, mask, thoughts)
+        wanted = {name: keywords.get(name, getattr(config, name, None)) or 1 for name in ("num_return_sequences", "num_beams")}
+        if (copies := max(wanted.values())) > 1:  # generate copies the prompt so often, and nothing else
+            cache.batch_repeat_interleave(copies)
+        output = plain(input_ids=whole, attention_mask=mask, generation_config=config, past_key_values=cache, **keywords)
+        prompt = input_ids.repeat_interleave(len(output) // len(input_ids), dim=0)
+        return torch.cat([prompt, output[:, whole.shape[1] :]], dim=1)
+
+    setattr(model, _PLAIN, plain)
+    model.generate = generate
+
+
+def _fitting(model: PreTrainedModel, config: GenerationConfig | None, length: int) -> GenerationConfig | None:
+    """The generation config with no more new tokens than positions after `length`. Raises DataError if none are left."""
+    room = (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - length
+    if room < 1:
+        raise DataError(f"a question with its continuous thoughts has {length} tokens; the model has {length + room} positions")
+    if config is None or config.max_new_tokens is None or config.max_new_tokens <= room:
+        return config
+    return GenerationConfig.from_dict({**config.to_dict(), "max_new_tokens": room})
+
+
+def thought_cache(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, thoughts: int) -> DynamicCache:
+    """Keys and values of everything but the end token: `ids`, `mask` `[rows, prompt + begin + thoughts + end]`, padded left."""
+    position = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    cache = DynamicCache()
+
+    def run(start: int, stop: int, **inputs: Any) -> torch.Tensor:
+        places = {"attention_mask": mask[:, :stop], "position_ids": position[:, start:stop]}
+        return model.base_model(**inputs, **places, past_key_values=cache, use_cache=True)[0][:, -1:]
+
+    prompt = ids.shape[1] - thoughts - 1
+    with torch.no_grad():
+        last = run(0, prompt, input_ids=ids[:, :prompt])
+        for column in range(prompt, prompt + thoughts):
+            last = run(column, column + 1, inputs_embeds=last)
+    return cache

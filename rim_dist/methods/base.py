@@ -1,0 +1,100 @@
+"""What a method has to say; everything else is the trainer's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rim_dist.config import STAGE_NAMES, Recipe, StageName
+
+if TYPE_CHECKING:
+    from rim_dist.data.encoding import EncodedSample
+    from rim_dist.data.rows import Row, TokenIds
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where an optimizer step stands in its stage.
+
+    `share` and `epochs`: the part of the stage's samples, and the passes over the data, already consumed (`epochs` is 0 for a
+    stream). Both are constant within the step. `step`: its number in the stage, from 0.
+    """
+
+    stage: StageName
+    share: float = 0.0
+    epochs: float = 0.0
+    step: int = 0
+
+
+class Method:
+    """How a sample becomes a row, and how answers are asked for. The first line of a method's docstring describes it."""
+
+    # Whether the prompt ends with memory blocks (`memory.blocks` of them).
+    uses_blocks: ClassVar[bool] = False
+    # How many times longer than an answer what the model writes may be.
+    answer_factor: ClassVar[int] = 1
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def check(self) -> None:
+        """Raise ValueError, naming the field, if the recipe cannot be trained with this method."""
+        if self.uses_blocks:
+            self.need_memory("blocks", "tokens_per_block")
+
+    def need_memory(self, *names: str) -> None:
+        """Raise ValueError if one of these fields of `memory` is 0."""
+        for name in names:
+            if getattr(self.recipe.memory, name) == 0:
+                raise ValueError(f"memory.{name}: 0 is not allowed with method {self.recipe.method}; allowed: 1 or more")
+
+    @property
+    def prompt_blocks(self) -> int:
+        """Memory blocks at the end of a prompt."""
+        return self.recipe.memory.blocks if self.uses_blocks else 0
+
+    @property
+    def thoughts(self) -> int:
+        """Continuous thoughts between prompt and answer (`rim_dist.objective.latent`): passes an ordinary server cannot do."""
+        return 0
+
+    @property
+    def answer_tokens(self) -> int:
+        """Most tokens of an answer in an evaluation of the recipe."""
+        return self.recipe.evaluation.max_new_tokens * self.answer_factor
+
+    def part(self, moment: Moment) -> int:  # noqa: ARG002 - one part, unless a method has more
+        """Number of the part of its stage that a step belongs to; a new part begins with a new optimizer."""
+        return 0
+
+    def row(self, sample: EncodedSample, moment: Moment) -> Row:
+        """The row of one sample at a step. Steps and answer end with the end-of-text token."""
+        raise NotImplementedError
+
+    def longest_rows(self, sample: EncodedSample) -> Iterable[Row]:
+        """Rows of which one is the longest that the sample becomes in any step."""
+        return (self.row(sample, Moment(name)) for name in STAGE_NAMES if self.recipe.curriculum.stage(name).enabled)
+
+    def plain_row(self, question: TokenIds, text: Sequence[int] | TokenIds) -> Row:
+        """A question and what is written after it, without blocks."""
+        return self.block_row(question, 0, [(0, text, 1.0)])
+
+    def block_row(
+        self, question: TokenIds, blocks: int, readouts: Iterable[tuple[int, TokenIds, float]], thoughts: int | None = None
+    ) -> Row:
+        """A row of so many blocks; readouts are (block, target ids, weight a token), those of weight 0 are left out.
+
+        `thoughts`: the row's one block has so many continuous thoughts instead of memory tokens.
+        """
+        from rim_dist.data.rows import Readout, Row
+
+        # A readout of weight 0 has no part in the loss: leaving it out changes nothing but the work.
+        kept = tuple(Readout(block, target, weight) for block, target, weight in readouts if weight)
+        size = (self.recipe.memory.tokens_per_block if thoughts is None else thoughts) + 2
+        return Row(question, blocks, size, kept, latent=thoughts is not None)
+
+
+def chain_of(steps: Sequence[TokenIds], answer: TokenIds) -> list[int]:
+    """Steps and answer as one text, with the end-of-text token at its end only."""
+    return [*(token for step in steps for token in step[:-1]), *answer]

@@ -1,0 +1,23 @@
+"""Supervised fine-tuning with a chain of thought: steps and answer as one text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rim_dist.methods.base import Method, Moment, chain_of
+
+if TYPE_CHECKING:
+    from rim_dist.data.encoding import EncodedSample
+    from rim_dist.data.rows import Row
+
+
+class ChainOfThought(Method):
+    """Supervised fine-tuning with a chain of thought, in both stages."""
+
+    answer_factor = 16
+
+    def row(self, sample: EncodedSample, moment: Moment) -> Row:  # noqa: ARG002 - the same at every step
+        return self.plain_row(sample.question, chain_of(sample.steps, sample.answer))
+
+
+METHOD = ChainOfThought

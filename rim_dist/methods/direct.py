@@ -1,0 +1,21 @@
+"""Supervised fine-tuning without a chain of thought: the answer at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rim_dist.methods.base import Method, Moment
+
+if TYPE_CHECKING:
+    from rim_dist.data.encoding import EncodedSample
+    from rim_dist.data.rows import Row
+
+
+class Direct(Method):
+    """Supervised fine-tuning without a chain of thought, in both stages."""
+
+    def row(self, sample: EncodedSample, moment: Moment) -> Row:  # noqa: ARG002 - the same at every step
+        return self.plain_row(sample.question, sample.answer)
+
+
+METHOD = Direct

@@ -1,0 +1,79 @@
+"""A report as one HTML file that needs nothing else: no script, no style sheet, no font, no picture from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+
+from rim_dist.report.document import Example, Examples, Paragraph, Part, Picture, Report, Table
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; }
+body { max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #d0d7de; padding-bottom: .2rem; }
+nav a { margin-right: 1rem; color: #0550ae; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #d8dee4; text-align: right; vertical-align: top; }
+th { background: #f6f8fa; font-weight: 600; }
+th:first-child, td:first-child, .words th, .words td { text-align: left; }
+figure { margin: 1rem 0; } figcaption { color: #57606a; font-size: .9rem; } img { max-width: 100%; height: auto; }
+details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; }
+.example { border-left: 3px solid #d0d7de; margin: .8rem 0; padding: .1rem .8rem; }
+.answer { display: inline-block; margin: .1rem .4rem .1rem 0; padding: 0 .5rem; border-radius: .3rem; background: #ffebe9; }
+.answer.right { background: #dafbe1; } .target { color: #57606a; }
+pre { white-space: pre-wrap; margin: .3rem 0; font-size: .85rem; }
+"""
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
+    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in table.rows)
+    words = ' class="words"' if table.words else ""
+    return f'<div class="wide"><table{words}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
+
+
+def _picture(picture: Picture) -> str:
+    data = base64.b64encode(picture.png).decode("ascii")
+    title = escape(picture.title)
+    return f'<figure><img alt="{title}" src="data:image/png;base64,{data}"><figcaption>{title}</figcaption></figure>\n'
+
+
+def _example(example: Example) -> str:
+    answers = "".join(
+        f'<span class="answer{" right" if right else ""}">{k}: {escape(answer)} {"&#10003;" if right else "&#10007;"}</span>'
+        for k, (answer, right) in enumerate(example.answers, 1)
+    )
+    return (
+        f'<div class="example"><p>{escape(example.question)} <span class="target">target: {escape(example.target)}</span></p>\n'
+        f"<p>{answers}</p>\n<pre>{escape(example.text)}</pre></div>\n"
+    )
+
+
+def _part(part: Part) -> str:
+    if isinstance(part, Paragraph):
+        return f"<p>{escape(part.text)}</p>\n"
+    if isinstance(part, Table):
+        return _table(part)
+    if isinstance(part, Picture):
+        return _picture(part)
+    assert isinstance(part, Examples)
+    inside = "".join(map(_example, part.examples))
+    return f"<details><summary>{escape(part.title)}</summary>\n{inside}</details>\n"
+
+
+def render_html(report: Report) -> str:
+    """The whole page."""
+    links = "".join(f'<a href="#s{i}">{escape(section.title)}</a>' for i, section in enumerate(report.sections))
+    body = "".join(
+        f'<section id="s{i}"><h2>{escape(section.title)}</h2>\n{"".join(map(_part, section.parts))}</section>\n'
+        for i, section in enumerate(report.sections)
+    )
+    title = escape(report.title)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        # Without an icon of its own a browser asks the server for one.
+        f'<link rel="icon" href="data:,"><title>{title}</title>\n<style>{_STYLE}</style></head>\n'
+        f"<body><h1>{title}</h1>\n<nav>{links}</nav>\n{body}</body>\n</html>\n"
+    )
