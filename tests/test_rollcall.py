@@ -187,13 +187,14 @@ def _exchange(roll_call: rollcall.RollCall) -> None:
         roll_call.from_first("")
     except PeerLost as error:
         print(error, file=sys.stderr, flush=True)
+        roll_call.leave()
         os._exit(error.exit_status)
 
 
 def test_exchange_and_a_rank_that_fails_in_it(tmp_path: Path) -> None:
     job = job_of(_exchange, tmp_path)
     assert job.statuses == [2, 2, 2]
-    assert job.said[0] == "rank 0: lost a peer: rank 2 (host n2) failed: a reason\n"
+    assert job.said[:2] == [f"rank {rank}: lost a peer: rank 2 (host n2) failed: a reason\n" for rank in (0, 1)]
 
 
 def test_rank_that_joined_and_says_nothing_is_named(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ class RollCall:
 
         self._store, self.rank, self.ranks, self._holds_store = PrefixStore("rim_dist", store), rank, ranks, holds_store
         self.failure: Failure | None = None
+        self._peers: list[_Peer] = []
         self._answered = self._begun = self._ended = self._exchanges = 0
         self._heard = time.monotonic()
         self._leaving = threading.Event()
@@ -112,14 +113,16 @@ class RollCall:
     def _missing(self, keys: list[str], seconds: float = float("inf")) -> list[int]:
         """Wait for keys; the numbers of those that are not there in time. Raises PeerLost if a rank fails meanwhile."""
         deadline, pause = time.monotonic() + seconds, 0.001
-        while not self._store.check(keys):
+        while True:
+            with self._store_may_be_gone():
+                if self._store.check(keys):
+                    return []
+                if time.monotonic() > deadline:
+                    return [number for number, key in enumerate(keys) if not self._store.check([key])]
             if self.failure is not None:
                 raise self.loss(self.failure)
-            if time.monotonic() > deadline:
-                return [number for number, key in enumerate(keys) if not self._store.check([key])]
             time.sleep(pause)
             pause = min(0.05, 2 * pause)
-        return []
 
     def gather(self, value: str) -> list[str]:
         """The value of every rank, on the first one; nothing on the others. To be called within a `limit`."""
