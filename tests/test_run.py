@@ -45,7 +45,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_writes_what_it_should(trained: Path) -> None:
-    names = "recipe.yaml plan.json ds_config.json metrics.jsonl checkpoints hf report data tensorboard wandb wandb_id"
+    folders = "checkpoints hf report data tensorboard wandb"
+    names = f"recipe.yaml plan.json ds_config.json preflight.json metrics.jsonl wandb_id {folders}"
     assert {p.name for p in trained.iterdir()} == set(names.split())
     assert {p.name for p in (trained / "report").iterdir()} >= {
         "curves.png",

@@ -15,6 +15,8 @@ _FREE_FIELDS = (
     "evaluation",
     "run.output_dir",
     "parallel.timeout_seconds",
+    "parallel.preflight",
+    "parallel.preflight_seconds",
     "parallel.sequence_mode",
     "data.cache_dir",
 )
