@@ -20,6 +20,7 @@ setup(
     package_dir={"rim_dist.ds_configs": "ds_configs", "rim_dist.slurm": "slurm"},
     package_data={
         "rim_dist.evaluation.harness": ["*.yaml"],
+        "rim_dist.planning": ["shapes/*.json"],
         "rim_dist.ds_configs": ["*.json"],
         "rim_dist.slurm": ["*.sh", "*.sbatch", "*.example"],
     },

@@ -9,12 +9,17 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from rim_dist import __version__
 from rim_dist.checkpoint.commands import add_export_arguments, add_verbs, export
 from rim_dist.cluster.commands import add_cluster_commands
-from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, ConfigError, RimError
+from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, ConfigError, PeerLost, RimError, Stopped
 from rim_dist.evaluation.commands import add_evaluation_commands
+from rim_dist.planning.commands import add_plan_command
+
+if TYPE_CHECKING:
+    from rim_dist.parallel.rollcall import RollCall
 
 _EXIT_STATUS = """exit status:
   0  done
@@ -104,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_verbs(lambda *given: command(*given, under=verbs))
     add_evaluation_commands(command)
     add_cluster_commands(command, recipe_arguments)
+    add_plan_command(command, recipe_arguments)
     return parser
 
 
@@ -162,6 +168,12 @@ def _say(text: str, first_only: bool = False) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _roll_call() -> RollCall | None:
+    """The roll call of the ranks, if this process is one of several."""
+    module = sys.modules.get("rim_dist.parallel.rollcall")
+    return module.current() if module is not None else None
+
+
 def _lost_a_peer(error: BaseException) -> bool:
     """Whether an error says that another rank went away (gloo and NCCL word it differently)."""
     text = str(error).lower()
@@ -179,6 +191,19 @@ def _lost_a_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
+def _loss(error: BaseException) -> PeerLost | None:
+    """The error as another rank's failure, named by the roll call; None if the ranks are all there or nobody calls them."""
+    roll_call = _roll_call()
+    if roll_call is None:
+        return None
+    from torch.distributed import DistError
+
+    failure = roll_call.failure
+    if failure is None and (_lost_a_peer(error) or isinstance(error, DistError)):
+        failure = roll_call.find_lost()
+    return roll_call.loss(failure) if failure is not None else None
+
+
 def _has_other_ranks() -> bool:
     if "torch" in sys.modules:
         import torch.distributed as dist
@@ -189,8 +214,16 @@ def _has_other_ranks() -> bool:
     return mpi is not None and mpi.COMM_WORLD.Get_size() > 1
 
 
-def _end_of_rank(status: int) -> int:
-    """With other ranks around, leave at once: waiting in a destructor for a collective, or for MPI to close, would hang all."""
+def _end_of_rank(status: int, failed: str = "") -> int:
+    """With other ranks around, tell them what `failed` here and leave at once.
+
+    Waiting in a destructor for a collective, or for MPI to close, would hang all.
+    """
+    if (roll_call := _roll_call()) is not None:
+        if failed:
+            roll_call.fail(failed, status)
+        else:
+            roll_call.leave()
     if _has_other_ranks():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -210,29 +243,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that ended with its rank is worth a line, not a stack
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*")
     arguments = build_parser().parse_args(_without_local_rank(sys.argv[1:] if argv is None else argv))
     try:
         return arguments.run(arguments)
-    except RimError as error:
+    except Stopped as error:
         _say(f"rim-dist: {error}")
         return _end_of_rank(error.exit_status)
+    except RimError as error:
+        _say(f"rim-dist: {error}")
+        return _end_of_rank(error.exit_status, str(error))
     except KeyboardInterrupt:
         _say("rim-dist: interrupted")
-        return _end_of_rank(130)
+        return _end_of_rank(130, "interrupted")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception as error:
-        rank = os.environ.get("RANK", "0")
+        rank, said = os.environ.get("RANK", "0"), (str(error).splitlines() or [""])[0]
+        if (loss := _loss(error)) is not None:
+            _say(f"rim-dist: {loss}")
+            return _end_of_rank(loss.exit_status)
         if _lost_a_peer(error):
-            _say(f"rim-dist: rank {rank}: lost a peer ({str(error).splitlines()[0]}); start the same command again")
-            return _end_of_rank(EXIT_TRY_AGAIN)
+            _say(f"rim-dist: rank {rank}: lost a peer ({said}); start the same command again")
+            return _end_of_rank(EXIT_TRY_AGAIN, said)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" ({error.filename})" if error.filename else ""
-            _say(f"rim-dist: {error.strerror}{where}; what was complete is kept; make room and start the same command again")
-            return _end_of_rank(EXIT_FAILED)
+            text = f"{error.strerror}{where}; what was complete is kept; make room and start the same command again"
+            _say(f"rim-dist: {text}")
+            return _end_of_rank(EXIT_FAILED, text)
         traceback.print_exc()
         _say(f"rim-dist: rank {rank}: failed; this is a bug or a fault of the machine")
-        return _end_of_rank(EXIT_FAILED)
+        return _end_of_rank(EXIT_FAILED, f"{type(error).__name__}: {said}")

@@ -330,6 +330,14 @@ class ParallelSection(Section):
         None, description="A DeepSpeed JSON of your own instead of `ds_configs/`; keys the trainer owns are refused."
     )
     timeout_seconds: float = Field(1800.0, gt=0, description="A collective that takes longer ends the run.")
+    preflight: StrictBool = Field(
+        True,
+        description="Before anything large is built: compare versions, recipe and data of all ranks, time their network, run a "
+        "tiny split model and one batch without weight; `preflight.json` has the result.",
+    )
+    preflight_seconds: float = Field(
+        60.0, gt=0, description="A check of the preflight that takes longer ends the run and names who did not come to it."
+    )
 
     @model_validator(mode="after")
     def _offload_needs_zero3(self) -> ParallelSection:

@@ -20,8 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rim_dist.attention.choice import PathChoice, choose_path
 from rim_dist.attention.probe import probe_family, probe_thoughts
-from rim_dist.attention.registration import PathChoice, choose_path, use_rim_attention
+from rim_dist.attention.registration import use_rim_attention
 from rim_dist.checkpoint.store import MODEL, find_checkpoint
 from rim_dist.checkpoint.tensors import DTYPES, ModelTensor
 from rim_dist.config import STAGE_NAMES, Recipe
@@ -33,9 +34,8 @@ from rim_dist.memory import MemoryTokens, add_memory_tokens, set_chat_template
 from rim_dist.methods import method_of
 from rim_dist.methods.base import Method
 from rim_dist.objective.forward import install_readout_loss
-from rim_dist.parallel.degrees import check_tensor_degree, head_counts
+from rim_dist.parallel.degrees import Mode, check_tensor_degree, choose_mode, head_counts
 from rim_dist.parallel.mesh import Coordinates, Mesh
-from rim_dist.parallel.sequence import Mode, choose_mode
 from rim_dist.parallel.tensor import TensorPlace, split_model, sum_shared_gradients
 from rim_dist.unwrap import bare_model
 from rim_dist.weights import (

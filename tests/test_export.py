@@ -188,7 +188,7 @@ def test_one_mpi_rank_that_fails_ends_all(runs: Path, tmp_path: Path, error: str
         "if os.environ['OMPI_COMM_WORLD_RANK'] == '1': hf_export.read_contents = fail\n"
         f"sys.exit(main(['export', {str(runs / 'full1')!r}, {str(tmp_path / 'out')!r}]))"
     )
-    failed = run("mpirun", 2, ["-c", code], timeout=60, check=False)
+    failed = run("mpirun", 2, ["-c", code], timeout=200, check=False)
     assert failed.returncode == (2 if "only" in error else 1)
     assert error.split("'")[1] in failed.stdout
     assert not (tmp_path / "out").exists()

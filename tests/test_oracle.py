@@ -15,8 +15,9 @@ from families import BLOCK, FAMILIES, PATHS, REFUSED, build, gradients, measure,
 from oracle import plain_row
 
 from rim_dist.attention import split
+from rim_dist.attention.choice import choose_path
 from rim_dist.attention.dense import dense_mask
-from rim_dist.attention.registration import choose_path, rim_attention, use_rim_attention
+from rim_dist.attention.registration import rim_attention, use_rim_attention
 from rim_dist.attention.split import split_plan
 from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT, Places, RowLayout, visible
 from rim_dist.data.rows import Batch, Readout, Row, pack

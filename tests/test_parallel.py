@@ -67,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name.startswith("bf16"):
             recipe["model"] |= {"dtype": "bf16"}
         paths.append(str(write_recipe(folder / f"{name}.yaml", recipe)))
-    run("torchrun", 2, ["tests/workers/train_many.py", *paths], timeout=500)
+    run("torchrun", 2, ["tests/workers/train_many.py", *paths], timeout=900)
     return folder
 
 
@@ -97,6 +97,13 @@ def test_answers_of_shared_ranks_are_the_exports(runs: Path, tmp_path: Path, nam
     assert len(again) == len(answers) == 10
     for answer in answers:
         assert answer["answers"] == again[answer["question"]]["answers"], answer["question"]
+
+
+def test_other_degrees_name_the_command(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(runs / "tp2.yaml"), "parallel.tensor=1"]) == 2
+    error = capsys.readouterr().err
+    assert "holds a run of other degrees (parallel.tensor: 2 there, 1 here)" in error
+    assert f"rim-dist convert reshape {runs / 'tp2'} OUT --tensor 1 --sequence 1 --data N" in error
 
 
 @pytest.mark.timeout(700)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -125,7 +126,7 @@ def test_lost_rank_ends_the_other_in_time(tmp_path: Path) -> None:
     ranks[1].kill()
     output, _ = ranks[0].communicate(timeout=60)
     assert ranks[0].returncode == 75, output
-    assert "lost a peer" in output
+    assert f"rank 0: lost a peer: rank 1 (host {socket.gethostname()}) is gone: killed" in output
     assert complete_checkpoints(tmp_path / "lost" / "checkpoints")
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rim_dist.cli import main
 from rim_dist.config import load_recipe
 from rim_dist.data.synthetic import SyntheticTask
+from rim_dist.evaluation.opened import open_export
 from rim_dist.training.metrics import read_metrics
 
 Make = Callable[..., Path]
@@ -44,7 +45,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_writes_what_it_should(trained: Path) -> None:
-    names = "recipe.yaml plan.json ds_config.json metrics.jsonl checkpoints hf report data tensorboard wandb wandb_id"
+    folders = "checkpoints hf report data tensorboard wandb"
+    names = f"recipe.yaml plan.json ds_config.json preflight.json metrics.jsonl wandb_id {folders}"
     assert {p.name for p in trained.iterdir()} == set(names.split())
     assert {p.name for p in (trained / "report").iterdir()} >= {
         "curves.png",
@@ -208,14 +210,16 @@ def test_evaluate(trained: Path, tmp_path: Path, gsm8k: Path, capsys: pytest.Cap
 def test_checkpoints_are_asked_as_they_are(trained: Path, tmp_path: Path) -> None:
     """A checkpoint, or a run, stands for its export; analyse draws the states of all of a run's checkpoints."""
     short = ["synthetic", "--samples", "12", "--max-new-tokens", "4"]
-    answers = []
+    answers, weights = [], []
     for number, model in enumerate((trained / "hf", trained, trained / "checkpoints" / "step-00000006")):
         out = tmp_path / str(number)
         assert main(["evaluate", str(model), *short, "--timed", "1", "--output", str(out)]) == 0
         answers.append((out / "answers.jsonl").read_text())
-    assert answers[0] == answers[1]
-    assert answers[0] == (trained / "report" / "answers.jsonl").read_text()
-    assert answers[2] != answers[0]
+        weights.append(open_export(model).model.state_dict())
+    assert answers[0] == answers[1] == (trained / "report" / "answers.jsonl").read_text()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert weights[2].keys() == weights[0].keys()
+    assert not torch.equal(weights[2]["model.norm.weight"], weights[0]["model.norm.weight"])
     assert main(["analyse", str(trained), *short, "--output", str(tmp_path / "a")]) == 0
     figures = json.loads((tmp_path / "a" / "analysis.json").read_text())
     names = [entry["checkpoint"] for entry in figures["training"]["checkpoints"]]

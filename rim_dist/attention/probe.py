@@ -8,38 +8,47 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rim_dist.attention.registration import use_plain_attention, use_rim_attention
 from rim_dist.data.rows import Readout, Row, pack
 from rim_dist.errors import ModelError
 from rim_dist.objective.forward import install_readout_loss, run_batch
 
+_HEAD_DIM = 8
 _TINY = {
-    "vocab_size": 64,
     "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 64,
+    "head_dim": _HEAD_DIM,
     "max_position_embeddings": 128,
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 64,
     "pad_token_id": None,
     "bos_token_id": None,
     "eos_token_id": None,
-    "word_embed_proj_dim": 32,
-    "ffn_dim": 64,
 }
 
 
-def _tiny(config: PretrainedConfig) -> PretrainedConfig:
-    """The same family with the smallest sizes: fields that the config has are set, the others stay."""
+def tiny_config(config: PretrainedConfig, tensor: int = 1, sequence: int = 1) -> PretrainedConfig:
+    """The same family with the smallest sizes: fields that the config has are set, the others stay.
+
+    `tensor`, `sequence`: degrees that the heads must divide by; a vocabulary that is split is odd, so that it needs padding.
+    """
     small = copy.deepcopy(config)
     heads = int(getattr(config, "num_attention_heads", 4))
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    sizes: dict[str, Any] = dict(_TINY, num_key_value_heads=4 if kv_heads == heads else 2)
+    own = 4 * tensor * sequence
+    hidden = _HEAD_DIM * (own if getattr(config, "head_dim", None) is None else 4)
+    width = 64 * tensor
+    sizes: dict[str, Any] = dict(
+        _TINY,
+        num_attention_heads=own,
+        num_key_value_heads=own if kv_heads == heads else 2 * tensor,
+        hidden_size=hidden,
+        word_embed_proj_dim=hidden,
+        intermediate_size=width,
+        ffn_dim=width,
+        vocab_size=64 + (tensor > 1),
+    )
     for name, value in sizes.items():
         if hasattr(small, name) and (getattr(small, name) is not None or name.endswith("_token_id")):
             with contextlib.suppress(AttributeError):  # a field that the family derives from others
@@ -52,15 +61,25 @@ def _tiny(config: PretrainedConfig) -> PretrainedConfig:
     return small
 
 
-def _tiny_model(config: PretrainedConfig, trust_remote_code: bool) -> Any:
+def tiny_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of a `tiny_config`, the same in every process. Raises ModelError if the family has none so small."""
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return AutoModelForCausalLM.from_config(_tiny(config), trust_remote_code=trust_remote_code).float().eval()
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).float().eval()
     except Exception as error:
         raise ModelError(
             f"model family {config.model_type}: no small copy could be built to prove the RiM mask ({error})"
         ) from error
+
+
+def tiny_row() -> tuple[Row, list[int]]:
+    """A row with two readouts for a tiny model, and the tokens of its memory blocks."""
+    generator = torch.Generator().manual_seed(0)
+    question = torch.randint(0, 64, (5,), generator=generator).tolist()
+    block = [60, 61, 61, 62]
+    readouts = tuple(Readout(k, torch.randint(0, 60, (4,), generator=generator).tolist(), 1.0) for k in (1, 2))
+    return Row(question, 2, len(block), readouts), block
 
 
 def probe_family(config: PretrainedConfig, trust_remote_code: bool = False) -> float:
@@ -70,12 +89,9 @@ def probe_family(config: PretrainedConfig, trust_remote_code: bool = False) -> f
     the layout, if the two differ by more than fp32 rounding explains, or if the readout loss is not that of the logits.
     """
     family = config.model_type
-    model = _tiny_model(config, trust_remote_code)
-    generator = torch.Generator().manual_seed(0)
-    question = torch.randint(0, 64, (5,), generator=generator).tolist()
-    block = [60, 61, 61, 62]
-    readouts = tuple(Readout(k, torch.randint(0, 60, (4,), generator=generator).tolist(), 1.0) for k in (1, 2))
-    batch = pack([Row(question, 2, len(block), readouts)], block)
+    model = tiny_model(tiny_config(config), trust_remote_code)
+    row, block = tiny_row()
+    batch = pack([row], block)
     try:
         use_rim_attention(model, "split")
         with torch.no_grad():
@@ -103,8 +119,8 @@ def probe_family(config: PretrainedConfig, trust_remote_code: bool = False) -> f
         )
     use_plain_attention(model)
     worst = 0.0
-    for readout in readouts:
-        plain = question + block * readout.block + list(readout.target[:-1])
+    for readout in row.readouts:
+        plain = list(row.question) + block * readout.block + list(readout.target[:-1])
         with torch.no_grad():
             expected = model(input_ids=torch.tensor([plain]), use_cache=False).logits[0, -len(readout.target) :]
         own = packed[batch.targets.block == readout.block]
@@ -123,7 +139,7 @@ def probe_thoughts(config: PretrainedConfig, trust_remote_code: bool = False) ->
     On a tiny model of the family. Raises ModelError, with its name and the reason, if it cannot take hidden states as inputs.
     """
     family = config.model_type
-    model = _tiny_model(config, trust_remote_code)
+    model = tiny_model(tiny_config(config), trust_remote_code)
     rows = [Row([5, 6, 7], 1, 4, (Readout(1, [8, 9], 1.0),), latent=True), Row([9], 1, 3, (Readout(1, [4], 1.0),), latent=True)]
     batch = pack(rows, [60, 61, 62], thoughts=2)
     install_readout_loss(model)

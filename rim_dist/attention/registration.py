@@ -8,24 +8,21 @@ forward. No model code is patched: a family that does not hand the keyword to it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from rim_dist.attention.choice import Path
 from rim_dist.attention.dense import ScoreRule, dense_attention
 from rim_dist.attention.flex import flex_path
 from rim_dist.attention.split import split_attention
 from rim_dist.attention.visibility import RowLayout
-from rim_dist.errors import ConfigError, ModelError
+from rim_dist.errors import ModelError
 
-Path = Literal["dense", "split", "flex"]
 _PATHS: dict[Path, Callable[..., torch.Tensor]] = {"dense": dense_attention, "split": split_attention, "flex": flex_path}
-_DENSE_TOKENS = 256
-_FLEX_CHANNELS = 16
 # Keywords some families pass that change the result and that no path computes.
 _REFUSED = ("s_aux", "position_bias", "head_mask")
 
@@ -84,45 +81,3 @@ def use_rim_attention(model: PreTrainedModel, path: Path) -> None:
 def use_plain_attention(model: PreTrainedModel) -> None:
     """Back to transformers' own causal attention, as an unmodified server runs it."""
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-
-
-@dataclass(frozen=True)
-class PathChoice:
-    """The attention path of a run and why it is this one."""
-
-    path: Path
-    reason: str
-
-
-def choose_path(
-    wanted: str, device_type: str, config: PretrainedConfig, dropout: float, bidirectional: bool, micro_batch_tokens: int
-) -> PathChoice:
-    """Resolve `model.attention` for a device, a model family and the largest dropout of the run.
-
-    `dense` for rows so small that one call over everything beats a call for each sample; `flex` on CUDA where it computes
-    what is asked; `split` everywhere else. Raises ConfigError for a path that cannot do what the recipe asks.
-    """
-    text = config.get_text_config()
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    if bidirectional and window is not None:
-        raise ConfigError(
-            f"memory.inside_block: bidirectional cannot be combined with the sliding window ({window}) of {config.model_type}; "
-            "allowed: causal"
-        )
-    channels = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    flex_refused = None
-    if dropout > 0:
-        flex_refused = f"it has no dropout, and a stage has dropout {dropout:g}"
-    elif device_type != "cuda":
-        flex_refused = f"it has no backward pass on {device_type}"
-    elif channels < _FLEX_CHANNELS:
-        flex_refused = f"its kernels need heads of at least {_FLEX_CHANNELS} channels, {config.model_type} has {channels} here"
-    if wanted == "flex" and flex_refused:
-        raise ConfigError(f"model.attention: flex cannot be used: {flex_refused}; allowed: auto, split, dense")
-    if wanted != "auto":
-        return PathChoice(wanted, "the recipe asks for it")  # type: ignore[arg-type]
-    if micro_batch_tokens <= _DENSE_TOKENS:
-        return PathChoice("dense", f"micro-batches of at most {_DENSE_TOKENS} tokens")
-    if flex_refused is None:
-        return PathChoice("flex", "one kernel for the whole row on cuda")
-    return PathChoice("split", f"flex is out: {flex_refused}")

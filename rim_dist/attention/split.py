@@ -19,10 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rim_dist.attention.dense import ScoreRule, masked_attention
 from rim_dist.attention.visibility import RowLayout, Span
-
-MASK_ENTRIES = 1 << 20  # largest mask of one call
-CHUNK = 512  # queries of one call where a window or a softcap rules out the plain causal kernel
-
+from rim_dist.limits import CHUNK, MASK_ENTRIES
 
 Range = tuple[int, int]
 

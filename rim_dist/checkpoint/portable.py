@@ -23,9 +23,8 @@ from rim_dist.checkpoint.store import MODEL, PORTABLE, TrainingState
 from rim_dist.checkpoint.tensors import ModelTensor, StoredTensor, forget_files, read_folder_index, read_safetensors_index
 from rim_dist.config import Recipe, dump_recipe, load_recipe, validate_recipe
 from rim_dist.errors import CheckpointError, ConfigError
-from rim_dist.parallel.degrees import check_tensor_degree, head_counts
+from rim_dist.parallel.degrees import check_tensor_degree, choose_mode, head_counts
 from rim_dist.parallel.mesh import Degrees
-from rim_dist.parallel.sequence import choose_mode
 
 Names = Literal["module", "model"]
 _SHARD_BYTES = 2 * 10**9

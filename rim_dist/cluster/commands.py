@@ -17,14 +17,19 @@ def add_cluster_commands(
     submit = command(
         "submit",
         _submit,
-        "Submit a recipe to SLURM: slurm/train.sbatch with the site's settings and these flags. Degrees come from the recipe, "
-        "the number of ranks from --nodes and --ranks-per-node.",
+        "Submit a recipe to SLURM: slurm/train.sbatch with the site's settings and these flags. Degrees come from the recipe "
+        "(with --gpu-memory also from the planner), the number of ranks from --nodes and --ranks-per-node.",
         "rim-dist submit recipes/gsm8k-aug-gpt2.yaml data.path=train.txt --nodes 4 --time 12:00:00 --dry-run",
         "rim-dist submit recipes/gsm8k-aug-gpt2.yaml --nodes 1 --ranks-per-node 4 --gpus-per-node 4 --chain 5",
     )
     recipe_arguments(submit)
     for flag, option, text in _OPTIONS:
         submit.add_argument(flag, metavar=option.upper().removeprefix("--"), help=text)
+    submit.add_argument(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="memory of a GPU (80GiB): the planner fills in degrees the recipe does not set",
+    )
     submit.add_argument("--launcher", choices=["srun", "torchrun", "deepspeed", "mpi", "mpirun"], help="what starts the ranks")
     submit.add_argument("--site", metavar="FILE", help="the site's settings (slurm/site.env)")
     submit.add_argument("--until", choices=["stage1"], help="end after this stage")
@@ -71,8 +76,9 @@ _OPTIONS = (
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from rim_dist.cluster.submit import Request, parse_options, render, submit
+    from rim_dist.cluster.submit import Request, parse_options, planned, render, submit
     from rim_dist.config import load_recipe
+    from rim_dist.planning.commands import parse_memory
     from rim_dist.training.folder import check_run_folder
 
     if arguments.chain < 1:
@@ -85,6 +91,9 @@ def _submit(arguments: argparse.Namespace) -> int:
         if value is not None:
             options[option] = value
     request = Request(arguments.recipe, arguments.overrides, arguments.site, arguments.launcher, options, arguments.until)
+    if arguments.gpu_memory is not None:
+        request = planned(recipe, request, parse_memory(arguments.gpu_memory))
+        recipe = load_recipe(arguments.recipe, request.overrides)
     if arguments.dry_run:
         print(render(recipe, request, "CHAIN" if arguments.chain > 1 else ""), end="")
         return EXIT_DONE

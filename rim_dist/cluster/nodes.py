@@ -9,8 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from rim_dist.cluster.starts import host_name, note_end
+from rim_dist.cluster.starts import note_end
 from rim_dist.errors import EXIT_DONE, EXIT_TRY_AGAIN, ConfigError
+from rim_dist.parallel.place import host_name
 
 _PORTS = range(20000, 32000)  # below the ports that Linux gives to outgoing connections (from 32768)
 _TRIES = 64

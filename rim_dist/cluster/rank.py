@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from rim_dist.cluster.starts import CURRENT, host_name, is_secret, note_end, utc_now
+from rim_dist.cluster.starts import CURRENT, is_secret, note_end, utc_now
 from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE
-from rim_dist.parallel.place import find_place, own_cores, rank_environment
+from rim_dist.parallel.place import find_place, host_name, own_cores, rank_environment
 from rim_dist.training.heartbeat import BEAT_VARIABLE, STACKS_SIGNAL, STACKS_VARIABLE
 
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

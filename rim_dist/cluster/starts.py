@@ -28,6 +28,7 @@ from typing import Any
 from rim_dist.checkpoint.store import complete_checkpoints, read_state, write_atomically
 from rim_dist.config import Recipe, dump_recipe
 from rim_dist.errors import RimError
+from rim_dist.parallel.place import host_name
 from rim_dist.training.folder import check_run_folder
 
 CURRENT = "current"
@@ -216,11 +217,6 @@ def note_end(start: Path, rank: int, status: int, why: str, suspect: bool, host:
             os.write(descriptor, (json.dumps(line) + "\n").encode())
         finally:
             os.close(descriptor)
-
-
-def host_name() -> str:
-    """The node as SLURM calls it, or this machine."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def suspects(start: Start) -> list[str]:

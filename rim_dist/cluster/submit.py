@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rim_dist.cluster.site import site_arguments, slurm_folder
@@ -62,13 +62,30 @@ def job_options(recipe: Recipe, request: Request) -> dict[str, str]:
     options["--output"] = f"{recipe.folder.resolve()}/logs/slurm-%j.out"
     options.update(parse_options(site_arguments(request.site), request.site or "site.env"))
     options.update(request.options)
-    counts = {}
+    nodes, ranks_per_node = _counts(options)
+    fit_degrees(recipe, nodes * ranks_per_node)
+    return options
+
+
+def _counts(options: dict[str, str]) -> tuple[int, int]:
+    """Nodes, and ranks on each."""
+    counts = []
     for name in ("--nodes", "--ntasks-per-node"):
         if not options[name].isdigit() or int(options[name]) < 1:
             raise ConfigError(f"{name}: {options[name]!r} is not allowed; allowed: 1 or more")
-        counts[name] = int(options[name])
-    fit_degrees(recipe, counts["--nodes"] * counts["--ntasks-per-node"])
-    return options
+        counts.append(int(options[name]))
+    return counts[0], counts[1]
+
+
+def planned(recipe: Recipe, request: Request, gpu_memory: int) -> Request:
+    """The request with overrides from the planner for what the recipe leaves open. Raises ConfigError if nothing fits."""
+    from rim_dist.planning.commands import recommended_overrides
+
+    options, _ = _template()
+    options.update(parse_options(site_arguments(request.site), request.site or "site.env"))
+    nodes, ranks_per_node = _counts({**options, **request.options})
+    added = recommended_overrides(recipe, nodes * ranks_per_node, gpu_memory, ranks_per_node)
+    return replace(request, overrides=[*request.overrides, *added])
 
 
 def render(recipe: Recipe, request: Request, chain: str = "") -> str:

@@ -28,12 +28,17 @@ from rim_dist.errors import DataError
 from rim_dist.memory import MemoryTokens
 
 _ARRAYS = ("tokens", "segment_ends", "first_segment", "lines")
+_COMPARED_SAMPLES = 64
 
 
 class SampleStream(Protocol):
     """Samples by their position in the run's stream."""
 
     report: DataReport
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal on ranks that have the same data; empty where that cannot be told before it is read (a stream)."""
 
     def samples(self, start: int, stop: int) -> list[EncodedSample]:
         """The samples at positions start .. stop - 1."""
@@ -52,8 +57,16 @@ class PreparedData:
         self._tokens, self._ends, self._first, self._lines = (
             numpy.load(folder / f"{name}.npy", mmap_mode="r").view(numpy.ndarray) for name in _ARRAYS
         )
-        self._seed = seed
+        self._name, self._seed = folder.name, seed
         self._order: tuple[int, numpy.ndarray] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The folder's name, which stands for all that decides a token, with the sizes and some samples from all over it."""
+        digest = hashlib.sha256(f"{len(self)} {len(self._tokens)}".encode())
+        for index in range(0, len(self), max(1, len(self) // _COMPARED_SAMPLES)):
+            digest.update(self._tokens[self._ends[self._first[index]] : self._ends[self._first[index + 1]]].tobytes())
+        return f"{self._name}-{digest.hexdigest()[:12]}"
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -80,6 +93,7 @@ class StreamedData:
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTokens, positions: int) -> None:
         self.report = DataReport()
+        self.fingerprint = ""
         self._arguments = (tokenizer, tokens, positions)
         self._recipe = recipe
         self._position = 0

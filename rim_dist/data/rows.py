@@ -122,6 +122,10 @@ class Batch:
         columns = self.targets.column[targets.to(self.targets.column.device)]
         return [self.order[i] for i in self.layout.queries.segment[0, columns].unique().tolist()]
 
+    def without_weight(self) -> Batch:
+        """The same tokens, whose loss does not count."""
+        return replace(self, targets=replace(self.targets, weight=torch.zeros_like(self.targets.weight)))
+
     def to(self, device: torch.device | str) -> Batch:
         input_ids = self.input_ids.to(device, non_blocking=True)
         return replace(self, input_ids=input_ids, layout=self.layout.to(device), targets=self.targets.to(device))

@@ -129,4 +129,5 @@ def device_name() -> str:
     """What the figures were taken on: the GPU, or the threads of the CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"

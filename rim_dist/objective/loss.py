@@ -14,10 +14,9 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from rim_dist.data.rows import Targets
+from rim_dist.limits import LOGITS_ENTRIES
 from rim_dist.parallel.collectives import all_reduce, copy_to_all, join_features
 from rim_dist.parallel.tensor import Vocabulary
-
-LOGITS_ENTRIES = 1 << 25  # logits of one chunk: 128 MiB in fp32
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from rim_dist.config import Recipe
 from rim_dist.errors import ConfigError
 from rim_dist.parallel.mesh import Degrees
+
+Mode = Literal["ulysses", "allgather_kv"]
 
 
 def fit_degrees(recipe: Recipe, ranks: int) -> Degrees:
@@ -15,11 +17,13 @@ def fit_degrees(recipe: Recipe, ranks: int) -> Degrees:
     tensor, sequence = recipe.parallel.tensor, recipe.parallel.sequence
     model = tensor * sequence
     if ranks % model:
-        nearest = max(1, round(ranks / model)) * model
-        possible = sorted({math.gcd(ranks, tensor) * math.gcd(ranks // math.gcd(ranks, tensor), sequence)} | {1})
+        fewer, more = ranks // model * model, -(-ranks // model) * model
+        # Divisors of what was asked for: heads that it divides are divided by them too.
+        fitting = math.gcd(ranks, tensor)
+        degrees = f"parallel.tensor {fitting} with parallel.sequence {math.gcd(ranks // fitting, sequence)}"
         raise ConfigError(
-            f"{ranks} ranks: parallel.tensor {tensor} x parallel.sequence {sequence} is {model}; allowed: a multiple of it "
-            f"(the nearest: {nearest}), or degrees whose product divides {ranks} (for example {possible[-1]})"
+            f"{ranks} ranks cannot be dealt out: parallel.tensor {tensor} x parallel.sequence {sequence} takes {model}; "
+            f"the nearest that can: {f'{fewer} or ' if fewer else ''}{more} ranks, or {degrees} on {ranks} ranks"
         )
     data = ranks // model
     if recipe.optimizer.global_batch < data:
@@ -53,3 +57,22 @@ def check_tensor_degree(tensor: int, config: Any) -> None:
         f"parallel.tensor: {tensor} ranks cannot share {' and '.join(wrong)} of {config.model_type}; the nearest that can: "
         f"{nearest} (allowed: {', '.join(map(str, possible))})"
     )
+
+
+def choose_mode(wanted: str, degree: int, heads: int, kv_heads: int) -> Mode:
+    """Resolve `parallel.sequence_mode` for a tensor rank's heads.
+
+    `ulysses` where the heads divide: it sends less. Raises ConfigError where it is asked for and they do not.
+    """
+    divides = heads % math.lcm(kv_heads, degree) == 0
+    if wanted == "ulysses" and not divides:
+        possible = [d for d in range(1, heads + 1) if heads % math.lcm(kv_heads, d) == 0]
+        nearest = min(possible, key=lambda d: (abs(d - degree), d))
+        raise ConfigError(
+            f"parallel.sequence: {degree} ranks cannot share the {heads} heads ({kv_heads} for keys) that a tensor rank has "
+            f"by all-to-all; the nearest that can: {nearest} (allowed: {', '.join(map(str, possible))}), or any number with "
+            "parallel.sequence_mode allgather_kv"
+        )
+    if wanted == "auto":
+        return "ulysses" if divides else "allgather_kv"
+    return wanted  # type: ignore[return-value]

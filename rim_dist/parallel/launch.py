@@ -12,24 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rim_dist.errors import ConfigError
+from rim_dist.parallel import rollcall
 from rim_dist.parallel.ops import skip_shared_memory_op
-from rim_dist.parallel.place import find_place
+from rim_dist.parallel.place import find_place, host_name
 
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
 
 @dataclass(frozen=True)
 class Process:
-    """This process among the ranks. `device` is the torch device of its model."""
+    """This process among the ranks. `device` is the torch device of its model; `roll_call` is None for a rank alone."""
 
     rank: int
     ranks: int
     local_rank: int
     device: str
+    roll_call: rollcall.RollCall | None = None
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def hosts(self) -> list[str]:
+        """The host of every rank."""
+        return self.roll_call.hosts if self.roll_call is not None else [host_name()]
 
 
 def _free_port() -> int:
@@ -122,12 +129,15 @@ def join(timeout_seconds: float) -> Process:
         # Ranks that each use every core slow each other down many times over.
         local_ranks = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or ranks)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-    return Process(torch.distributed.get_rank(), ranks, local_rank, f"cuda:{local_rank}" if cuda else "cpu")
+    rank = torch.distributed.get_rank()
+    roll_call = rollcall.attend(rank, ranks, timeout_seconds) if ranks > 1 else None
+    return Process(rank, ranks, local_rank, f"cuda:{local_rank}" if cuda else "cpu", roll_call)
 
 
 def leave() -> None:
     """Close the process group at the regular end of a command."""
     import torch
 
+    rollcall.dismiss()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

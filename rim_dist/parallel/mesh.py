@@ -6,6 +6,7 @@ stand side by side on a node. To DeepSpeed sequence ranks are data ranks: it sha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,6 +77,14 @@ class Mesh:
         return self.place.tensor == 0
 
 
+def groups_of(degrees: Degrees, kind: str) -> list[list[int]]:
+    """The ranks of every group of a kind (`tensor`, `sequence`, `data`), groups by their first rank."""
+    groups: dict[Coordinates, list[int]] = {}
+    for rank in range(degrees.ranks):
+        groups.setdefault(degrees.place(rank)._replace(**{kind: 0}), []).append(rank)
+    return list(groups.values())
+
+
 def make_mesh(degrees: Degrees, rank: int, device_type: str) -> Mesh:
     """The mesh of this rank with its process groups. Collective: every rank calls it once."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -127,18 +136,22 @@ class ModelParallelUnit:
     get_tensor_model_parallel_rank = get_model_parallel_rank
 
 
-def describe(mesh: Mesh, ranks_per_node: int) -> str:
-    """The mesh as a table: each kind of group, how many there are, who is in this rank's, and whether a node holds it."""
-    degrees, place = mesh.degrees, mesh.place
-    kinds = {
-        "tensor": [place._replace(tensor=i) for i in range(degrees.tensor)],
-        "sequence": [place._replace(sequence=i) for i in range(degrees.sequence)],
-        "data": [place._replace(data=i) for i in range(degrees.data)],
-    }
-    lines = [f"{'':9}{'degree':>7}{'groups':>8}  {'nodes':6} ranks of the first group"]
-    for name, members in kinds.items():
-        ranks = [degrees.rank_of(member) for member in members]
-        nodes = len({rank // max(1, ranks_per_node) for rank in ranks})
-        shown = ", ".join(map(str, ranks[:8])) + (f", ... {ranks[-1]}" if len(ranks) > 8 else "")
-        lines.append(f"{name:9}{len(ranks):7}{degrees.ranks // len(ranks):8}  {nodes:<6} {shown}")
+def describe(degrees: Degrees, hosts: Sequence[str]) -> str:
+    """The mesh as a table: of each kind of group its ranks, how many there are, on how many nodes the widest is, an example.
+
+    `hosts`: where each rank runs. A warning follows if ranks that share matrices do not share a node.
+    """
+    lines = [f"{'':9}{'degree':>7}{'groups':>8}{'nodes':>7}  ranks of the first group"]
+    for kind in ("tensor", "sequence", "data"):
+        groups = groups_of(degrees, kind)
+        nodes = max(len({hosts[rank] for rank in group}) for group in groups)
+        first = groups[0]
+        shown = ", ".join(map(str, first[:8])) + (f", ... {first[-1]}" if len(first) > 8 else "")
+        lines.append(f"{kind:9}{len(first):7}{len(groups):8}{nodes:7}  {shown}")
+    if apart := next((g for g in groups_of(degrees, "tensor") if len({hosts[rank] for rank in g}) > 1), None):
+        named = ", ".join(f"{rank} on {hosts[rank]}" for rank in apart[:8])
+        lines.append(
+            f"warning: ranks of a tensor group are on several nodes ({named}): every layer waits for their network; "
+            "best is a parallel.tensor that divides the ranks of a node, and ranks numbered node by node"
+        )
     return "\n".join(lines)

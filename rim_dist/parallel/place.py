@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 from collections.abc import Mapping
@@ -43,6 +44,11 @@ def find_place(environment: Mapping[str, str]) -> Place:
         local = int(environment.get("SLURM_LOCALID", "0"))
         return Place(int(environment["SLURM_PROCID"]), ranks, local, -(-ranks // nodes), "slurm")
     return Place(0, 1, 0, 1, "none")
+
+
+def host_name() -> str:
+    """The node as SLURM calls it, or this machine."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def own_cores(place: Place, cores: set[int]) -> set[int]:

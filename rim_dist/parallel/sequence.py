@@ -11,37 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from rim_dist.attention.dense import ScoreRule
 from rim_dist.attention.visibility import PADDING_SEGMENT, QUESTION, Places, RowLayout, Span
 from rim_dist.data.rows import Batch, Targets
-from rim_dist.errors import ConfigError
 from rim_dist.parallel.collectives import exchange, gather_parts
+from rim_dist.parallel.degrees import Mode
 from rim_dist.parallel.mesh import Mesh
 
-Mode = Literal["ulysses", "allgather_kv"]
 _BALANCE = 1.05  # attention cost of the dearest rank against the cheapest one's
 _MOST_CHUNKS = 64  # of a rank
-
-
-def choose_mode(wanted: str, degree: int, heads: int, kv_heads: int) -> Mode:
-    """Resolve `parallel.sequence_mode` for a rank's heads (after tensor parallelism).
-
-    `ulysses` where the heads divide: it sends less. Raises ConfigError where it is asked for and they do not.
-    """
-    divides = heads % math.lcm(kv_heads, degree) == 0
-    if wanted == "ulysses" and not divides:
-        possible = [d for d in range(degree, 0, -1) if heads % math.lcm(kv_heads, d) == 0]
-        raise ConfigError(
-            f"parallel.sequence: {degree} ranks cannot share {heads} heads ({kv_heads} for keys) by all-to-all; allowed: "
-            f"parallel.sequence {possible[0]}, or parallel.sequence_mode allgather_kv"
-        )
-    if wanted == "auto":
-        return "ulysses" if divides else "allgather_kv"
-    return wanted  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

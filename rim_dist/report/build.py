@@ -60,6 +60,12 @@ def _pictures(drawn: Sequence[tuple[str, str, bytes | None]]) -> list[Part]:
     return [Picture(name, title, png) for name, title, png in drawn if png is not None]
 
 
+def _filled(head: list[str], rows: list[list[str]]) -> Table:
+    """A table without the columns that nobody has anything for."""
+    kept = [i for i in range(len(head)) if i == 0 or any(row[i] for row in rows)]
+    return Table([head[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
@@ -81,7 +87,7 @@ def _runs(runs: Sequence[RunFacts]) -> list[Part]:
             row.append(f"{sum(line['seconds'] for line in train) / 3600:.2f}")
             row.append(_number(statistics.median(line["tokens_per_second"] for line in train)))
         rows.append(row + [""] * (len(head) - len(row)))
-    return [Table(head, rows)] if rows else []
+    return [_filled(head, rows)] if rows else []
 
 
 def _data(evaluation: Evaluated) -> str:
@@ -115,7 +121,7 @@ def _accuracy(evaluations: Sequence[Evaluated]) -> list[Part]:
         "s.e.: of a share of so many questions; of the mean over the paper's splits, which share their questions. "
         f"{', '.join(RULES)}: the final block by others' rules (docs/evaluation.md), where targets are numbers."
     )
-    parts: list[Part] = [Table(head, rows), Paragraph(note)]
+    parts: list[Part] = [_filled(head, rows), Paragraph(note)]
     return parts + _pictures([("blocks", "accuracy after every block", draw_blocks(evaluations))])
 
 

@@ -16,6 +16,7 @@ nav a { margin-right: 1rem; color: #0550ae; }
 table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #d8dee4; text-align: right; vertical-align: top; }
 th { background: #f6f8fa; font-weight: 600; }
+td { white-space: nowrap; } .words td { white-space: normal; overflow-wrap: anywhere; }
 th:first-child, td:first-child, .words th, .words td { text-align: left; }
 figure { margin: 1rem 0; } figcaption { color: #57606a; font-size: .9rem; } img { max-width: 100%; height: auto; }
 details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; }

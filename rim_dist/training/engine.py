@@ -24,10 +24,11 @@ from rim_dist.model import set_dropout
 from rim_dist.objective.forward import run_batch
 from rim_dist.objective.loss import ReadoutLoss
 from rim_dist.parallel.collectives import all_reduce
+from rim_dist.parallel.degrees import Mode
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.mesh import Coordinates, Degrees, Mesh, ModelParallelUnit
 from rim_dist.parallel.ops import load_cpu_adam
-from rim_dist.parallel.sequence import Mode, share_row
+from rim_dist.parallel.sequence import share_row
 from rim_dist.parallel.tensor import slice_of, whole_shape
 from rim_dist.unwrap import bare_model, base_layer
 

@@ -9,7 +9,18 @@ from rim_dist.config import Recipe, load_recipe
 from rim_dist.errors import ConfigError
 
 # Fields that may change between two starts of the same run: they do not change what is trained.
-_FREE_FIELDS = ("logging", "checkpoint", "evaluation", "run.output_dir", "parallel.timeout_seconds", "data.cache_dir")
+_FREE_FIELDS = (
+    "logging",
+    "checkpoint",
+    "evaluation",
+    "run.output_dir",
+    "parallel.timeout_seconds",
+    "parallel.preflight",
+    "parallel.preflight_seconds",
+    "parallel.sequence_mode",
+    "data.cache_dir",
+)
+_DEGREES = ("parallel.tensor", "parallel.sequence")
 
 
 def _difference(old: Any, new: Any, path: str = "") -> list[str]:
@@ -30,6 +41,12 @@ def check_run_folder(recipe: Recipe) -> None:
         raise ConfigError(f"run.output_dir: {ancestor} is not a writable folder")
     if (folder / "recipe.yaml").is_file():
         differences = _difference(load_recipe(folder / "recipe.yaml").model_dump(mode="json"), recipe.model_dump(mode="json"))
+        if differences and all(line.startswith(_DEGREES) for line in differences):
+            degrees = f"--tensor {recipe.parallel.tensor} --sequence {recipe.parallel.sequence} --data N"
+            raise ConfigError(
+                f"{folder} holds a run of other degrees ({'; '.join(sorted(differences))}); make one for these: "
+                f"rim-dist convert reshape {folder} OUT {degrees}"
+            )
         if differences:
             raise ConfigError(
                 f"{folder} holds a run with another recipe ({'; '.join(sorted(differences)[:5])}); "

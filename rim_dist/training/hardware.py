@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -23,3 +27,40 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a rank computes on. `identity`: the same for two processes on one GPU; empty for a CPU, which ranks share."""
+
+    name: str
+    identity: str
+    memory_bytes: int
+    free_bytes: int
+
+
+def this_device() -> Device:
+    """The current device; of a CPU, the cores this process may use."""
+    if not torch.cuda.is_available():
+        return Device(f"CPU ({len(os.sched_getaffinity(0))} cores)", "", 0, 0)
+    free, total = torch.cuda.mem_get_info()
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Device(properties.name, str(properties.uuid), total, free)
+
+
+def free_memory_bytes() -> int:
+    """Memory that this process's host, or the control group a scheduler put it in, has left."""
+    available = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        if line.startswith("MemAvailable")
+    )
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        entries = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        own = Path("/sys/fs/cgroup") / next(line[3:].lstrip("/") for line in entries if line.startswith("0::"))
+        for folder in (own, *own.parents):
+            limit = folder / "memory.max"
+            if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
+                used = int((folder / "memory.current").read_text(encoding="ascii"))
+                available = min(available, max(0, int(text) - used))
+    return available

@@ -61,10 +61,11 @@ class MetricsLog:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(f"{line['kind']}/{name}", value, line["step"])
 
-    def close(self) -> None:
+    def close(self, at_once: bool = False) -> None:
+        """`at_once`: other ranks wait for this one to end; W&B is not waited for."""
         os.fsync(self._file.fileno())
         self._file.close()
-        if self._wandb is not None:
+        if self._wandb is not None and not at_once:
             self._wandb.finish()
         if self._tensorboard is not None:
             self._tensorboard.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from rim_dist.checkpoint.store import TrainingState
 from rim_dist.checkpoint.tensors import DTYPES
 from rim_dist.config import Recipe, StageName, dump_recipe
 from rim_dist.data.encoding import EncodedSample
-from rim_dist.data.loader import BatchLoader, StagePlan, plan_stages
+from rim_dist.data.loader import BatchLoader, RankShare, StagePlan, plan_stages
 from rim_dist.data.prepared import SampleStream, StreamedData, prepare
 from rim_dist.data.rows import Batch
 from rim_dist.data.sources import Sample, source_name
@@ -40,8 +39,8 @@ from rim_dist.model import Foundation, build_model, lay_foundation
 from rim_dist.objective.loss import ReadoutLoss
 from rim_dist.parallel.degrees import fit_degrees
 from rim_dist.parallel.launch import Process
-from rim_dist.parallel.mesh import make_mesh
-from rim_dist.parallel.place import find_place
+from rim_dist.parallel.mesh import describe, make_mesh
+from rim_dist.parallel.preflight import Preflight
 from rim_dist.parallel.zero import compose, partitioner
 from rim_dist.training.engine import Engine
 from rim_dist.training.folder import check_run_folder
@@ -86,13 +85,18 @@ class Trainer:
         if recipe.parallel.zero_plus_plus and process.device == "cpu":
             raise ConfigError("parallel.zero_plus_plus: true needs GPUs: its kernels are CUDA's")
         self._recipe, self._process, self._foundation, self._data = recipe, process, foundation, data
+        self._ds_config = compose(recipe, foundation.hidden_size, process.hosts.count(process.hosts[process.rank]))
+        if process.is_first and process.ranks > 1:
+            print(describe(degrees, process.hosts), file=sys.stderr, flush=True)
+        self._preflight = Preflight(recipe, process) if recipe.parallel.preflight else None
+        if self._preflight is not None:
+            self._preflight.compare(foundation, data.fingerprint, self._ds_config)
         self._mesh = make_mesh(degrees, process.rank, process.device.partition(":")[0])
         self._folder = recipe.folder
         self._checkpoints = recipe.folder / "checkpoints"
         self._plans = plan_stages(recipe, len(data))
         self._total_steps = sum(plan.steps for plan in self._plans)
         self._questions = recipe_samples(recipe)
-        self._ds_config = compose(recipe, foundation.hidden_size, find_place(os.environ).local_ranks)
         self._peak = peak_operations(recipe.model.dtype)
         self._saver = CheckpointSaver(recipe, self._checkpoints, process)
         self._saved_step = self._scored_step = -1
@@ -107,6 +111,9 @@ class Trainer:
 
         `until`: return after this stage, as the run was saved there.
         """
+        if self._preflight is not None:
+            self._preflight.try_links(self._mesh)
+            self._preflight.rehearse(self._foundation, self._mesh)
         resume = self._find_resume()
         if self._process.is_first:
             self._write_run_folder()
@@ -123,6 +130,7 @@ class Trainer:
             self._progress = ProgressReport(self._total_steps, state.step, self._recipe.logging.every_steps)
             self._announce(state, resume)
         self._stop = StopRequest()
+        broken = False
         try:
             with self._profiler() as self._profile:
                 for plan in self._plans:
@@ -132,12 +140,17 @@ class Trainer:
                         break
             if state.finished and self._recipe.evaluation.at_end:
                 self._evaluate(state, report=True)
+        except BaseException as error:
+            broken = self._process.ranks > 1 and not isinstance(error, Stopped)
+            raise
         finally:
-            self._stop.close()
+            # A launcher ends all ranks with SIGTERM when it loses one: those that are left still say which it was.
+            if not broken:
+                self._stop.close()
             if self._progress is not None:
                 self._progress.close()
             if self._log is not None:
-                self._log.close()
+                self._log.close(broken)
         if self._process.is_first and state.finished:
             self._finish()
         dist.barrier()
@@ -155,9 +168,13 @@ class Trainer:
             self._engine.set_dropout(stage.dropout)
         for step in range(first, plan.steps):
             started = time.perf_counter()
+            share = loader.share(plan, step)
             if step and loader.part(plan, step) != loader.part(plan, step - 1):
                 self._engine.begin_stage(stage.dropout)
-            state, line, stop = self._step(loader, plan, step)
+            if self._preflight is not None:
+                started += self._dry_batch(self._preflight, share)
+                self._preflight = None
+            state, line, stop = self._step(share, plan, step)
             beat(f"{plan.name} step {state.step}")
             seconds = time.perf_counter() - started
             if self._log is not None and self._progress is not None:
@@ -179,9 +196,22 @@ class Trainer:
                 raise Stopped(f"stopped by a signal after step {state.step}, saved; start the same command again to go on")
         return state
 
-    def _step(self, loader: BatchLoader, plan: StagePlan, step: int) -> tuple[TrainingState, Metrics, bool]:
+    def _dry_batch(self, preflight: Preflight, share: RankShare) -> float:
+        """The largest micro-batch of the step to come, forward and backward, without weight; returns its seconds.
+
+        Its gradients are zeros to which the step's are added, so that the step computes the same bits with it and without.
+        """
+        started = time.perf_counter()
+        batch = max(share.micro_batches, key=lambda batch: batch.tokens)
+        part = self._engine.own_part(batch.without_weight())
+        losses = self._engine.forward_backward(part, 1.0, last=False).token_losses
+        tokens, total, count = self._sum([float(part.tokens), float(losses.sum()), float(len(losses))])
+        seconds = time.perf_counter() - started
+        preflight.finish(int(tokens), seconds, total / count if count else None, peak_memory_bytes())
+        return seconds
+
+    def _step(self, share: RankShare, plan: StagePlan, step: int) -> tuple[TrainingState, Metrics, bool]:
         stage = self._recipe.curriculum.stage(plan.name)
-        share = loader.share(plan, step)
         batch_samples = min(self._recipe.optimizer.global_batch, plan.samples - step * self._recipe.optimizer.global_batch)
         # The weight of the whole step is known before the first forward; the wish to stop travels with it. A row's weight is
         # that of its sequence group.

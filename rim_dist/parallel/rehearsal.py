@@ -1,0 +1,86 @@
+"""Proof on a tiny model that this family, split over these ranks, computes what it computes whole.
+
+The family's tensor parallel plan is transformers' word, and what ranks send depends on the launcher, the libraries and the
+network: all of it is tried before anything large is built.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from transformers import PretrainedConfig, PreTrainedModel
+
+from rim_dist.attention.probe import tiny_config, tiny_model, tiny_row
+from rim_dist.attention.registration import Path, use_rim_attention
+from rim_dist.data.rows import Batch, pack
+from rim_dist.errors import ModelError
+from rim_dist.objective.forward import install_readout_loss, run_batch
+from rim_dist.parallel.collectives import all_reduce
+from rim_dist.parallel.degrees import Mode
+from rim_dist.parallel.mesh import Mesh
+from rim_dist.parallel.sequence import share_row
+from rim_dist.parallel.tensor import TensorPlace, slice_of, split_model, sum_shared_gradients
+
+_TOLERANCE = 1e-3  # a forgotten sum or a wrong factor is off by the order of 1; fp32 rounding by 1e-6, TF32's by 1e-4
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Largest differences from the whole model: of the loss (relative), of a gradient (of the model's largest entry)."""
+
+    loss: float
+    gradient: float
+
+
+def rehearse(
+    config: PretrainedConfig, mesh: Mesh, mode: Mode, path: Path, device: str, trust_remote_code: bool = False
+) -> Rehearsal:
+    """Loss and gradients of a tiny model of the family split over the mesh against the same model whole. Collective.
+
+    Raises ModelError on every rank if they differ by more than rounding explains.
+    """
+    tensor, sequence = mesh.degrees.tensor, mesh.degrees.sequence
+    small = tiny_config(config, tensor, sequence if mode == "ulysses" else 1)
+    whole = tiny_model(small, trust_remote_code).to(device)
+    split = copy.deepcopy(whole)
+    if tensor > 1:
+        split_model(split, TensorPlace(mesh.place.tensor, tensor, mesh.tensor_group))
+        sum_shared_gradients(split)
+    row, block = tiny_row()
+    batch = pack([row, row], block)
+    # The layout alone decides what `flex` computes as well; compiling its kernels for a tiny model would take minutes.
+    path = "split" if path == "flex" else path
+    expected = _loss(whole, batch.to(device), path)
+    found = all_reduce(_loss(split, share_row(batch, mesh, mode).to(device), path), mesh.sequence_group)
+    wanted = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    worst = torch.zeros(2, dtype=torch.float64, device=device)
+    worst[0] = (found - expected).abs() / expected.abs()
+    for name, parameter in split.named_parameters():
+        gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        all_reduce(gradient, mesh.sequence_group)
+        part = slice_of(parameter)
+        target = wanted.get(name, torch.zeros(()))
+        difference = gradient - (target.to(device) if part is None else part.of(target))
+        worst[1] = torch.maximum(worst[1], difference.abs().max() / largest)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    result = Rehearsal(*worst.tolist())
+    if not max(result.loss, result.gradient) < _TOLERANCE:  # not a number is a difference too
+        raise ModelError(
+            f"model family {config.model_type}: a tiny model of it split over parallel.tensor {tensor} and parallel.sequence "
+            f"{sequence} ({mode}) differs from the same model whole (loss {result.loss:.1e}, gradients {result.gradient:.1e}); "
+            "use parallel.tensor 1 or parallel.sequence 1"
+        )
+    return result
+
+
+def _loss(model: PreTrainedModel, batch: Batch, path: Path) -> torch.Tensor:
+    """The loss sum of a batch; its gradients stay in the model."""
+    use_rim_attention(model, path)
+    install_readout_loss(model)
+    loss, _ = run_batch(model, batch)
+    loss.backward()
+    return loss.detach()

@@ -1,0 +1,133 @@
+"""`rim-dist plan`, and what `rim-dist submit` asks of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rim_dist.errors import EXIT_DONE, ConfigError
+from rim_dist.planning.links import INTERCONNECTS
+
+if TYPE_CHECKING:
+    from rim_dist.config import Recipe
+    from rim_dist.planning.recommend import Planner
+
+_UNITS = {"GiB": 2**30, "MiB": 2**20, "TiB": 2**40, "GB": 10**9, "MB": 10**6, "TB": 10**12}
+
+
+def parse_memory(text: str, option: str = "--gpu-memory") -> int:
+    """Bytes of a size with its unit. Raises ConfigError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
+        raise ConfigError(f"{option}: {text!r} is not a size; write a number and its unit, for example 80GiB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def add_plan_command(
+    command: Callable[..., argparse.ArgumentParser], recipe_arguments: Callable[[argparse.ArgumentParser], Any]
+) -> None:
+    plan = command(
+        "plan",
+        _plan,
+        "Memory of a GPU, what is sent and which degrees to use, without GPUs and without building the model.",
+        "rim-dist plan recipes/gsm8k-aug-llama-3.2-1b.yaml --gpus 8 --gpu-memory 80GiB",
+        "rim-dist plan recipes/gsm8k-aug-llama-3.2-1b.yaml model.lora=null --gpus 64 --gpu-memory 80GiB --model llama-3.1-70b",
+        "rim-dist plan RECIPE.yaml --gpus 16 --gpu-memory 40GiB --interconnect ethernet-25g --output plan/",
+    )
+    plan.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs in all")
+    plan.add_argument("--gpu-memory", required=True, metavar="SIZE", help="memory of a GPU with its unit: 80GiB")
+    plan.add_argument("--node-memory", default="1TiB", metavar="SIZE", help="CPU memory of a node, for offload (1TiB)")
+    plan.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of a node (8, or all if fewer)")
+    plan.add_argument(
+        "--interconnect", default="nvlink+ib-400g", metavar="NAME", help=f"one of {', '.join(INTERCONNECTS)} (nvlink+ib-400g)"
+    )
+    plan.add_argument("--model", metavar="NAME|PATH", help="another model: a known name or a config.json")
+    plan.add_argument("--question-tokens", type=int, default=128, metavar="N", help="length of a question (128)")
+    plan.add_argument("--target-tokens", type=int, default=16, metavar="N", help="length of what a readout predicts (16)")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    plan.add_argument("--output", metavar="DIR", help="write plan.json and plan.png here")
+    recipe_arguments(plan)
+
+
+def make_planner(
+    recipe: Recipe,
+    gpus: int,
+    gpu_memory: int,
+    model: str | None = None,
+    gpus_per_node: int | None = None,
+    interconnect: str = "nvlink+ib-400g",
+    node_memory: int = 2**40,
+    question: int = 128,
+    target: int = 16,
+) -> Planner:
+    """A `Planner`, everything given checked. Raises ConfigError."""
+    from rim_dist.planning.recommend import Cluster, Planner, Rows
+    from rim_dist.planning.shape import model_shape, recipe_shape
+
+    per_node = min(gpus, 8) if gpus_per_node is None else gpus_per_node
+    for name, value in (
+        ("--gpus", gpus),
+        ("--gpus-per-node", per_node),
+        ("--question-tokens", question),
+        ("--target-tokens", target),
+    ):
+        if value < 1 and not (name == "--gpus-per-node" and gpus < 1):
+            raise ConfigError(f"{name}: {value} is not allowed; allowed: 1 or more")
+    if gpus > per_node and gpus % per_node:
+        raise ConfigError(
+            f"--gpus: {gpus} GPUs are no whole nodes of {per_node}; allowed: a multiple of {per_node}, or --gpus-per-node"
+        )
+    if interconnect not in INTERCONNECTS:
+        raise ConfigError(f"--interconnect: {interconnect!r} is not known; known: {', '.join(INTERCONNECTS)}")
+    shape = recipe_shape(recipe) if model is None else model_shape(model)
+    cluster = Cluster(gpus, gpu_memory, INTERCONNECTS[interconnect], per_node, node_memory)
+    return Planner(recipe, shape, cluster, Rows(question, target))
+
+
+def recommended_overrides(recipe: Recipe, gpus: int, gpu_memory: int, gpus_per_node: int) -> list[str]:
+    """The planner's degrees as overrides, for what the recipe leaves open. Raises ConfigError if nothing fits."""
+    return make_planner(recipe, gpus, gpu_memory, gpus_per_node=gpus_per_node).fill_in()
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from rim_dist.config import load_recipe
+    from rim_dist.planning.report import Plan, draw_plan, print_plan
+
+    memory = parse_memory(arguments.gpu_memory)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    planner = make_planner(
+        recipe,
+        arguments.gpus,
+        memory,
+        arguments.model,
+        arguments.gpus_per_node,
+        arguments.interconnect,
+        parse_memory(arguments.node_memory, "--node-memory"),
+        arguments.question_tokens,
+        arguments.target_tokens,
+    )
+    written, refusal = None, ""
+    try:
+        written = planner.as_written()
+    except ConfigError as error:
+        refusal = str(error)
+    plan = Plan(planner, written, refusal)
+    if arguments.json:
+        print(json.dumps(plan.as_json(), indent=1))
+    else:
+        print_plan(plan)
+    if arguments.output:
+        folder = Path(arguments.output)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "plan.json").write_text(json.dumps(plan.as_json(), indent=1) + "\n", encoding="utf-8")
+            (folder / "plan.png").write_bytes(draw_plan(plan))
+        except OSError as error:
+            raise ConfigError(f"--output: {folder} cannot be written ({error.strerror or error})") from None
+        if not arguments.json:
+            print(f"{folder / 'plan.json'}, {folder / 'plan.png'}")
+    return EXIT_DONE

@@ -1,0 +1,421 @@
+"""Memory of one GPU (or CPU rank) in training, from the sizes of the model and the way it is spread.
+
+Every term is a tensor that exists and says why. What autograd keeps was read off transformers' layers with saved-tensor hooks
+(`tests/test_planning.py` compares), what DeepSpeed keeps off its source and its allocations (`benchmarks/planner.py` measures).
+`P`: parameters of a tensor rank, `Pt`: those that train, `d`: ranks that ZeRO shards over (data x sequence), `b`: bytes of a
+model entry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rim_dist.config import LoraSection
+from rim_dist.limits import CHUNK, LOGITS_ENTRIES, MASK_ENTRIES
+from rim_dist.planning.shape import Linear, ModelShape, adapted
+from rim_dist.planning.workload import Workload
+
+Parts = dict[str, int]
+PARTS = (
+    "parameters",
+    "gathered parameters",
+    "gradients",
+    "optimizer",
+    "communication buckets",
+    "activations",
+    "attention",
+    "logits",
+    "working memory",
+)
+# DeepSpeed's own settings where a JSON says nothing.
+REUSE_DISTANCE = 1_000_000_000  # stage3_max_reuse_distance
+SUB_GROUP = 1_000_000_000  # sub_group_size: entries ZeRO-3 updates at a time
+ALL_REDUCE_BUCKET = 500_000_000  # entries ZeRO-0 flattens for one all-reduce
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Sizes in entries out of the DeepSpeed configuration (`rim_dist.parallel.zero.compose`)."""
+
+    reduce: int
+    prefetch: int
+    persistence: int
+    reuse: int  # ZeRO-3 keeps a gathered parameter that is used again within so many entries
+
+    @staticmethod
+    def of(ds_config: Mapping[str, Any]) -> Buckets:
+        zero = ds_config["zero_optimization"]
+        return Buckets(
+            reduce=int(zero.get("reduce_bucket_size", 0)),
+            prefetch=int(zero.get("stage3_prefetch_bucket_size", 0)),
+            persistence=int(zero.get("stage3_param_persistence_threshold", 0)),
+            reuse=int(zero.get("stage3_max_reuse_distance", REUSE_DISTANCE)),
+        )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a run is spread and computed. `tensor`, `sequence`, `data`: degrees; their product is the number of ranks."""
+
+    buckets: Buckets
+    tensor: int = 1
+    sequence: int = 1
+    data: int = 1
+    zero_stage: int = 3
+    offload: bool = False
+    sequence_mode: Literal["ulysses", "allgather_kv"] = "ulysses"
+    dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    lora: LoraSection | None = None
+    checkpointing: bool = False
+    activation_offload: bool = False
+    attention: Literal["dense", "split", "flex"] = "flex"
+    dropout: float = 0.0
+    device: Literal["cuda", "cpu"] = "cuda"
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.sequence * self.data
+
+    @property
+    def shards(self) -> int:
+        """Ranks that ZeRO shards over: sequence ranks are data ranks to DeepSpeed."""
+        return self.sequence * self.data
+
+    @property
+    def entry(self) -> int:
+        """Bytes of a parameter, gradient or activation entry."""
+        return 4 if self.dtype == "fp32" else 2
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters of a tensor rank in entries. `persistent`: those ZeRO-3 never shards. `largest`, `layer`: the largest that
+    trains, and what trains of one layer. `module`: the largest of all, which ZeRO-3 gathers at once."""
+
+    all: int
+    trained: int
+    persistent: int
+    largest: int
+    layer: int
+    head: int
+    module: int
+
+    @staticmethod
+    def of(shape: ModelShape, setup: Setup) -> Weights:
+        tensors = shape.tensors(setup.lora, setup.tensor)
+        return Weights(
+            all=sum(t.entries for t in tensors),
+            trained=sum(t.entries for t in tensors if t.trained),
+            persistent=sum(t.entries for t in tensors if t.size <= setup.buckets.persistence),
+            largest=max(t.size for t in tensors if t.trained),
+            layer=sum(t.entries for t in tensors if t.trained and t.count >= shape.layers) // shape.layers,
+            head=shape.vocabulary_rows(setup.tensor) * shape.hidden,
+            module=max(t.size for t in tensors),
+        )
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a rank: between steps, and part by part at the moment of a step that needs most. `host`: in CPU memory."""
+
+    states: Parts
+    peak: Parts
+    moment: str
+    moments: dict[str, int] = field(repr=False)
+    host: int = 0
+
+    @property
+    def states_bytes(self) -> int:
+        return sum(self.states.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.peak.values())
+
+
+def states(weights: Weights, setup: Setup) -> Parts:
+    """What lives between optimizer steps, on the device.
+
+    ZeRO-0 in fp32 is torch's AdamW on the parameters: two moments. All else keeps fp32 copies of what trains as well, ZeRO-1
+    to 3 of a shard. ZeRO-3 also shards the parameters, keeps small ones whole, and holds a gradient shard and a reduce bucket
+    all the time.
+    """
+    b, d = setup.entry, setup.shards
+    if setup.zero_stage == 0:
+        return {"parameters": b * weights.all, "optimizer": (8 if b == 4 else 12) * weights.trained}
+    if setup.zero_stage < 3:
+        return {"parameters": b * weights.all, "optimizer": 12 * weights.trained // d}
+    found = {
+        # One rank's shard of a small parameter is the parameter.
+        "parameters": b * weights.persistent if d > 1 or setup.offload else 0,
+        "communication buckets": b * setup.buckets.reduce,
+    }
+    if not setup.offload:
+        found["parameters"] += b * weights.all // d
+        found["gradients"] = b * weights.trained // d
+        found["optimizer"] = 12 * weights.trained // d
+    return found
+
+
+def host_bytes(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) -> int:
+    """CPU memory of a rank. Offload: parameter shards, fp32 copies, moments and gradients, and where gradients land.
+    Activation offload: every layer's input."""
+    b, d = setup.entry, setup.shards
+    found = (b * weights.all + (16 + b) * weights.trained) // d if setup.offload else 0
+    if setup.activation_offload:
+        found += shape.layers * layer_input(shape, setup, _rank_tokens(setup, load))
+    return found
+
+
+def layer_activations(shape: ModelShape, setup: Setup, tokens: int, row_tokens: int) -> int:
+    """Bytes that the backward pass of one layer needs, for `tokens` on this rank of a packed row of `row_tokens`."""
+    b, t = setup.entry, setup.tensor
+    full = setup.lora is None
+    linears = shape.linears
+
+    def kept(linear: Linear) -> bool:
+        """Whether the input of a matrix is kept: its gradient, or that of its adapter, needs it."""
+        return full or (setup.lora is not None and adapted(linear, setup.lora, shape.layers))
+
+    h, q, kv, i = shape.hidden, shape.query_width // t, shape.kv_width // t, shape.intermediate // t
+    heads = shape.heads // t
+    attention_in = [n for n in linears if n.split == "column" and "attn" in n.name]
+    mlp_in = [n for n in linears if n.split == "column" and "mlp" in n.name]
+    (attention_out,) = (n for n in linears if n.split == "row" and "attn" in n.name)
+    (mlp_out,) = (n for n in linears if n.split == "row" and "mlp" in n.name)
+    total = 0
+    for consumers in (attention_in, mlp_in):
+        total += _norm(shape, setup, tokens, h) + (tokens * h * b if any(map(kept, consumers)) else 0)
+    # Queries and keys after rotation, and values, go into the attention, which keeps them with its output and log-sum-exp.
+    kv_tokens, kv_width = tokens, kv
+    if setup.sequence > 1 and setup.sequence_mode == "allgather_kv":
+        kv_tokens = row_tokens
+    elif setup.sequence > 1:
+        # Fewer KV heads than ranks are repeated: every rank has at least one of the whole row.
+        kv_width = shape.head_dim * math.lcm(shape.kv_heads // t, setup.sequence)
+    total += b * (tokens * q + 2 * kv_tokens * kv_width) + b * tokens * q + 4 * tokens * heads
+    if shape.family.query_norm:
+        total += _norm(shape, setup, tokens, q) + _norm(shape, setup, tokens, kv)
+        total += 4 * tokens * (heads + shape.kv_heads // t - 2)  # a statistic a head, not one a token
+    # The split path joins the outputs of its calls into a row of their own, an all-to-all brings it back as one; otherwise the
+    # next matrix's input is the kernel's output.
+    exchanged = setup.sequence > 1 and setup.sequence_mode == "ulysses"
+    if kept(attention_out) and (setup.attention == "split" or exchanged):
+        total += b * tokens * q
+    # act(gate) * up keeps gate, act(gate) and up; gelu keeps its input; the last matrix its own.
+    inside = 3 if shape.family.gated else 1
+    if shape.activation == "gelu_new":
+        inside += 3  # written out in tensor operations: the cube's base, tanh and both factors of a product
+    total += b * tokens * i * (inside + int(kept(mlp_out)))
+    if setup.lora is not None:
+        for linear in linears:
+            if adapted(linear, setup.lora, shape.layers):
+                total += b * tokens * setup.lora.rank
+                if setup.dropout:  # each adapter drops its own input: the result and the mask
+                    width = linear.inputs // (t if linear.split == "row" else 1)
+                    total += tokens * width * (b + _mask_entry(setup))
+    if setup.dropout and not shape.family.rotary:  # GPT-2's dropouts after attention and MLP
+        total += 2 * tokens * h * _mask_entry(setup)
+    return total
+
+
+def _mask_entry(setup: Setup) -> int:
+    """Bytes an entry of a dropout mask takes: CUDA's kernel keeps booleans, the CPU's way the scaled noise."""
+    return 1 if setup.device == "cuda" else setup.entry
+
+
+def _norm(shape: ModelShape, setup: Setup, tokens: int, width: int) -> int:
+    """A norm's own part. RMS: its input in fp32 (a copy in half precision), the normalised entries for the weight's gradient
+    and a statistic a token; the layer norm's kernel: input and two statistics."""
+    if shape.family.norm == "layer":
+        return tokens * (width * setup.entry + 2 * (setup.entry if setup.device == "cpu" else 4))
+    return tokens * (width * (4 + (setup.entry if setup.lora is None else 0)) + 4)
+
+
+def layer_input(shape: ModelShape, setup: Setup, tokens: int) -> int:
+    return setup.entry * tokens * shape.hidden
+
+
+def attention_masks(setup: Setup, load: Workload) -> int:
+    """Masks built once per batch for all layers; rows of one shape share them."""
+    if setup.attention == "dense":
+        return load.tokens**2
+    if setup.attention == "flex":
+        return 0  # a block mask: integers for every 128 x 128 entries
+    entries = load.readout_tokens * load.row
+    gathered = setup.sequence > 1 and setup.sequence_mode == "allgather_kv"
+    if setup.device == "cpu" and not setup.dropout and entries > MASK_ENTRIES:
+        # Readouts in groups that share the blocks before them without a mask (attention/split.py).
+        own, readouts = max(1, load.target - 1), load.readouts
+        together = max(1.0, (MASK_ENTRIES / (own * max(own, load.block))) ** 0.5)
+        entries = int(readouts * own * (together * (load.block + own)))
+    entries *= 1 if load.alike else math.ceil(load.samples)
+    if gathered:
+        # A rank's part of the row: of the readouts a share, and causal queries against the keys before them in chunks.
+        own = _rank_tokens(setup, load)
+        whole = setup.device != "cpu" or setup.dropout > 0
+        entries = entries // setup.sequence + own * (load.prefix // 2 if whole else CHUNK)
+    return setup.entry * entries
+
+
+def estimate(shape: ModelShape, setup: Setup, load: Workload) -> MemoryEstimate:
+    """Memory of a rank in an optimizer step of `load.rounds` micro-batches, at its largest moment."""
+    weights = Weights.of(shape, setup)
+    between = states(weights, setup)
+    moments = {
+        "loss": _at_loss(shape, setup, load, weights),
+        "backward": _at_backward(shape, setup, load, weights),
+        "reduction": _at_reduction(setup, load, weights),
+        "update": _at_update(setup, weights),
+    }
+    totals = {name: sum(between.values()) + sum(extra.values()) for name, extra in moments.items()}
+    moment = max(totals, key=lambda name: totals[name])
+    peak = {part: between.get(part, 0) + moments[moment].get(part, 0) for part in PARTS}
+    return MemoryEstimate(
+        between, {k: v for k, v in peak.items() if v}, moment, totals, host_bytes(shape, setup, load, weights)
+    )
+
+
+def _rank_tokens(setup: Setup, load: Workload) -> int:
+    return -(-load.tokens // setup.sequence)
+
+
+def _rank_targets(setup: Setup, load: Workload) -> int:
+    """Supervised positions of the rank that has most. All-to-all deals a row front to back: where a rank has less than a
+    sample, the last one has its readouts."""
+    own = _rank_tokens(setup, load)
+    if setup.sequence == 1 or setup.sequence_mode == "allgather_kv" or own >= load.row:
+        return -(-load.targets // setup.sequence)
+    ends_of_blocks = load.readouts * max(0, own - load.readout_tokens) / load.prefix
+    return math.ceil(min(own, load.readout_tokens) + ends_of_blocks)
+
+
+def _kept(shape: ModelShape, setup: Setup, load: Workload) -> int:
+    """What is kept for the backward pass at the end of the forward pass."""
+    tokens, b = _rank_tokens(setup, load), setup.entry
+    if setup.checkpointing:
+        layers = 0 if setup.activation_offload and setup.device == "cuda" else layer_input(shape, setup, tokens) * shape.layers
+    else:
+        layers = layer_activations(shape, setup, tokens, load.tokens) * shape.layers
+    rotary = 2 * tokens * shape.head_dim * b if shape.family.rotary else 0
+    return layers + _norm(shape, setup, tokens, shape.hidden) + rotary
+
+
+def _during(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) -> Parts:
+    """What a forward and backward pass holds besides the states, whatever the moment."""
+    b, d = setup.entry, setup.shards
+    found = {
+        "activations": _kept(shape, setup, load),
+        "attention": attention_masks(setup, load),
+        "gradients": _accumulated(setup, load, weights),
+    }
+    if setup.zero_stage == 1 and load.rounds > 1:
+        found["communication buckets"] = b * setup.buckets.reduce  # made by the first backward pass, unused until the last
+    if setup.zero_stage == 3 and (d > 1 or setup.offload):
+        sharded = weights.all - weights.persistent
+        if setup.lora is not None and not shape.tied:
+            sharded -= weights.head  # a frozen embedding has no backward pass and is let go at once
+        # A module's parameters stay if they are used again within the reuse distance: at the turn from forward to backward
+        # that is the last half of it, and the module at work.
+        found["gathered parameters"] = b * min(sharded, setup.buckets.reuse // 2 + weights.module)
+    if setup.lora is None:
+        # The loss computes the head's gradient in the forward pass, whole; a tied one waits for the embedding's.
+        found["logits"] = b * weights.head
+    return found
+
+
+def _accumulated(setup: Setup, load: Workload, weights: Weights) -> int:
+    """Gradients of earlier micro-batches: whole under ZeRO-0 and 1, a shard under ZeRO-2 (ZeRO-3's is part of the states)."""
+    if load.rounds < 2 or setup.zero_stage == 3:
+        return 0
+    return setup.entry * weights.trained // (setup.shards if setup.zero_stage == 2 else 1)
+
+
+def _at_loss(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) -> Parts:
+    """The end of the forward pass: one chunk of logits, its log-softmax, and the hidden states they come from."""
+    b, tokens = setup.entry, _rank_tokens(setup, load)
+    rows = shape.vocabulary_rows(setup.tensor)
+    targets = _rank_targets(setup, load)
+    chunk = min(targets, max(1, LOGITS_ENTRIES // rows)) * rows
+    found = _during(shape, setup, load, weights)
+    # logits, their fp32 copy in half precision, log-softmax; hidden states of all tokens, and of the targets with gradient
+    found["logits"] = found.get("logits", 0) + chunk * (8 if b == 4 else 10)
+    found["working memory"] = b * shape.hidden * (tokens + 2 * targets)
+    return found
+
+
+def _at_backward(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) -> Parts:
+    """The backward pass of the last layer, while everything before it is still kept."""
+    b, tokens = setup.entry, _rank_tokens(setup, load)
+    found = _during(shape, setup, load, weights)
+    # Gradients of gate, up and act(gate) while the MLP's product is freed; of the residual stream.
+    found["working memory"] = b * tokens * (2 * shape.intermediate // setup.tensor + shape.hidden)
+    found["activations"] -= _norm(shape, setup, tokens, shape.hidden)  # the last norm's are done with
+    layer = layer_activations(shape, setup, tokens, load.tokens)
+    if setup.checkpointing:
+        found["activations"] += layer
+        if not setup.activation_offload and (b == 4 or shape.family.norm == "layer"):
+            found["activations"] -= layer_input(shape, setup, tokens)  # what was kept of the layer is its first norm's input
+    if setup.zero_stage == 2:
+        # Two buckets that take turns; the first that is reduced brings the buffer for all gradients of this rank. By then the
+        # layers whose gradients fill the bucket are done with. A head of its own fills it at once.
+        found["communication buckets"] = 2 * b * setup.buckets.reduce
+        own = b * weights.trained // setup.shards
+        done = 0
+        if setup.lora is not None or shape.tied:
+            each = layer_input(shape, setup, tokens) if setup.checkpointing else layer
+            done = int(each * min(shape.layers, setup.buckets.reduce / max(1, weights.layer)))
+        if own > done:
+            found["gradients"] += own
+            found["activations"] -= done
+    if setup.zero_stage >= 2 and setup.lora is None and not shape.tied:
+        found["working memory"] = max(found["working memory"], b * weights.head)  # flattened to be reduced
+    elif "gathered parameters" in found and not shape.tied:
+        found["gathered parameters"] -= b * weights.head  # the head is done with
+    return found
+
+
+def _at_reduction(setup: Setup, load: Workload, weights: Weights) -> Parts:
+    """The end of the last backward pass: activations are gone, all gradients are there and on their way to their owners."""
+    b, d, reduce = setup.entry, setup.shards, setup.buckets.reduce
+    trained = b * weights.trained
+    if setup.zero_stage == 0:
+        flat = b * min(weights.trained, ALL_REDUCE_BUCKET) if d > 1 else 0
+        return {"gradients": trained, "communication buckets": flat}
+    if setup.zero_stage == 1:
+        return {"gradients": trained + trained // d, "communication buckets": b * reduce}
+    if setup.zero_stage == 2:
+        shards = trained // d * (2 if load.rounds > 1 else 1)
+        return {"gradients": shards, "communication buckets": b * (2 * reduce + weights.largest)}
+    return {"communication buckets": b * 2 * max(reduce, weights.largest), "gathered parameters": b * weights.largest}
+
+
+def _at_update(setup: Setup, weights: Weights) -> Parts:
+    """The optimizer's step: gradients once more, flat and in fp32. On a CPU torch's AdamW has two temporaries of its tensor's
+    size; on CUDA it is fused and has none."""
+    b, d = setup.entry, setup.shards
+    temporaries = 2 if setup.device == "cpu" else 0
+    if setup.offload:
+        return {}
+    if setup.zero_stage == 0:
+        copies = 4 * weights.trained if b == 2 else 0
+        return {"gradients": b * weights.trained, "working memory": copies + 4 * temporaries * weights.largest}
+    shard = weights.trained // d
+    if setup.zero_stage < 3:
+        own = b * shard if temporaries == 0 else 0  # freed before the temporaries come
+        return {"gradients": own + 4 * shard, "working memory": 4 * temporaries * shard}
+    part = min(shard, SUB_GROUP)
+    whole = b * weights.persistent if d > 1 else 0  # small parameters are sharded again for the update
+    return {"gradients": 4 * part, "working memory": 4 * temporaries * part, "parameters": -whole}
+
+
+def evaluation_cache(shape: ModelShape, setup: Setup, load: Workload, prompts: int, new_tokens: int) -> int:
+    """Keys and values of answers after every block (`rim_dist.evaluation.readouts`): each prompt once, each readout's own.
+
+    Beside the states; activations are gone then.
+    """
+    keys = load.prefix + load.readouts * new_tokens
+    return prompts * keys * 2 * shape.layers * (shape.kv_width // setup.tensor) * setup.entry

@@ -1,0 +1,470 @@
+"""Which degrees fit, which of them would be quickest, and how large memory blocks can get."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from rim_dist.attention.choice import choose_path
+from rim_dist.config import STAGE_NAMES, LoraSection, Recipe
+from rim_dist.errors import ConfigError
+from rim_dist.parallel.degrees import check_tensor_degree, choose_mode, fit_degrees
+from rim_dist.parallel.zero import compose
+from rim_dist.planning.communication import Transfer, seconds, transfers
+from rim_dist.planning.links import Interconnect
+from rim_dist.planning.memory import Buckets, MemoryEstimate, Setup, estimate
+from rim_dist.planning.shape import ModelShape
+from rim_dist.planning.workload import Workload
+
+# Of a GPU's memory: the rest is for the CUDA context, NCCL's and cuBLAS's buffers and gaps between blocks. Not measured here.
+USABLE = 0.9
+# Operations a second of a GPU at work, to weigh recomputing against sending: 40% of an H100's peak (data sheet: 989e12 in 16
+# bits, 67e12 in fp32). Other GPUs shift compute and communication against each other.
+OPERATIONS = {"fp32": 0.4 * 67e12, "bf16": 0.4 * 989e12, "fp16": 0.4 * 989e12}
+# What a mechanism has to gain before it is worth having: each makes a run harder to look into.
+WORTH = 1.02
+MOST_SEQUENCE = 64
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs that are alike, and what connects them. `memory`: bytes of a GPU, `cpu_memory`: of a node."""
+
+    gpus: int
+    memory: int
+    link: Interconnect
+    gpus_per_node: int = 8
+    cpu_memory: int = 2**40
+
+    def __str__(self) -> str:
+        return f"{self.gpus:,} GPU{'s' if self.gpus > 1 else ''} of {gib(self.memory)}"
+
+    @property
+    def usable(self) -> int:
+        return int(self.memory * USABLE)
+
+    @property
+    def usable_cpu(self) -> int:
+        """CPU memory for one rank."""
+        return int(self.cpu_memory * USABLE) // min(self.gpus, self.gpus_per_node)
+
+    def holds(self, memory: MemoryEstimate) -> bool:
+        return memory.peak_bytes <= self.usable and memory.host <= self.usable_cpu
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Lengths in tokens that a recipe does not say: of a question, and of what a readout predicts with its end-of-text."""
+
+    question: int = 128
+    target: int = 16
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step. ZeRO's sending overlaps with computing at best; what layers wait for does not."""
+
+    compute: float
+    zero: float
+    tensor: float
+    sequence: float
+    offload: float
+
+    @property
+    def total(self) -> float:
+        return max(self.compute, self.zero) + self.tensor + self.sequence + self.offload
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to spread the run: what it needs, sends and takes. `budget`: `optimizer.micro_batch_tokens`."""
+
+    setup: Setup
+    load: Workload
+    budget: int
+    memory: MemoryEstimate
+    transfers: list[Transfer]
+    time: StepTime
+    fits: bool
+
+    def mechanisms(self, budget: int) -> int:
+        """How many things it does that a plain data parallel run does not."""
+        s = self.setup
+        return sum((s.tensor > 1, s.sequence > 1, s.offload, s.checkpointing, s.activation_offload, self.budget != budget))
+
+    @property
+    def fields(self) -> dict[tuple[str, str], int | bool]:
+        """The recipe fields (section, name) that make a run like this."""
+        s = self.setup
+        return {
+            ("parallel", "tensor"): s.tensor,
+            ("parallel", "sequence"): s.sequence,
+            ("parallel", "zero_stage"): s.zero_stage,
+            ("parallel", "offload"): s.offload,
+            ("model", "activation_checkpointing"): s.checkpointing,
+            ("model", "activation_offload"): s.activation_offload,
+            ("optimizer", "micro_batch_tokens"): self.budget,
+        }
+
+    @property
+    def overrides(self) -> list[str]:
+        return [f"{section}.{name}={str(value).lower()}" for (section, name), value in self.fields.items()]
+
+
+class Planner:
+    """The ways to run one recipe with one model on one cluster."""
+
+    def __init__(self, recipe: Recipe, shape: ModelShape, cluster: Cluster, rows: Rows) -> None:
+        if recipe.parallel.zero_plus_plus:
+            raise ConfigError("parallel.zero_plus_plus: true cannot be planned; allowed: false")
+        self.recipe, self.shape, self.cluster, self.rows = recipe, shape, cluster, rows
+        stages = [(name, recipe.curriculum.stage(name)) for name in STAGE_NAMES]
+        self._dropout = max(stage.dropout for _, stage in stages if stage.enabled)
+        self.row = _longest_row(recipe, rows)
+        if self.row.positions > shape.positions:
+            raise ConfigError(
+                f"memory.blocks: a question of {rows.question} tokens, {self.row.blocks} blocks of {self.row.block} and a "
+                f"target of {self.row.target} need {self.row.positions} positions; {shape.name} has {shape.positions}"
+            )
+
+    # ---- single candidates ---------------------------------------------------------------------------------
+
+    def as_written(self) -> Candidate:
+        """The recipe's own degrees. Raises ConfigError where it could not run at all."""
+        parallel, model = self.recipe.parallel, self.recipe.model
+        degrees = fit_degrees(self.recipe, self.cluster.gpus)
+        check_tensor_degree(degrees.tensor, self.shape.config)
+        budget = self.recipe.optimizer.micro_batch_tokens
+        if budget < self.row.row:
+            raise ConfigError(
+                f"optimizer.micro_batch_tokens: {budget} tokens hold no row of {self.row.row} ({self.row_in_words()}); "
+                f"allowed: {self.row.row} or more"
+            )
+        setup = self._setup(
+            degrees.tensor,
+            degrees.sequence,
+            parallel.zero_stage,
+            parallel.offload,
+            model.activation_checkpointing,
+            model.activation_offload,
+            budget,
+            parallel.sequence_mode,
+        )
+        return self.candidate(setup, budget)
+
+    def candidate(self, setup: Setup, budget: int) -> Candidate:
+        """Memory, sending and time of a way to spread the run, micro-batches full."""
+        samples = budget / self.row.row
+        rounds = math.ceil(self.recipe.optimizer.global_batch / (setup.data * max(1.0, samples)))
+        load = replace(self.row, samples=samples, rounds=rounds)
+        memory = estimate(self.shape, setup, load)
+        sent = transfers(self.shape, setup, load, self.cluster.link, self.cluster.gpus_per_node)
+        time = StepTime(self._compute_seconds(setup), *(seconds(sent, p) for p in ("zero", "tensor", "sequence", "offload")))
+        return Candidate(setup, load, budget, memory, sent, time, self.cluster.holds(memory))
+
+    def _setup(
+        self,
+        tensor: int,
+        sequence: int,
+        zero_stage: int,
+        offload: bool,
+        checkpointing: bool,
+        activation_offload: bool,
+        budget: int,
+        mode: str = "auto",
+    ) -> Setup:
+        recipe, shape = self.recipe, self.shape
+        path = choose_path(
+            recipe.model.attention,
+            "cuda",
+            shape.config,
+            self._dropout,
+            recipe.memory.inside_block == "bidirectional",
+            budget,
+        ).path
+        return Setup(
+            buckets=self._buckets(zero_stage, offload, tensor > 1, sequence > 1),
+            tensor=tensor,
+            sequence=sequence,
+            data=self.cluster.gpus // (tensor * sequence),
+            zero_stage=zero_stage,
+            offload=offload,
+            sequence_mode=choose_mode(mode, sequence, shape.heads // tensor, shape.kv_heads // tensor),
+            dtype=recipe.model.dtype,
+            lora=recipe.model.lora,
+            checkpointing=checkpointing,
+            activation_offload=activation_offload,
+            attention=path,
+            dropout=self._dropout,
+        )
+
+    @functools.cache  # noqa: B019 - a planner lives as long as its command
+    def _buckets(self, zero_stage: int, offload: bool, tensor: bool, sequence: bool) -> Buckets:
+        parallel = self.recipe.parallel
+        own = parallel.deepspeed_config if zero_stage == parallel.zero_stage else None
+        degrees = {"tensor": 2 if tensor else 1, "sequence": 2 if sequence else 1}
+        changed = {"zero_stage": zero_stage, "offload": offload, "deepspeed_config": own, **degrees}
+        recipe = self.recipe.model_copy(update={"parallel": parallel.model_copy(update=changed)})
+        return Buckets.of(compose(recipe, self.shape.hidden, self.cluster.gpus_per_node))
+
+    def _compute_seconds(self, setup: Setup) -> float:
+        """Floating-point work of the step (`rim_dist.data.packing.RowCost`) on all GPUs."""
+        shape, row = self.shape, self.row
+        matrices = shape.layers * sum(linear.inputs * linear.outputs for linear in shape.linears)
+        trained = sum(t.entries for t in shape.tensors(setup.lora) if t.trained and t.count >= shape.layers)
+        token = 6.0 * trained + (4.0 * matrices if setup.lora is not None else 0.0)
+        pair = 12.0 * shape.layers * shape.query_width
+        target = (6.0 if setup.lora is None else 4.0) * shape.vocabulary * shape.hidden
+        work = row.row * token + row.pairs * pair + row.targets * target
+        if setup.checkpointing:
+            work += 2.0 * row.row * matrices + row.pairs * pair / 3
+        return self.recipe.optimizer.global_batch * work / (self.cluster.gpus * OPERATIONS[setup.dtype])
+
+    def row_in_words(self) -> str:
+        r = self.row
+        blocks = f" + {r.blocks} blocks of {r.block}" if r.blocks else ""
+        return f"a question of {r.question}{blocks} + readouts of {r.readout_tokens}"
+
+    # ---- all of them ---------------------------------------------------------------------------------------
+
+    def candidates(self) -> list[Candidate]:
+        """Every sensible way to spread the run over all GPUs. Raises ConfigError if there is none."""
+        found = [
+            self.candidate(self._setup(*degrees, *sharding, *kept, budget), budget)
+            for degrees in self.degrees()
+            for sharding in ((0, False), (1, False), (2, False), (3, False), (3, True))
+            for kept in ((False, False), (True, False), (True, True))
+            for budget in self.budgets(self.cluster.gpus // math.prod(degrees))
+        ]
+        if not found:
+            raise ConfigError(
+                f"optimizer.global_batch: {self.recipe.optimizer.global_batch} samples cannot be spread over "
+                f"{self.cluster.gpus} GPUs: no tensor x sequence degree leaves so few data ranks; allowed: more samples or "
+                f"fewer GPUs"
+            )
+        return found
+
+    def degrees(self) -> Iterator[tuple[int, int]]:
+        """(tensor, sequence) degrees: a tensor group within a node, at least one sample for every data rank."""
+        shape, gpus = self.shape, self.cluster.gpus
+        common = math.gcd(shape.heads, shape.kv_heads, shape.intermediate) if shape.family.splittable else 1
+        for tensor in _divisors(math.gcd(common, gpus)):
+            if tensor > self.cluster.gpus_per_node or self.cluster.gpus_per_node % tensor:
+                continue
+            for sequence in _divisors(gpus // tensor):
+                if sequence <= MOST_SEQUENCE and gpus // (tensor * sequence) <= self.recipe.optimizer.global_batch:
+                    yield tensor, sequence
+
+    def budgets(self, data: int) -> list[int]:
+        """Tokens of a micro-batch to try: the recipe's, and one, two, four ... rows up to all samples of a data rank."""
+        row, most = self.row.row, math.ceil(self.recipe.optimizer.global_batch / data)
+        found = {row * 2**k for k in range(most.bit_length())}
+        if self.recipe.optimizer.micro_batch_tokens >= row:
+            found.add(self.recipe.optimizer.micro_batch_tokens)
+        return sorted(found)
+
+    def best(self, candidates: list[Candidate]) -> Candidate | None:
+        """The quickest of those that fit, if each of its mechanisms is worth it."""
+        budget = self.recipe.optimizer.micro_batch_tokens
+        fitting = [c for c in candidates if c.fits]
+        return min(fitting, key=lambda c: (c.time.total * WORTH ** c.mechanisms(budget), c.memory.peak_bytes), default=None)
+
+    def recommend(self) -> tuple[Candidate, list[Candidate]]:
+        """The candidate to run, and all of them. Raises ConfigError, with what is closest and what would fit, if none does."""
+        candidates = self.candidates()
+        best = self.best(candidates)
+        if best is None:
+            raise ConfigError(self._nothing_fits())
+        return best, candidates
+
+    def fill_in(self) -> list[str]:
+        """Overrides for the fields that the recipe leaves open, those it sets taken as given. Raises ConfigError."""
+        candidates = self.candidates()
+        given = {}
+        for section, name in candidates[0].fields:
+            chosen = getattr(self.recipe, section)
+            if name in chosen.model_fields_set:
+                given[section, name] = getattr(chosen, name)
+        kept = [c for c in candidates if all(c.fields[key] == value for key, value in given.items())]
+        best = self.best(kept)
+        if best is None:
+            fixed = ", ".join(".".join(key) for key in sorted(given))
+            least = f" (at least {gib(min(c.memory.peak_bytes for c in kept))} of a GPU)" if kept else ""
+            raise ConfigError(
+                f"{self.shape.name} does not fit {self.cluster} with what the recipe sets: {fixed}{least}; see rim-dist plan"
+            )
+        return [text for text, key in zip(best.overrides, best.fields, strict=True) if key not in given]
+
+    def frugal(self) -> list[Candidate]:
+        """The ways that need least: ZeRO-3, layers recomputed, one row in a micro-batch."""
+        budget = self.row.row
+        return [
+            self.candidate(self._setup(*degrees, 3, offload, True, activation_offload, budget), budget)
+            for degrees in self.degrees()
+            for offload in (False, True)
+            for activation_offload in (False, True)
+        ]
+
+    def _nothing_fits(self) -> str:
+        cluster, recipe = self.cluster, self.recipe
+
+        def excess(c: Candidate) -> float:
+            return max(c.memory.peak_bytes / cluster.usable, c.memory.host / cluster.usable_cpu)
+
+        closest = min(self.frugal(), key=excess)
+        need, host = closest.memory.peak_bytes, closest.memory.host
+        larger_ones = []
+        if need > cluster.usable:
+            larger_ones.append(f"GPUs of {gib(need / USABLE)}")
+        if host > cluster.usable_cpu:
+            larger_ones.append(f"nodes with {gib(host / USABLE * min(cluster.gpus, cluster.gpus_per_node))} of CPU memory")
+        ways = [" and ".join(larger_ones)]
+        for gpus in (cluster.gpus * 2**k for k in range(1, 14)):
+            per_node = max(cluster.gpus_per_node, min(8, gpus))
+            larger = Planner(recipe, self.shape, replace(cluster, gpus=gpus, gpus_per_node=per_node), self.rows)
+            if any(c.fits for c in larger.frugal()):
+                ways.append(f"{gpus:,} GPUs")
+                break
+        if recipe.model.lora is None and recipe.model.config is None:
+            adapters = recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": LoraSection()})})
+            if any(c.fits for c in Planner(adapters, self.shape, cluster, self.rows).frugal()):
+                ways.append("adapters (model.lora={}) instead of full training")
+        if self.row.blocks and (memory := max(self.largest_memory(c.setup) for c in self.frugal())):
+            ways.append(f"memory.tokens_per_block={memory}")
+        return (
+            f"{self.shape.name} fits nowhere on {cluster} ({USABLE:.0%} usable: "
+            f"{gib(cluster.usable)}). Closest: {words(closest)}: {gib(need)} of a GPU"
+            + (f" and {gib(host)} of CPU memory a rank" if host else "")
+            + f". It would fit with {' or '.join(ways)}"
+        )
+
+    # ---- memory blocks -------------------------------------------------------------------------------------
+
+    def resplit(self, setup: Setup, sequence: int) -> Setup:
+        """The same with recomputed layers and ZeRO-3 at another sequence degree."""
+        return self._setup(setup.tensor, sequence, 3, setup.offload, True, setup.activation_offload, self.row.row)
+
+    def fits_with(self, setup: Setup, blocks: int, memory: int) -> bool:
+        return self.cluster.holds(self.memory_with(setup, blocks, memory))
+
+    def memory_with(self, setup: Setup, blocks: int, memory: int) -> MemoryEstimate:
+        """One row of `blocks` blocks of `memory` tokens in a micro-batch, several of these a step."""
+        return estimate(self.shape, setup, replace(self.row, blocks=blocks, memory=memory, samples=1, rounds=2))
+
+    def largest_memory(self, setup: Setup) -> int:
+        """Most memory tokens of a block, at the planned number of blocks, that fit memory and positions; 0 if none does."""
+        blocks = self.row.blocks
+        room = (self.shape.positions - self.row.question - self.row.target) // max(1, blocks) - 2
+        return _largest(lambda memory: self.fits_with(setup, blocks, memory), room)
+
+    def largest_blocks(self, setup: Setup) -> int:
+        """Most blocks, of the recipe's size."""
+        memory = self.recipe.memory.tokens_per_block
+        room = (self.shape.positions - self.row.question - self.row.target) // (memory + 2)
+        return _largest(lambda blocks: self.fits_with(setup, blocks, memory), room)
+
+
+def _longest_row(recipe: Recipe, rows: Rows) -> Workload:
+    """The longest row that a sample becomes in any stage. Raises ConfigError for a method that is no row of blocks."""
+    one, two = recipe.curriculum.stage1, recipe.curriculum.stage2
+    memory, blocks = recipe.memory.tokens_per_block, recipe.memory.blocks
+    if recipe.method == "rim":
+        steps = one.max_steps + (one.targets == "same_step")
+        blocks = max(steps if one.enabled else 0, blocks if two.enabled else 0)
+        return Workload(rows.question, blocks, memory, rows.target)
+    if recipe.method == "pause":
+        return Workload(rows.question, blocks, memory, rows.target, one_readout=True)
+    if recipe.method in ("direct", "cot"):
+        chain = one.max_steps + 1 if recipe.method == "cot" else 1
+        return Workload(rows.question, 0, memory, rows.target * chain)
+    raise ConfigError(f"method: {recipe.method} cannot be planned; allowed: rim, pause, direct, cot")
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number of 1 .. `most` that fits, where smaller ones do as well; 0 if none."""
+    low, high = 0, max(0, most)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB"
+
+
+def words(candidate: Candidate) -> str:
+    """A candidate in a few words."""
+    s = candidate.setup
+    parts = [f"tensor {s.tensor} x sequence {s.sequence} x data {s.data}", f"ZeRO-{s.zero_stage}"]
+    if s.offload:
+        parts.append("offload")
+    if s.checkpointing:
+        parts.append("activation checkpointing" + (" and offload" if s.activation_offload else ""))
+    return ", ".join([*parts, f"micro-batches of {candidate.budget:,} tokens"])
+
+
+def reasons(planner: Planner, chosen: Candidate, candidates: list[Candidate]) -> list[str]:
+    """Why each setting is what it is: what becomes of the best candidate that does otherwise."""
+    s, budget = chosen.setup, planner.recipe.optimizer.micro_batch_tokens
+
+    def otherwise(name: str, others: list[Candidate]) -> str:
+        if not others:
+            return f"{name} is not possible here"
+        best = planner.best(others)
+        if best is None:
+            least = min(c.memory.peak_bytes for c in others)
+            return f"{name} needs at least {gib(least)}, usable are {gib(planner.cluster.usable)}"
+        factor = best.time.total / chosen.time.total
+        if factor < 1:
+            return f"{name} gains {1 - factor:.1%}, less than it is worth"
+        if factor < 1.005:
+            return f"{name} takes as long and needs {gib(best.memory.peak_bytes)} instead of {gib(chosen.memory.peak_bytes)}"
+        return f"{name} takes {factor:.2f}x the time of a step"
+
+    lines = []
+    for name in ("tensor", "sequence"):
+        degree = getattr(s, name)
+        mode = f" ({s.sequence_mode})" if name == "sequence" and degree > 1 else ""
+        other = f"{name} 1" if degree > 1 else "a larger degree"
+        others = [c for c in candidates if (getattr(c.setup, name) > 1) != (degree > 1)]
+        lines.append(f"{name} {degree}{mode}: {otherwise(other, others)}")
+    for stage in (s.zero_stage - 1, s.zero_stage + 1):
+        others = [c for c in candidates if c.setup.zero_stage == stage]
+        if others:
+            lines.append(f"ZeRO-{s.zero_stage}: {otherwise(f'ZeRO-{stage}', others)}")
+    for name, words_on, words_off in (
+        ("checkpointing", "recomputing layers", "keeping all activations"),
+        ("activation_offload", "keeping layer inputs in CPU memory", "layer inputs on the GPU"),
+        ("offload", "optimizer and parameters in CPU memory", "all on the GPU"),
+    ):
+        on = getattr(s, name)
+        if name == "checkpointing" or on:
+            other = words_off if on else words_on
+            others = [c for c in candidates if getattr(c.setup, name) != on]
+            lines.append(f"{words_on if on else words_off}: {otherwise(other, others)}")
+    if chosen.budget != budget:
+        other = f"the recipe's {budget:,}"
+        others = [c for c in candidates if c.budget == budget]
+        lines.append(f"micro-batches of {chosen.budget:,} tokens: {otherwise(other, others)}")
+    return lines
+
+
+def notable(planner: Planner, chosen: Candidate, candidates: list[Candidate], count: int) -> list[Candidate]:
+    """The chosen candidate and the best of each other kind (degrees, sharding, what is kept), quickest first."""
+
+    def kind(c: Candidate) -> tuple[int, ...]:
+        s = c.setup
+        return (s.tensor, s.sequence, s.zero_stage, int(s.offload), int(s.checkpointing))
+
+    by_kind = itertools.groupby(sorted(candidates, key=kind), key=kind)
+    best = [found for _, members in by_kind if (found := planner.best(list(members))) is not None]
+    others = sorted((c for c in best if kind(c) != kind(chosen)), key=lambda c: c.time.total)
+    return [chosen, *others][:count]

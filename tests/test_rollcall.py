@@ -1,0 +1,205 @@
+"""The roll call of ranks alone, without collectives: who is named when a rank raises, dies, stops or does not come."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import Job
+from ranks import free_port
+
+from rim_dist.errors import PeerLost
+from rim_dist.parallel import rollcall
+
+Body = Callable[[rollcall.RollCall], None]
+HANG_SECONDS, SEARCH_SECONDS, LIMIT_SECONDS = 3.0, 2.0, 1.0
+
+
+def _attend(store: Any, rank: int, ranks: int, body: Body) -> None:
+    rollcall._POLL_SECONDS, rollcall._HANG_SECONDS, rollcall._SEARCH_SECONDS = 0.1, HANG_SECONDS, SEARCH_SECONDS
+    roll_call = rollcall.RollCall(store, rank, ranks, holds_store=rank == 0, seconds=30)
+    assert roll_call.hosts == [f"n{r}" for r in range(ranks)]
+    roll_call.gather("")
+    roll_call.from_first("")
+    roll_call.gather("")  # the first rank goes on when nobody is still reading
+    body(roll_call)
+
+
+def job_of(body: Body, folder: Path, stopped: int | None = None) -> Job:
+    return Job(_attend, 3, folder, body, stopped=stopped)
+
+
+def _report(roll_call: rollcall.RollCall) -> None:
+    """What a rank does whose collective broke."""
+    failure = roll_call.find_lost()
+    assert failure is not None
+    print(roll_call.loss(failure), file=sys.stderr, flush=True)
+    roll_call.leave()
+    os._exit(failure.status)
+
+
+def _collective(roll_call: rollcall.RollCall, lost: int) -> None:
+    """A collective that breaks when its peer is gone."""
+    while roll_call._peers[lost].alive:
+        time.sleep(0.01)
+    _report(roll_call)
+
+
+# ---- failures ------------------------------------------------------------------------------------------------
+
+
+def _killed(roll_call: rollcall.RollCall) -> None:
+    if roll_call.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    _collective(roll_call, 1)
+
+
+def test_killed_rank_is_named(tmp_path: Path) -> None:
+    job = job_of(_killed, tmp_path)
+    assert job.statuses == [75, -signal.SIGKILL, 75]
+    for rank in (0, 2):
+        assert f"rank {rank}: lost a peer: rank 1 (host n1) is gone: killed, or out of memory;" in job.said[rank]
+
+
+def _store_killed(roll_call: rollcall.RollCall) -> None:
+    if roll_call.rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    _collective(roll_call, 0)
+
+
+def test_killed_rank_that_held_the_store_is_named(tmp_path: Path) -> None:
+    job = job_of(_store_killed, tmp_path)
+    assert job.statuses == [-signal.SIGKILL, 75, 75]
+    assert all(f"rank {rank}: lost a peer: rank 0 (host n0) is gone: killed" in job.said[rank] for rank in (1, 2))
+
+
+def _raises(roll_call: rollcall.RollCall, culprit: int) -> None:
+    if roll_call.rank == culprit:
+        print("first", file=sys.stderr, flush=True)
+        roll_call.fail("ValueError: boom", 1)
+        os._exit(1)
+    if roll_call.rank == 2:
+        time.sleep(60)  # hangs where nothing breaks
+    _collective(roll_call, culprit)
+
+
+def _raises_1(roll_call: rollcall.RollCall) -> None:
+    _raises(roll_call, 1)
+
+
+def _raises_0(roll_call: rollcall.RollCall) -> None:
+    _raises(roll_call, 0)
+
+
+@pytest.mark.parametrize(("body", "culprit"), [(_raises_1, 1), (_raises_0, 0)], ids=["rank 1", "rank 0"])
+def test_rank_that_raises_ends_all_with_its_status(body: Body, culprit: int, tmp_path: Path) -> None:
+    """Also one that hangs, some time later, and also if the store ends with the rank that raised."""
+    job = job_of(body, tmp_path)
+    assert job.statuses == [1, 1, 1]
+    assert job.said[culprit] == "first\n"
+    loss = f"lost a peer: rank {culprit} (host n{culprit}) failed: ValueError: boom"
+    assert job.said[1 - culprit] == f"rank {1 - culprit}: {loss}\n"
+    assert job.said[2] == f"rim-dist: rank 2: {loss} (it still hung {HANG_SECONDS:g} s later)\n"
+
+
+def _stopped(roll_call: rollcall.RollCall) -> None:
+    """A rank that neither ends nor answers: a node that is cut off looks like this to the others."""
+    if roll_call.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.5)
+    _report(roll_call)
+
+
+def test_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    job = job_of(_stopped, tmp_path, stopped=1)
+    assert [job.statuses[rank] for rank in (0, 2)] == [75, 75]
+    assert all("rank 1 (host n1) did not answer: killed, stopped or cut off;" in job.said[rank] for rank in (0, 2))
+
+
+def _nobody_lost(roll_call: rollcall.RollCall) -> None:
+    if roll_call.rank == 0:
+        assert roll_call.find_lost() is None
+    else:
+        time.sleep(SEARCH_SECONDS + 1)
+    roll_call.leave()
+
+
+def test_nobody_is_accused_who_answers_or_left_as_he_should(tmp_path: Path) -> None:
+    job = job_of(_nobody_lost, tmp_path)
+    assert (job.statuses, job.said) == ([0, 0, 0], ["", "", ""])
+
+
+# ---- limits and exchanges ------------------------------------------------------------------------------------
+
+
+def _does_not_come(roll_call: rollcall.RollCall) -> None:
+    if roll_call.rank == 1:
+        time.sleep(60)
+    with roll_call.limit(LIMIT_SECONDS, "the all-reduce"):
+        time.sleep(60)
+
+
+def _holder_stops(roll_call: rollcall.RollCall) -> None:
+    if roll_call.rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    with roll_call.limit(LIMIT_SECONDS, "the all-reduce"):
+        roll_call.from_first("")
+
+
+def _all_come(roll_call: rollcall.RollCall) -> None:
+    with roll_call.limit(LIMIT_SECONDS, "the all-reduce"):
+        time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("body", "stopped", "message"),
+    [
+        (_does_not_come, None, "rank 1 (host n1) did not come to it: the all-reduce did not end in 1 s"),
+        (_holder_stops, 0, "rank 0 (host n0) did not answer: the all-reduce did not end in 1 s"),
+        (_all_come, None, "the all-reduce did not end in 1 s, though every rank came to it"),
+    ],
+    ids=["does not come", "is stopped", "all come"],
+)
+def test_limit_names_who_does_not_come(body: Body, stopped: int | None, message: str, tmp_path: Path) -> None:
+    job = job_of(body, tmp_path, stopped)
+    for rank in {0, 1, 2} - {stopped}:
+        assert job.statuses[rank] == 75
+        assert f"rim-dist: rank {rank}: lost a peer: {message}" in job.said[rank]
+
+
+def _exchange(roll_call: rollcall.RollCall) -> None:
+    for number in range(3):
+        with roll_call.limit(30, "the exchange"):
+            gathered = roll_call.gather(f"{number}/{roll_call.rank}")
+            assert gathered == ([f"{number}/{r}" for r in range(roll_call.ranks)] if roll_call.rank == 0 else [])
+            assert roll_call.from_first(f"{number}/{roll_call.rank}") == f"{number}/0"
+    if roll_call.rank == 2:
+        roll_call.fail("a reason", 2)
+        os._exit(2)
+    try:
+        roll_call.gather("")
+        roll_call.from_first("")
+    except PeerLost as error:
+        print(error, file=sys.stderr, flush=True)
+        roll_call.leave()
+        os._exit(error.exit_status)
+
+
+def test_exchange_and_a_rank_that_fails_in_it(tmp_path: Path) -> None:
+    job = job_of(_exchange, tmp_path)
+    assert job.statuses == [2, 2, 2]
+    assert job.said[:2] == [f"rank {rank}: lost a peer: rank 2 (host n2) failed: a reason\n" for rank in (0, 1)]
+
+
+def test_rank_that_joined_and_says_nothing_is_named(tmp_path: Path) -> None:
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", free_port(), 3, is_master=True, wait_for_workers=False)
+    with pytest.raises(PeerLost, match=r"^ranks 1, 2 joined and did not answer in 0.1 s"):
+        rollcall.RollCall(store, 0, 3, holds_store=True, seconds=0.1)
