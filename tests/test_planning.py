@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import re
@@ -254,18 +255,17 @@ def test_memory_grows_and_shrinks_as_it_should() -> None:
     assert kept[2] < estimate(shape, gathered, load).peak["activations"] < kept[0] / 2
 
 
-def test_what_was_measured_is_still_predicted() -> None:
+def test_what_was_measured_is_still_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest full run of benchmarks/planner.py: the formulas of now against the memory of then, within 15%."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from planner import Case, predicted
-
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    planner = importlib.import_module("planner")
     newest = max((ROOT / "benchmarks" / "results").glob("*-planner.json"))
     figures = json.loads(newest.read_text())["figures"]
     assert len(figures) >= 12
     for figure in figures:
         fields = figure["case"]
-        case = Case(**{**fields, "load": Workload(**fields["load"])})
-        said = predicted(case)
+        case = planner.Case(**{**fields, "load": Workload(**fields["load"])})
+        said = planner.predicted(case)
         for name, value in (("between", said.states_bytes), ("peak", said.peak_bytes)):
             assert (value + said.host) / figure["measured"][name] == pytest.approx(1, abs=0.15), (case, name)
 
