@@ -228,6 +228,7 @@ rim_supervise() {
     }
     trap 'stop USR1' USR1
     trap 'stop TERM' TERM
+    if [[ -n ${RIM_ASKED:-} ]]; then : >"$RIM_START/stop" || true; fi
     (rim_launch "$@") &
     launch=$!
     while :; do
@@ -242,6 +243,7 @@ rim_supervise() {
 
 # The whole of a training job: arguments of `rim-dist train`.
 rim_train() {
+    trap 'RIM_ASKED=1' USR1 # the time limit may be near already: the ranks stop after their first step
     rim_site
     rim_environment
     rim_begin "$@" || rim_end $?

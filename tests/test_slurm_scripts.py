@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from ranks import ROOT, environment, free_port
 
-from rim_dist.checkpoint.store import TrainingState, record_of, write_manifest
+from rim_dist.checkpoint.store import TrainingState, complete_checkpoints, record_of, write_manifest
 from rim_dist.cli import main
 from rim_dist.cluster import nodes, starts
 from rim_dist.cluster.logs import merged
@@ -293,6 +293,21 @@ def test_rank_is_logged_with_time_host_and_rank_and_without_secrets(tmp_path: Pa
     ended = json.loads((tmp_path / "ended-2").read_text())
     assert (ended["host"], ended["rank"], ended["status"], ended["suspect"]) == ("n7", 3, 2, False)
     assert not list(tmp_path.glob("stacks-*")), "nothing hung"
+
+
+@pytest.mark.parametrize("trap", ["trap '' USR1; ", ""], ids=["ignored", "default"])
+def test_wish_to_stop_waits_until_the_rank_hears_it(trap: str, recipe_file: Make, tmp_path: Path) -> None:
+    """Asked while the rank is still loading: it trains one step, saves and ends with 75. Launchers differ in what USR1 does."""
+    (tmp_path / "start.json").write_text(json.dumps({"job": "1"}))
+    (tmp_path / "stop").touch()
+    recipe = recipe_file(curriculum={"stage1": {"samples": 16000}, "stage2": {"samples": 0}}, evaluation={"at_end": False})
+    command = f"{trap}exec {sys.executable} -m rim_dist.cluster.rank train {recipe}"
+    variables = environment(RIM_START=str(tmp_path), SLURMD_NODENAME="n7", PYTHONPATH=str(ROOT))
+    done = subprocess.run(["bash", "-c", command], env=variables, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 75, done.stdout
+    assert "stopped by a signal after step " in done.stdout
+    assert int(done.stdout.split("stopped by a signal after step ")[1].split(",")[0]) <= 20
+    assert complete_checkpoints(tmp_path / "runs" / "tiny" / "checkpoints")
 
 
 # ---- the end of a job --------------------------------------------------------------------------------------

@@ -31,8 +31,10 @@ _STACKS_SECONDS = 10.0  # between asking for stacks and ending the rank: the oth
 _LAST_WORDS_SECONDS = 5.0
 
 
-def _die_with_parent() -> None:
+def _prepare_rank() -> None:
+    """In the rank's process: it goes when this one does, and USR1 does nothing to it as long as it has no handler for it."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class Watched:
@@ -71,7 +73,7 @@ class Watched:
             stderr=subprocess.STDOUT,
             env=environment,
             pass_fds=inherited,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509  # this process has no threads
+            preexec_fn=_prepare_rank,  # noqa: PLW1509  # this process has no threads
         )
         os.close(beat_end)
         assert self.child.stdout is not None
@@ -127,11 +129,16 @@ class Watched:
         self._stopping = True
 
     def _asked_to_stop(self) -> None:
-        """The first rank looks for the job's wish to stop; the ranks agree on it among themselves."""
+        """The first rank looks for the job's wish to stop; the ranks agree on it among themselves.
+
+        It is repeated until the rank ends: one that is still loading has nothing that would hear it.
+        """
         if self.start is None or self.place.rank != 0:
             return
         if not self._stopping and (self.start / "stop").exists():
             self.say("the job asks to stop; the step is finished and saved first")
+            self._stopping = True
+        if self._stopping:
             self._forward(signal.SIGUSR1, None)
         try:
             owner = (self.start.parent / CURRENT).read_text(encoding="utf-8").strip()
