@@ -289,7 +289,9 @@ def test_rank_is_logged_with_time_host_and_rank_and_without_secrets(tmp_path: Pa
     assert done.returncode == 2
     log = (tmp_path / "rank-00003.log").read_text()
     assert log == done.stdout
-    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z n7 3\| rim-dist: \*\*\*\.yaml: no such recipe\n", log), log
+    stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z n7 3\| rim-dist: "
+    lines = rf"{stamp}rank 3 of 4 is process \d+\n{stamp}\*\*\*\.yaml: no such recipe\n"
+    assert re.match(lines, log), log
     ended = json.loads((tmp_path / "ended-2").read_text())
     assert (ended["host"], ended["rank"], ended["status"], ended["suspect"]) == ("n7", 3, 2, False)
     assert not list(tmp_path.glob("stacks-*")), "nothing hung"

@@ -85,6 +85,7 @@ class Watched:
         self._rest = b""
         for number in _FORWARDED:
             signal.signal(number, self._forward)
+        self.say(f"rank {self.place.rank} of {self.place.ranks} is process {self.child.pid}")  # many ranks say nothing else
 
     # ---- what it says --------------------------------------------------------------------------------
 

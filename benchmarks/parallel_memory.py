@@ -1,0 +1,276 @@
+"""Memory of a rank: activations of large memory blocks under sequence ranks, shards under ZeRO-3, and building a model.
+
+    python benchmarks/parallel_memory.py [--quick]
+
+- activations: one sample with K x M = 16,384 memory tokens, forward and backward, the row whole (SP1) or shared by 2 and 4
+  ranks: peak above model and gradients in place;
+- shards: a Llama of SmolLM2-135M's size (8 heads, 4 for keys) under ZeRO-3 on 1, 2 and 4 ranks: bytes of all tensors that
+  are alive between steps;
+- building: the same model from an HF folder: peak of every rank above its imports, while it is built and until the second
+  step is done, against live shards + 3 x the largest module + the configured buckets.
+
+A peak is the kernel's own high-water mark of a fresh process's resident memory, so that nothing between two looks is missed.
+Memory of 64 KiB and more is taken from the system and given back at once (MALLOC_MMAP_THRESHOLD_): the peak is that of
+living tensors, not of what malloc keeps for later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from common import ROOT, block_ids, llama, publish, table
+
+from rim_dist.attention.registration import use_rim_attention
+from rim_dist.config import Recipe, validate_recipe
+from rim_dist.data.rows import Batch, Readout, Row, pack
+from rim_dist.objective.forward import install_readout_loss, run_batch
+
+# Layers of Llama-3.2-1B at a quarter of their width.
+LAYERS = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1 << 15,
+}
+MODEL_135M = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "vocab_size": 49_152,
+}
+MODEL_QUICK = {**MODEL_135M, "num_hidden_layers": 4, "vocab_size": 8192}
+SHARES = {"SP1": (1, "ulysses"), **{f"SP{n} {mode}": (n, mode) for n in (2, 4) for mode in ("ulysses", "allgather_kv")}}
+FLOORS = {1: 1.0, 2: 0.6, 4: 0.35}
+SHARD_FLOORS = {1: 1.0, 2: 0.55, 4: 0.3}
+
+
+# ---- what a rank does ------------------------------------------------------------------------------------------
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Peak:
+    """The high-water mark of this process's resident memory above what it holds when this is made."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        self.start = resident()
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the mark is set back to what is held now
+
+    def __call__(self) -> int:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        mark = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return int(mark.split()[1]) * 1024 - self.start
+
+
+def one_sample(blocks: int, memory: int, vocabulary: int, question: int = 80) -> Batch:
+    ids = block_ids(vocabulary, memory)
+    readouts = tuple(Readout(k, [1, 2, 3, 4, 5], 1.0) for k in range(1, blocks + 1))
+    return pack([Row(list(range(question)), blocks, len(ids), readouts)], ids)
+
+
+def activations(mode: str, blocks: int, memory: int) -> dict[str, float]:
+    """Peak bytes of forward and backward above model and gradients, on the rank that has the most."""
+    from rim_dist.parallel.launch import join, leave
+    from rim_dist.parallel.mesh import Degrees, make_mesh
+    from rim_dist.parallel.sequence import share_row
+
+    process = join(600)
+    mesh = make_mesh(Degrees(sequence=process.ranks), process.rank, "cpu")
+    model = llama(1000, **LAYERS, tie_word_embeddings=False).train()
+    install_readout_loss(model)
+    use_rim_attention(model, "split")
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step(batch: Batch) -> None:
+        run_batch(model, share_row(batch, mesh, mode))[0].backward()  # type: ignore[arg-type]
+
+    step(one_sample(2, 30, 1000))  # what a process gets once: connections, threads, kernels
+    batch = one_sample(blocks, memory, 1000)
+    dist.barrier()
+    peak, start = Peak(), time.perf_counter()
+    step(batch)
+    seconds = time.perf_counter() - start
+    values = torch.tensor([peak(), seconds], dtype=torch.float64)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    leave()
+    return {"peak_bytes": values[0].item(), "seconds": values[1].item()}
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors there are."""
+    gc.collect()
+    storages: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None and tensor.layout is torch.strided:
+                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def sharded_recipe(folder: Path, tensor: int) -> Recipe:
+    return validate_recipe(
+        {
+            "run": {"name": "memory", "output_dir": str(folder / "runs")},
+            "model": {"init_from": str(folder / "model")},
+            "memory": {"blocks": 2},
+            "data": {"synthetic": {"samples": 8}},
+            "curriculum": {"stage2": {"samples": 8}},
+            "parallel": {"zero_stage": 3, "tensor": tensor},
+        },
+        "memory",
+    )
+
+
+def sharded(tensor: int, folder: Path) -> dict[str, float]:
+    """A model from an HF folder under ZeRO-3: bytes of its shards, and peaks above the imports; the largest of any rank."""
+    from rim_dist.model import build_model, lay_foundation
+    from rim_dist.parallel.degrees import fit_degrees
+    from rim_dist.parallel.launch import join, leave
+    from rim_dist.parallel.mesh import make_mesh
+    from rim_dist.parallel.tensor import whole_shape
+    from rim_dist.parallel.zero import compose, partitioner
+    from rim_dist.training.engine import Engine
+
+    recipe = sharded_recipe(folder, tensor)
+    foundation = lay_foundation(recipe)
+    process = join(600)
+    mesh = make_mesh(fit_degrees(recipe, process.ranks), process.rank, "cpu")
+    ds_config = compose(recipe, foundation.hidden_size)
+    none = live_bytes()
+    dist.barrier()
+    peak = Peak()
+    model = build_model(recipe, foundation, None, mesh, partitioner(ds_config, mesh, torch.float32))
+    built_peak, built = peak(), live_bytes() - none
+    engine = Engine(recipe, model, ds_config, process, mesh, foundation.sequence_mode)
+    engine.begin_stage(0.0)
+    ids = foundation.tokens.block
+    row = Row(list(range(10)), 2, len(ids), (Readout(1, [1, 2, 3], 1.0), Readout(2, [4, 5, 6], 1.0)))
+    for _ in range(2):
+        engine.forward_backward(engine.own_part(pack([row], ids)), 1 / 6, True)
+        engine.step(1e-4)
+    whole = {id(p): torch.Size(whole_shape(p)).numel() // tensor * 4 for p in model.parameters()}
+    modules = [sum(whole[id(p)] for p in module.parameters(recurse=False)) for module in model.modules()]
+    zero = ds_config["zero_optimization"]
+    buckets = 4 * (zero["reduce_bucket_size"] + zero["stage3_prefetch_bucket_size"])
+    values = [built, built_peak, live_bytes() - none, peak(), max(modules), buckets]
+    most = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    leave()
+    names = ("built_bytes", "built_peak_bytes", "shard_bytes", "peak_bytes", "largest_module_bytes", "bucket_bytes")
+    return dict(zip(names, most.tolist(), strict=True))
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------
+
+
+def on_ranks(ranks: int, *job: object) -> Any:
+    """What the first of so many fresh ranks prints last."""
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    command = [torchrun, "--standalone", "--nproc_per_node", str(ranks), __file__, "--rank", *map(str, job)]
+    extra = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, **extra, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+
+
+def save_model(folder: Path, fields: dict[str, Any]) -> None:
+    """An HF folder of random weights with a tokenizer as large as its vocabulary, so that memory rows are added to it."""
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    words = {f"w{i}": i for i in range(fields["vocab_size"] - 1)} | {"</s>": fields["vocab_size"] - 1}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="</s>", unk_token="w0"
+    )
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).save_pretrained(folder)
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:,.0f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="K x M = 4,096 and a 4-layer model, nothing written")
+    parser.add_argument("--rank", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank:
+        kind, *rest = options.rank
+        if kind == "activations":
+            found = activations(rest[0], int(rest[1]), int(rest[2]))
+        else:
+            found = sharded(int(rest[0]), Path(rest[1]))
+        if os.environ["RANK"] == "0":
+            print(json.dumps(found))
+        return
+    blocks, memory = (16, 256) if options.quick else (16, 1024)
+    figures: dict[str, Any] = {"activations": {}, "shards": {}}
+    lines = []
+    for name, (ranks, mode) in SHARES.items():
+        found = figures["activations"][name] = on_ranks(ranks, "activations", mode, blocks, memory)
+        found["ratio"] = found["peak_bytes"] / figures["activations"]["SP1"]["peak_bytes"]
+        lines.append([name, mib(found["peak_bytes"]), f"{found['ratio']:.3f}", FLOORS[ranks], f"{found['seconds']:.1f}"])
+        print(lines[-1], flush=True)
+    heads = f"{LAYERS['num_attention_heads']} heads, {LAYERS['num_key_value_heads']} for keys"
+    text = (
+        f"One sample, K = {blocks}, M = {memory:,}, question of 80 tokens, {LAYERS['num_hidden_layers']} layers "
+        f"{LAYERS['hidden_size']} wide ({heads}), fp32, split path; of the rank with the most.\n\n"
+    )
+    text += table(["row shared by", "peak activations, MiB", "of SP1", "at most", "seconds"], lines)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_model(folder / "model", MODEL_QUICK if options.quick else MODEL_135M)
+        lines, more = [], []
+        for ranks, tensor in ((1, 1), (2, 1), (4, 1), (4, 2)):
+            found = on_ranks(ranks, "sharded", tensor, folder)
+            label = f"TP{tensor} x ZeRO-3 on {ranks // tensor}" if tensor > 1 else f"ZeRO-3 on {ranks}"
+            figures["shards"][label] = found
+            found["ratio"] = found["shard_bytes"] / figures["shards"]["ZeRO-3 on 1"]["shard_bytes"]
+            lines.append([label, mib(found["shard_bytes"]), f"{found['ratio']:.3f}", SHARD_FLOORS[ranks]])
+            room = 3 * found["largest_module_bytes"] + found["bucket_bytes"]
+            found["built_limit_bytes"], found["limit_bytes"] = found["built_bytes"] + room, found["shard_bytes"] + room
+            more.append(
+                [
+                    label,
+                    *(mib(found[f]) for f in ("built_bytes", "built_peak_bytes", "built_limit_bytes")),
+                    *(mib(found[f]) for f in ("shard_bytes", "peak_bytes", "limit_bytes")),
+                ]
+            )
+            print(lines[-1], more[-1], flush=True)
+    text += "\nBytes of all tensors alive between steps, MiB, of the rank with the most:\n\n"
+    text += table(["", "MiB", "of one rank", "at most"], lines)
+    text += "\nPeak above the imports, MiB. The limit is what is alive + 3 x the largest module + the configured buckets.\n\n"
+    text += table(["", "built: alive", "peak", "limit", "after two steps: alive", "peak", "limit"], more)
+    publish("parallel-memory", "Memory of a rank", text, figures, options.quick)
+
+
+if __name__ == "__main__":
+    main()
