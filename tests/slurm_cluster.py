@@ -110,6 +110,13 @@ class Cluster:
             self._claim.close()
         shutil.rmtree(self.base, ignore_errors=True)
 
+    @staticmethod
+    def _wait_until_gone(link: str) -> None:
+        """The kernel takes the links of an earlier cluster down some time after their network space went."""
+        deadline = time.monotonic() + 60
+        while Path("/sys/class/net", link).exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+
     def _network(self) -> None:
         _ip("link", "add", BRIDGE, "type", "bridge")
         _ip("addr", "add", f"{SUBNET}.1/24", "dev", BRIDGE)
@@ -117,6 +124,7 @@ class Cluster:
         for i, node in enumerate(self.nodes, 1):
             space = f"{PREFIX}-{node}"
             _ip("netns", "add", space)
+            self._wait_until_gone(f"{PREFIX}v{i}")
             _ip("link", "add", f"{PREFIX}v{i}", "type", "veth", "peer", "name", "eth0", "netns", space)
             _ip("link", "set", f"{PREFIX}v{i}", "master", BRIDGE, "up")
             _ip("-n", space, "addr", "add", f"{SUBNET}.{10 + i}/24", "dev", "eth0")
