@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_MODEL
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rim_dist.config import load_recipe
 from rim_dist.data.loader import BatchLoader, plan_stages
 from rim_dist.model import build_model
 from rim_dist.parallel.launch import Process, join, leave
-from rim_dist.parallel.zero import compose
+from rim_dist.parallel.zero import compose, keep_no_gathered_weights
 from rim_dist.training.engine import Engine, restricted_loading
 from rim_dist.training.trainer import prepare_run
 
@@ -112,3 +114,27 @@ def test_loading_runs_no_code(tmp_path: Path) -> None:
     with restricted_loading(), pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         torch.load(tmp_path / "evil.pt", weights_only=False)
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_no_gathered_weight_is_kept_for_the_backward_pass(bias: bool, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that ZeRO-3 lets go of after a layer's forward pass are freed; gathered again, gradients are the same."""
+    # DeepSpeed replaces it for the whole process where it partitions a model itself, as in the tests above.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
+    torch.manual_seed(0)
+    layer, hidden = torch.nn.Linear(6, 4, bias=bias), torch.randn(1, 3, 6, requires_grad=True)
+    layer.weight.requires_grad_(trained)
+    wanted = torch.autograd.grad(layer(hidden).square().sum(), [hidden, *([layer.weight] if trained else [])])
+    values = layer.weight.detach().clone()
+    layer.weight.ds_id = 0  # ZeRO-3's mark
+    for hold in (nullcontext, keep_no_gathered_weights):
+        layer.weight.data = torch.cat([torch.zeros(5), values.flatten()])[5:].view(4, 6)  # a part of a gathered buffer
+        with hold():
+            loss = layer(hidden).square().sum()
+        gathered = StorageWeakRef(layer.weight.untyped_storage())
+        layer.weight.data = torch.empty(0)
+        assert gathered.expired() == (hold is keep_no_gathered_weights)
+    layer.weight.data = values.clone()
+    got = torch.autograd.grad(loss, [hidden, *([layer.weight] if trained else [])])
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))

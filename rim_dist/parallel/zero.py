@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -140,3 +141,28 @@ def partitioner(ds_config: dict[str, Any], mesh: Mesh, dtype: torch.dtype) -> Ca
         dtype=dtype,
     )
     return init._convert_to_zero_parameters
+
+
+def keep_no_gathered_weights() -> AbstractContextManager[None]:
+    """A forward pass under ZeRO-3 in which autograd keeps no parameter's gathered values for the backward pass.
+
+    Autograd saves `weight.t()`, a view that would hold a whole layer's memory after ZeRO has let go of it, so that every rank
+    ends up with the whole model. Kept instead is where the view lies in the parameter, which is gathered again by then.
+    """
+    import torch
+
+    return torch.autograd.graph.saved_tensors_hooks(_keep_place, _view_again)
+
+
+def _keep_place(tensor: torch.Tensor) -> Any:
+    parameter = tensor._base
+    if parameter is None or not hasattr(parameter, "ds_id"):
+        return tensor
+    return parameter, tensor.size(), tensor.stride(), tensor.storage_offset() - parameter.storage_offset()
+
+
+def _view_again(kept: Any) -> torch.Tensor:
+    if not isinstance(kept, tuple):
+        return kept
+    parameter, size, stride, offset = kept
+    return parameter.detach().as_strided(size, stride, parameter.storage_offset() + offset)

@@ -394,22 +394,17 @@ def _at_reduction(setup: Setup, load: Workload, weights: Weights) -> Parts:
 
 
 def _at_update(setup: Setup, weights: Weights) -> Parts:
-    """The optimizer's step: gradients once more, flat and in fp32. On a CPU torch's AdamW has two temporaries of its tensor's
-    size; on CUDA it is fused and has none."""
+    """The optimizer's step: gradients once more, flat and in fp32. Fused AdamW has no temporaries."""
     b, d = setup.entry, setup.shards
-    temporaries = 2 if setup.device == "cpu" else 0
     if setup.offload:
         return {}
     if setup.zero_stage == 0:
-        copies = 4 * weights.trained if b == 2 else 0
-        return {"gradients": b * weights.trained, "working memory": copies + 4 * temporaries * weights.largest}
+        return {"gradients": b * weights.trained, "working memory": 4 * weights.trained if b == 2 else 0}
     shard = weights.trained // d
     if setup.zero_stage < 3:
-        own = b * shard if temporaries == 0 else 0  # freed before the temporaries come
-        return {"gradients": own + 4 * shard, "working memory": 4 * temporaries * shard}
-    part = min(shard, SUB_GROUP)
+        return {"gradients": (b + 4) * shard}
     whole = b * weights.persistent if d > 1 else 0  # small parameters are sharded again for the update
-    return {"gradients": 4 * part, "working memory": 4 * temporaries * part, "parameters": -whole}
+    return {"gradients": 4 * min(shard, SUB_GROUP), "parameters": -whole}
 
 
 def evaluation_cache(shape: ModelShape, setup: Setup, load: Workload, prompts: int, new_tokens: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from rim_dist.parallel.mesh import Coordinates, Degrees, Mesh, ModelParallelUnit
 from rim_dist.parallel.ops import load_cpu_adam
 from rim_dist.parallel.sequence import share_row
 from rim_dist.parallel.tensor import slice_of, whole_shape
+from rim_dist.parallel.zero import keep_no_gathered_weights
 from rim_dist.unwrap import bare_model, base_layer
 
 
@@ -75,7 +76,7 @@ def build_optimizer(model: nn.Module, section: OptimizerSection, offload: bool) 
 
         load_cpu_adam()
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-    return torch.optim.AdamW(groups, fused=torch.cuda.is_available() or None, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 class Engine:
@@ -134,7 +135,8 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         factor = scale * self._mesh.degrees.shards
         loss_scale = getattr(self._engine.optimizer, "cur_scale", 1.0) if self._fp16 else 1.0
-        weighted_sum, token_losses = run_batch(self._engine, batch, gradient_scale=factor * float(loss_scale))
+        with keep_no_gathered_weights() if self._zero_stage == 3 else nullcontext():
+            weighted_sum, token_losses = run_batch(self._engine, batch, gradient_scale=factor * float(loss_scale))
         self._engine.backward(weighted_sum * factor)
         return ReadoutLoss.of(weighted_sum.detach(), token_losses, batch.targets, self._blocks)
 
