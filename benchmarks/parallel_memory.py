@@ -2,12 +2,14 @@
 
     python benchmarks/parallel_memory.py [--quick]
 
-- activations: one sample with K x M = 16,384 memory tokens, forward and backward, the row whole (SP1) or shared by 2 and 4
+- activations: one sample with K x M = 16,384 memory tokens, forward and backward, its row whole (SP1) or shared by 2 and 4
   ranks: peak above model and gradients in place;
 - shards: a Llama of SmolLM2-135M's size (8 heads, 4 for keys) under ZeRO-3 on 1, 2 and 4 ranks: bytes of all tensors that
   are alive between steps;
-- building: the same model from an HF folder: peak of every rank above its imports, while it is built and until the second
-  step is done, against live shards + 3 x the largest module + the configured buckets.
+- building and training: the same model from an HF folder: peak of every rank above its imports, while it is built, and until
+  the third step is done, against live shards + 3 x the largest module + the configured buckets. Of gathered parameters
+  about four layers may be alive (`stage3_max_live_parameters`, a bucket like the others); as shipped, ZeRO-3 keeps a model of
+  this size gathered from the forward to the backward pass.
 
 A peak is the kernel's own high-water mark of a fresh process's resident memory, so that nothing between two looks is missed.
 Memory of 64 KiB and more is taken from the system and given back at once (MALLOC_MMAP_THRESHOLD_): the peak is that of
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -35,6 +38,7 @@ from rim_dist.attention.registration import use_rim_attention
 from rim_dist.config import Recipe, validate_recipe
 from rim_dist.data.rows import Batch, Readout, Row, pack
 from rim_dist.objective.forward import install_readout_loss, run_batch
+from rim_dist.parallel.zero import shipped_config
 
 # Layers of Llama-3.2-1B at a quarter of their width.
 LAYERS = {
@@ -56,7 +60,17 @@ MODEL_135M = {
     "tie_word_embeddings": True,
     "vocab_size": 49_152,
 }
+# Entries of gathered parameters that may be alive: about four layers.
+GATHERED = {"stage3_max_live_parameters": 14_000_000, "stage3_max_reuse_distance": 0}
 MODEL_QUICK = {**MODEL_135M, "num_hidden_layers": 4, "vocab_size": 8192}
+MODEL_TINY = {
+    **MODEL_135M,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "vocab_size": 200,
+}
 SHARES = {"SP1": (1, "ulysses"), **{f"SP{n} {mode}": (n, mode) for n in (2, 4) for mode in ("ulysses", "allgather_kv")}}
 FLOORS = {1: 1.0, 2: 0.6, 4: 0.35}
 SHARD_FLOORS = {1: 1.0, 2: 0.55, 4: 0.3}
@@ -130,33 +144,45 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def sharded_recipe(folder: Path, tensor: int) -> Recipe:
-    return validate_recipe(
-        {
-            "run": {"name": "memory", "output_dir": str(folder / "runs")},
-            "model": {"init_from": str(folder / "model")},
-            "memory": {"blocks": 2},
-            "data": {"synthetic": {"samples": 8}},
-            "curriculum": {"stage2": {"samples": 8}},
-            "parallel": {"zero_stage": 3, "tensor": tensor},
-        },
-        "memory",
-    )
+def sharded_recipe(folder: Path, model: str, tensor: int) -> Recipe:
+    parallel = {"zero_stage": 3, "tensor": tensor}
+    recipe = {
+        "run": {"name": "memory", "output_dir": str(folder / "runs")},
+        "model": {"init_from": str(folder / model)},
+        "memory": {"blocks": 2},
+        "data": {"synthetic": {"samples": 8}},
+        "curriculum": {"stage2": {"samples": 8}},
+        "parallel": parallel,
+    }
+    tree = json.loads((ROOT / "ds_configs" / shipped_config(validate_recipe(recipe, "memory"))).read_text(encoding="utf-8"))
+    tree["zero_optimization"] |= GATHERED
+    own = folder / f"tensor{tensor}.json"
+    own.write_text(json.dumps(tree), encoding="utf-8")
+    return validate_recipe({**recipe, "parallel": {**parallel, "deepspeed_config": str(own)}}, "memory")
 
 
 def sharded(tensor: int, folder: Path) -> dict[str, float]:
     """A model from an HF folder under ZeRO-3: bytes of its shards, and peaks above the imports; the largest of any rank."""
+    from rim_dist.parallel.launch import join, leave
+
+    process = join(600)
+    run_sharded(sharded_recipe(folder, "tiny", tensor), process)  # what is imported, connected and compiled at first use
+    found = run_sharded(sharded_recipe(folder, "model", tensor), process)
+    most = torch.tensor(list(found.values()), dtype=torch.float64)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    leave()
+    return dict(zip(found, most.tolist(), strict=True))
+
+
+def run_sharded(recipe: Recipe, process: Any) -> dict[str, float]:
     from rim_dist.model import build_model, lay_foundation
     from rim_dist.parallel.degrees import fit_degrees
-    from rim_dist.parallel.launch import join, leave
     from rim_dist.parallel.mesh import make_mesh
     from rim_dist.parallel.tensor import whole_shape
     from rim_dist.parallel.zero import compose, partitioner
     from rim_dist.training.engine import Engine
 
-    recipe = sharded_recipe(folder, tensor)
     foundation = lay_foundation(recipe)
-    process = join(600)
     mesh = make_mesh(fit_degrees(recipe, process.ranks), process.rank, "cpu")
     ds_config = compose(recipe, foundation.hidden_size)
     none = live_bytes()
@@ -168,19 +194,27 @@ def sharded(tensor: int, folder: Path) -> dict[str, float]:
     engine.begin_stage(0.0)
     ids = foundation.tokens.block
     row = Row(list(range(10)), 2, len(ids), (Readout(1, [1, 2, 3], 1.0), Readout(2, [4, 5, 6], 1.0)))
-    for _ in range(2):
+    for _ in range(3):  # ZeRO-3 prefetches from the second one on
         engine.forward_backward(engine.own_part(pack([row], ids)), 1 / 6, True)
         engine.step(1e-4)
-    whole = {id(p): torch.Size(whole_shape(p)).numel() // tensor * 4 for p in model.parameters()}
+    whole = {id(p): 4 * math.prod(whole_shape(p)) // (tensor_ranks(p, mesh)) for p in model.parameters()}
     modules = [sum(whole[id(p)] for p in module.parameters(recurse=False)) for module in model.modules()]
     zero = ds_config["zero_optimization"]
-    buckets = 4 * (zero["reduce_bucket_size"] + zero["stage3_prefetch_bucket_size"])
-    values = [built, built_peak, live_bytes() - none, peak(), max(modules), buckets]
-    most = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    leave()
-    names = ("built_bytes", "built_peak_bytes", "shard_bytes", "peak_bytes", "largest_module_bytes", "bucket_bytes")
-    return dict(zip(names, most.tolist(), strict=True))
+    return {
+        "built_bytes": built,
+        "built_peak_bytes": built_peak,
+        "shard_bytes": live_bytes() - none,
+        "peak_bytes": peak(),
+        "largest_module_bytes": max(modules),
+        "bucket_bytes": 4 * (zero["reduce_bucket_size"] + zero["stage3_prefetch_bucket_size"]),
+        "gathered_bytes": 4 * zero["stage3_max_live_parameters"],
+    }
+
+
+def tensor_ranks(parameter: torch.Tensor, mesh: Any) -> int:
+    from rim_dist.parallel.tensor import slice_of
+
+    return 1 if slice_of(parameter) is None else mesh.degrees.tensor
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------
@@ -219,15 +253,14 @@ def mib(size: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="K x M = 4,096 and a 4-layer model, nothing written")
+    parser.add_argument("--quick", action="store_true", help="K x M = 4,096, a 4-layer model with 8k tokens, nothing written")
     parser.add_argument("--rank", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank:
         kind, *rest = options.rank
-        if kind == "activations":
-            found = activations(rest[0], int(rest[1]), int(rest[2]))
-        else:
-            found = sharded(int(rest[0]), Path(rest[1]))
+        found = (
+            activations(rest[0], int(rest[1]), int(rest[2])) if kind == "activations" else sharded(int(rest[0]), Path(rest[1]))
+        )
         if os.environ["RANK"] == "0":
             print(json.dumps(found))
         return
@@ -245,30 +278,28 @@ def main() -> None:
         f"{LAYERS['hidden_size']} wide ({heads}), fp32, split path; of the rank with the most.\n\n"
     )
     text += table(["row shared by", "peak activations, MiB", "of SP1", "at most", "seconds"], lines)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         save_model(folder / "model", MODEL_QUICK if options.quick else MODEL_135M)
+        save_model(folder / "tiny", MODEL_TINY)
         lines, more = [], []
         for ranks, tensor in ((1, 1), (2, 1), (4, 1), (4, 2)):
             found = on_ranks(ranks, "sharded", tensor, folder)
-            label = f"TP{tensor} x ZeRO-3 on {ranks // tensor}" if tensor > 1 else f"ZeRO-3 on {ranks}"
-            figures["shards"][label] = found
+            name = f"TP{tensor} x ZeRO-3 on {ranks // tensor}" if tensor > 1 else f"ZeRO-3 on {ranks}"
+            figures["shards"][name] = found
             found["ratio"] = found["shard_bytes"] / figures["shards"]["ZeRO-3 on 1"]["shard_bytes"]
-            lines.append([label, mib(found["shard_bytes"]), f"{found['ratio']:.3f}", SHARD_FLOORS[ranks]])
-            room = 3 * found["largest_module_bytes"] + found["bucket_bytes"]
-            found["built_limit_bytes"], found["limit_bytes"] = found["built_bytes"] + room, found["shard_bytes"] + room
-            more.append(
-                [
-                    label,
-                    *(mib(found[f]) for f in ("built_bytes", "built_peak_bytes", "built_limit_bytes")),
-                    *(mib(found[f]) for f in ("shard_bytes", "peak_bytes", "limit_bytes")),
-                ]
-            )
-            print(lines[-1], more[-1], flush=True)
+            lines.append([name, mib(found["shard_bytes"]), f"{found['ratio']:.3f}", SHARD_FLOORS[ranks]])
+            modules = 3 * found["largest_module_bytes"] + found["bucket_bytes"]
+            found["built_limit_bytes"] = found["built_bytes"] + modules
+            found["limit_bytes"] = found["shard_bytes"] + modules + found["gathered_bytes"]
+            shown = [mib(found[f"{part}_bytes"]) for part in ("built", "built_peak", "built_limit", "shard", "peak", "limit")]
+            if ranks > 1:
+                more.append([name, *shown])
+            print(lines[-1], shown, flush=True)
     text += "\nBytes of all tensors alive between steps, MiB, of the rank with the most:\n\n"
     text += table(["", "MiB", "of one rank", "at most"], lines)
     text += "\nPeak above the imports, MiB. The limit is what is alive + 3 x the largest module + the configured buckets.\n\n"
-    text += table(["", "built: alive", "peak", "limit", "after two steps: alive", "peak", "limit"], more)
+    text += table(["", "built: alive", "peak", "limit", "after three steps: alive", "peak", "limit"], more)
     publish("parallel-memory", "Memory of a rank", text, figures, options.quick)
 
 

@@ -16,6 +16,7 @@ from rim_dist.checkpoint.commands import add_export_arguments, add_verbs, export
 from rim_dist.cluster.commands import add_cluster_commands
 from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, ConfigError, PeerLost, RimError, Stopped
 from rim_dist.evaluation.commands import add_evaluation_commands
+from rim_dist.messages import say
 from rim_dist.planning.commands import add_plan_command
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.until and not recipe.curriculum.stage(arguments.until).enabled:
         raise ConfigError(f"--until {arguments.until}: the recipe leaves this stage out (curriculum.{arguments.until})")
     if (state := finished_state(recipe)) is not None:
-        _say(f"{recipe.folder}: finished after {state.step} steps ({state.samples} samples); nothing to do", first_only=True)
+        if _is_first():
+            say(f"{recipe.folder}: finished after {state.step} steps ({state.samples} samples); nothing to do")
         return EXIT_DONE
     foundation, data = prepare_run(recipe)
     process = join(recipe.parallel.timeout_seconds)
@@ -162,10 +164,8 @@ def _data(arguments: argparse.Namespace) -> int:
 # ---- the way out -------------------------------------------------------------------------------------------
 
 
-def _say(text: str, first_only: bool = False) -> None:
-    if first_only and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
-        return
-    print(text, file=sys.stderr, flush=True)
+def _is_first() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _roll_call() -> RollCall | None:
@@ -250,13 +250,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except Stopped as error:
-        _say(f"rim-dist: {error}")
+        say(f"rim-dist: {error}")
         return _end_of_rank(error.exit_status)
     except RimError as error:
-        _say(f"rim-dist: {error}")
+        say(f"rim-dist: {error}")
         return _end_of_rank(error.exit_status, str(error))
     except KeyboardInterrupt:
-        _say("rim-dist: interrupted")
+        say("rim-dist: interrupted")
         return _end_of_rank(130, "interrupted")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -264,16 +264,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         rank, said = os.environ.get("RANK", "0"), (str(error).splitlines() or [""])[0]
         if (loss := _loss(error)) is not None:
-            _say(f"rim-dist: {loss}")
+            say(f"rim-dist: {loss}")
             return _end_of_rank(loss.exit_status)
         if _lost_a_peer(error):
-            _say(f"rim-dist: rank {rank}: lost a peer ({said}); start the same command again")
+            say(f"rim-dist: rank {rank}: lost a peer ({said}); start the same command again")
             return _end_of_rank(EXIT_TRY_AGAIN, said)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" ({error.filename})" if error.filename else ""
             text = f"{error.strerror}{where}; what was complete is kept; make room and start the same command again"
-            _say(f"rim-dist: {text}")
+            say(f"rim-dist: {text}")
             return _end_of_rank(EXIT_FAILED, text)
         traceback.print_exc()
-        _say(f"rim-dist: rank {rank}: failed; this is a bug or a fault of the machine")
+        say(f"rim-dist: rank {rank}: failed; this is a bug or a fault of the machine")
         return _end_of_rank(EXIT_FAILED, f"{type(error).__name__}: {said}")

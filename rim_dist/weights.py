@@ -117,9 +117,12 @@ class MemoryRows:
         tokens = self.tokens
         chosen = list(tokens.ids) if self.initialise == "mean" else list(tokens.added) if self.initialise == "auto" else []
         if chosen:
-            known = torch.ones(old, dtype=torch.bool)
-            known[[i for i in chosen if i < old]] = False
-            spread, mean = torch.std_mean(matrix[:old][known], dim=0)
+            known = matrix[:old]
+            if reused := [i for i in chosen if i < old]:
+                others = torch.ones(old, dtype=torch.bool)
+                others[reused] = False
+                known = known[others]
+            spread, mean = torch.std_mean(known, dim=0)
             noise = torch.randn((len(chosen), *matrix.shape[1:]), generator=generator) * spread * 0.01
             matrix[chosen] = mean + noise
         return matrix
@@ -224,12 +227,15 @@ class _Filler:
         if not self._filling.reads:
             self._finish(part, torch.empty(shape), full_name, part)
             return
-        whole = self._read(full_name)
-        if whole is None:
-            whole = self._adapter(full_name, shape)
-        if whole is None:
-            raise CheckpointError(f"{full_name}: the weights have no such tensor")
-        self._finish(part, whole, full_name, part)
+        self._finish(part, self._value(full_name, shape), full_name, part)  # held nowhere else: a matrix may be large
+
+    def _value(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        value = self._read(name)
+        if value is None:
+            value = self._adapter(name, shape)
+        if value is None:
+            raise CheckpointError(f"{name}: the weights have no such tensor")
+        return value
 
     def _read(self, name: str) -> torch.Tensor | None:
         source = self._filling.source

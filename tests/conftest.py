@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -90,6 +91,12 @@ def recipe_file(tmp_path: Path) -> Callable[..., Path]:
         return write_recipe(tmp_path / "recipe.yaml", tiny_recipe(tmp_path / "runs", **sections))
 
     return make
+
+
+@pytest.fixture
+def plain_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own `F.linear`: DeepSpeed replaces it in the whole process once an engine has partitioned a model itself."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
 
 
 @pytest.fixture(scope="session")

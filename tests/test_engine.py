@@ -116,12 +116,11 @@ def test_loading_runs_no_code(tmp_path: Path) -> None:
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
+@pytest.mark.usefixtures("plain_linear")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
-def test_no_gathered_weight_is_kept_for_the_backward_pass(bias: bool, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gathered_weight_is_kept_for_the_backward_pass(bias: bool, trained: bool) -> None:
     """Values that ZeRO-3 lets go of after a layer's forward pass are freed; gathered again, gradients are the same."""
-    # DeepSpeed replaces it for the whole process where it partitions a model itself, as in the tests above.
-    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     torch.manual_seed(0)
     layer, hidden = torch.nn.Linear(6, 4, bias=bias), torch.randn(1, 3, 6, requires_grad=True)
     layer.weight.requires_grad_(trained)

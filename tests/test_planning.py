@@ -164,6 +164,7 @@ def kept_by_autograd(model: Any, load: Workload) -> int:
     return total
 
 
+@pytest.mark.usefixtures("plain_linear")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_kept_activations_are_what_autograd_keeps(name: str, dtype: str) -> None:
@@ -178,6 +179,7 @@ def test_kept_activations_are_what_autograd_keeps(name: str, dtype: str) -> None
     assert layer_activations(shape_of(name), setup, load.tokens, load.tokens) == three - two
 
 
+@pytest.mark.usefixtures("plain_linear")
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
 def test_kept_activations_with_adapters(targets: Any) -> None:
     import peft

@@ -56,8 +56,9 @@ def tiny_config(config: PretrainedConfig, tensor: int = 1, sequence: int = 1) ->
     layer_types = getattr(small, "layer_types", None)
     if layer_types:
         kinds = list(dict.fromkeys(layer_types))
-        small.layer_types = (kinds * 2)[: max(2, len(kinds))]
-        small.num_hidden_layers = len(small.layer_types)
+        with contextlib.suppress(AttributeError):  # as above
+            small.layer_types = (kinds * 2)[: max(2, len(kinds))]
+            small.num_hidden_layers = len(small.layer_types)
     return small
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from rim_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError
+from rim_dist.messages import say
 from rim_dist.parallel.mesh import Degrees
 
 Command = Callable[..., argparse.ArgumentParser]
@@ -204,7 +204,7 @@ def _diff(arguments: argparse.Namespace) -> int:
     for line in lines:
         print(line)
     if not lines:
-        print("the same configuration and weights", file=sys.stderr)
+        say("the same configuration and weights")
     return EXIT_FAILED if lines else EXIT_DONE
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from rim_dist.checkpoint.tensors import (
 from rim_dist.errors import CheckpointError, ConfigError
 from rim_dist.evaluation.generation import generation_config
 from rim_dist.memory import adds_bos
+from rim_dist.messages import say
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 ABOUT = "rim_dist.json"
@@ -158,7 +158,7 @@ def _plan(contents: Contents, options: ExportOptions, lora: bool) -> _Plan:
 
     def write_rest(folder: Path) -> None:
         if other_layout:
-            print(f"{contents.config.model_type}: written by transformers, the whole model in memory", file=sys.stderr)
+            say(f"{contents.config.model_type}: written by transformers, the whole model in memory")
             whole = load_module(contents)
             whole = whole.merge_and_unload() if lora else whole
             whole.to(dtype).save_pretrained(folder, max_shard_size=options.shard_bytes)

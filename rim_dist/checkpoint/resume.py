@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch.distributed as dist
 
 from rim_dist.checkpoint import store
 from rim_dist.errors import CheckpointError
+from rim_dist.messages import say
 from rim_dist.parallel.launch import Process
 
 
@@ -32,7 +32,7 @@ def agree_on_checkpoint(checkpoints: Path, process: Process) -> Path | None:
             return checkpoints / name
         if process.is_first:
             reason = next(w for w in wrong if w)
-            print(f"{checkpoints / name} is damaged and passed over: {reason}", file=sys.stderr, flush=True)
+            say(f"{checkpoints / name} is damaged and passed over: {reason}")
     if names[0]:
         raise CheckpointError(
             f"{checkpoints}: none of its checkpoints is intact ({', '.join(names[0])}); "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rim_dist.errors import EXIT_DONE, ConfigError, RimError
+from rim_dist.messages import say
 
 if TYPE_CHECKING:
     from rim_dist.config import Recipe
@@ -113,7 +114,7 @@ def main() -> int:
             raise ConfigError(f"commands: {', '.join(commands)}")
         return commands[sys.argv[1]](sys.argv[2:])
     except RimError as error:
-        print(f"rim-dist: {error}", file=sys.stderr, flush=True)
+        say(f"rim-dist: {error}")
         return error.exit_status
 
 

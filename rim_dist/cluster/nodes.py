@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
-import sys
 import time
 from pathlib import Path
 
 from rim_dist.cluster.starts import note_end
 from rim_dist.errors import EXIT_DONE, EXIT_TRY_AGAIN, ConfigError
+from rim_dist.messages import say
 from rim_dist.parallel.place import host_name
 
 _PORTS = range(20000, 32000)  # below the ports that Linux gives to outgoing connections (from 32768)
@@ -73,7 +73,7 @@ def check_nodes(start: Path, head: str, port: int, node: int, names: list[str], 
     problem = _problem(start)
     if node != 0:
         if why := _report(head, port, problem, deadline):
-            print(f"rim-dist: {host_name()} cannot reach {head}:{port} ({why})", file=sys.stderr, flush=True)
+            say(f"rim-dist: {host_name()} cannot reach {head}:{port} ({why})")
             return EXIT_TRY_AGAIN
         return EXIT_DONE
     others = [name for name in names if name != host_name()]
@@ -86,6 +86,6 @@ def check_nodes(start: Path, head: str, port: int, node: int, names: list[str], 
     elif len([name for name in others if name not in found]) > max(1, len(others) // 2):
         bad = {host_name(): f"not reached at {head}:{port} by {', '.join(sorted(bad)[:8])}"}
     for name, why in sorted(bad.items()):
-        print(f"rim-dist: {name} {why}", file=sys.stderr, flush=True)
+        say(f"rim-dist: {name} {why}")
         note_end(start, -1, EXIT_TRY_AGAIN, f"{name} {why}", suspect=True, host=name)
     return EXIT_TRY_AGAIN if bad else EXIT_DONE

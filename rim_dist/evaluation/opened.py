@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rim_dist.errors import CheckpointError
 from rim_dist.evaluation.generation import padding_note
 from rim_dist.evaluation.thinking import think_before_answers
 from rim_dist.memory import add_memory_tokens, prompt_ids
+from rim_dist.messages import say
 from rim_dist.methods import method_names, method_of
 
 
@@ -93,7 +93,7 @@ def _open_hf(folder: Path) -> ExportedModel:
 
 def _opened(model: Any, tokenizer: PreTrainedTokenizerBase, blocks: int, method: str, synthetic_steps: int) -> ExportedModel:
     if note := padding_note(tokenizer):
-        print(note, file=sys.stderr)
+        say(note)
     if torch.cuda.is_available():
         model = model.to("cuda")
     return ExportedModel(model, tokenizer, blocks, method, synthetic_steps)

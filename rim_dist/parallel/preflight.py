@@ -12,7 +12,6 @@ import json
 import platform
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,6 +26,7 @@ import rim_dist
 from rim_dist.checkpoint import store
 from rim_dist.config import Recipe
 from rim_dist.errors import TrainingError
+from rim_dist.messages import say
 from rim_dist.model import Foundation, skeleton
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.mesh import Mesh
@@ -86,7 +86,7 @@ class Preflight:
 
     def say(self, text: str) -> None:
         if self._process.is_first:
-            print(f"preflight: {text}", file=sys.stderr, flush=True)
+            say(f"preflight: {text}")
 
     @contextmanager
     def _check(self, what: str) -> Iterator[None]:

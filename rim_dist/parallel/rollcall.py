@@ -16,7 +16,6 @@ import atexit
 import contextlib
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rim_dist.errors import EXIT_TRY_AGAIN, PeerLost
+from rim_dist.messages import say
 from rim_dist.parallel.place import host_name
 
 _POLL_SECONDS = 0.5
@@ -302,7 +302,7 @@ class RollCall:
     def _end(self, text: str) -> None:
         assert self.failure is not None
         with contextlib.suppress(OSError):
-            print(f"rim-dist: {text}", file=sys.stderr, flush=True)
+            say(f"rim-dist: {text}")
         with contextlib.suppress(RuntimeError):
             self._linger("seen")
         os._exit(self.failure.status)

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from rim_dist.messages import say
+
 
 def _span(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
@@ -61,7 +63,7 @@ class ProgressReport:
         if self._live is not None:
             self._live.console.print(text, highlight=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def close(self) -> None:
         if self._live is not None:

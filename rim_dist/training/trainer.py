@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -34,6 +33,7 @@ from rim_dist.errors import CheckpointError, ConfigError, Stopped, TrainingError
 from rim_dist.evaluation.evaluate import block_answers, recipe_samples, score, write_evaluation
 from rim_dist.evaluation.generation import Decoding, check_prompts, generation_config, padding_note
 from rim_dist.memory import prompt_ids
+from rim_dist.messages import say
 from rim_dist.methods import method_of
 from rim_dist.model import Foundation, build_model, lay_foundation
 from rim_dist.objective.loss import ReadoutLoss
@@ -87,7 +87,7 @@ class Trainer:
         self._recipe, self._process, self._foundation, self._data = recipe, process, foundation, data
         self._ds_config = compose(recipe, foundation.hidden_size, process.hosts.count(process.hosts[process.rank]))
         if process.is_first and process.ranks > 1:
-            print(describe(degrees, process.hosts), file=sys.stderr, flush=True)
+            say(describe(degrees, process.hosts))
         self._preflight = Preflight(recipe, process) if recipe.parallel.preflight else None
         if self._preflight is not None:
             self._preflight.compare(foundation, data.fingerprint, self._ds_config)
@@ -455,7 +455,7 @@ class Trainer:
         result = f"{self._folder / 'hf'} is a plain HF folder"
         if not self._recipe.exportable:
             result = "blocks that are bidirectional inside are not exported: no server runs them"
-        print(f"done: {result}", file=sys.stderr, flush=True)
+        say(f"done: {result}")
 
 
 def prepare_run(recipe: Recipe) -> tuple[Foundation, SampleStream]:
