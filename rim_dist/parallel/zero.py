@@ -17,6 +17,7 @@ from rim_dist.parallel.mesh import Mesh, ModelParallelUnit
 if TYPE_CHECKING:
     import torch
 
+_BUCKET = 20_000_000  # entries, of gradients or parameters that travel together: fewer are many small messages
 # What the trainer decides itself; a user's JSON that sets one would silently train something else.
 OWNED_KEYS = {
     "train_batch_size": "optimizer.global_batch",
@@ -91,8 +92,8 @@ def compose(recipe: Recipe, hidden_size: int, ranks_per_node: int = 1) -> dict[s
     tree = {key: value for key, value in tree.items() if key not in OWNED_KEYS}
     zero = tree.setdefault("zero_optimization", {})
     sizes = {
-        "reduce_bucket_size": max(1_000_000, hidden_size * hidden_size),
-        "stage3_prefetch_bucket_size": max(1_000_000, hidden_size * hidden_size * 9 // 10),
+        "reduce_bucket_size": max(_BUCKET, hidden_size * hidden_size),
+        "stage3_prefetch_bucket_size": max(_BUCKET, hidden_size * hidden_size * 9 // 10),
         "stage3_param_persistence_threshold": 10 * hidden_size,
         "zero_hpz_partition_size": ranks_per_node,
     }
