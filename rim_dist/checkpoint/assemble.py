@@ -163,6 +163,11 @@ def write_all(folder: Path, files: list[OutputFile], workers: Workers) -> dict[s
     return {name: record for d in done for name, record in d.records.items()}
 
 
+def _arrive(present: Any) -> None:
+    torch.set_num_threads(1)
+    present.put(None)
+
+
 class Workers:
     """Who does the work: this process, several processes of this machine, or the ranks of an MPI run.
 
@@ -193,13 +198,15 @@ class Workers:
         return self._pool.starmap(function, shares)
 
     def start(self) -> None:
-        """Start the processes; `run` does it when needed."""
+        """Start the processes and wait until all are there; `run` does it when needed."""
         if self._pool is None and self.count > 1 and self._mpi is None:
             # A server that has imported this once and forks: starting Python and torch anew takes seconds a process.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
-            self._pool = context.Pool(self.count, initializer=torch.set_num_threads, initargs=(1,))
-            self._pool.starmap(max, [(0, 1)] * self.count)
+            present = context.SimpleQueue()
+            self._pool = context.Pool(self.count, initializer=_arrive, initargs=(present,))
+            for _ in range(self.count):
+                present.get()
 
     def close(self) -> None:
         if self._pool is not None:
