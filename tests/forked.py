@@ -12,8 +12,8 @@ from typing import Any
 from ranks import free_port
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line sets it
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["rim_dist.parallel.preflight"])
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["rim_dist.parallel.preflight"])
 
 
 def _rank(body: Callable[..., None], rank: int, ranks: int, port: int, output: str, arguments: tuple[Any, ...]) -> None:
@@ -37,7 +37,7 @@ class Job:
     ) -> None:
         port, files = free_port(), [folder / f"rank-{rank}" for rank in range(ranks)]
         processes = [
-            _PROCESSES.Process(target=_rank, args=(body, rank, ranks, port, str(file), arguments))
+            PROCESSES.Process(target=_rank, args=(body, rank, ranks, port, str(file), arguments))
             for rank, file in enumerate(files)
         ]
         began = time.monotonic()

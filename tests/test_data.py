@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 import pytest
 from conftest import FIXTURE_ROWS
+from forked import PROCESSES
 
 from rim_dist.cli import main
 from rim_dist.config import ColumnsSection, load_recipe
@@ -227,12 +227,11 @@ def _build(path: str, folder: str, out: object) -> None:
 
 
 def test_cache_is_built_once_by_many_processes(recipe_file: Make, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    processes = [context.Process(target=_build, args=(str(recipe_file()), str(tmp_path / "c"), queue)) for _ in range(3)]
+    queue = PROCESSES.Queue()
+    processes = [PROCESSES.Process(target=_build, args=(str(recipe_file()), str(tmp_path / "c"), queue)) for _ in range(3)]
     for process in processes:
         process.start()
-    assert [queue.get(timeout=60) for _ in processes] == [200] * 3
+    assert [queue.get(timeout=120) for _ in processes] == [200] * 3
     for process in processes:
         process.join()
     assert len([p for p in (tmp_path / "c").iterdir() if p.is_dir()]) == 1
