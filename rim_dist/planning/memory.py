@@ -390,7 +390,10 @@ def _at_reduction(setup: Setup, load: Workload, weights: Weights) -> Parts:
     if setup.zero_stage == 2:
         shards = trained // d * (2 if load.rounds > 1 else 1)
         return {"gradients": shards, "communication buckets": b * (2 * reduce + weights.largest)}
-    return {"communication buckets": b * 2 * max(reduce, weights.largest), "gathered parameters": b * weights.largest}
+    filled = max(min(reduce, weights.trained), weights.largest)  # a larger matrix is reduced on its own
+    # A bucket that holds all gradients is reduced after the backward pass, when nothing is gathered any more.
+    gathered = b * weights.largest if weights.trained > reduce else 0
+    return {"communication buckets": 2 * b * filled, "gathered parameters": gathered}
 
 
 def _at_update(setup: Setup, weights: Weights) -> Parts:
