@@ -11,7 +11,8 @@
   about four layers may be alive (`stage3_max_live_parameters`, a bucket like the others); as shipped, ZeRO-3 keeps a model of
   this size gathered from the forward to the backward pass.
 
-A peak is the kernel's own high-water mark of a fresh process's resident memory, so that nothing between two looks is missed.
+A peak is the kernel's own high-water mark of a fresh process's resident memory, so that nothing between two looks is missed;
+the "peak of tensors" of a second round is the count of torch's own allocator, without gloo's buffers.
 Memory of 64 KiB and more is taken from the system and given back at once (MALLOC_MMAP_THRESHOLD_): the peak is that of
 living tensors, not of what malloc keeps for later.
 """
@@ -33,6 +34,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from common import ROOT, block_ids, llama, publish, table
+from planner import Allocator
 
 from rim_dist.attention.registration import use_rim_attention
 from rim_dist.config import Recipe, validate_recipe
@@ -167,7 +169,13 @@ def sharded(tensor: int, folder: Path) -> dict[str, float]:
 
     process = join(600)
     run_sharded(sharded_recipe(folder, "tiny", tensor), process)  # what is imported, connected and compiled at first use
-    found = run_sharded(sharded_recipe(folder, "model", tensor), process)
+    recipe = sharded_recipe(folder, "model", tensor)
+    found = run_sharded(recipe, process)
+    gc.collect()
+    with Allocator() as allocator:
+        start = time.time_ns()
+        run_sharded(recipe, process)
+    found["counted_bytes"] = allocator.peak(start, time.time_ns())
     most = torch.tensor(list(found.values()), dtype=torch.float64)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     leave()
@@ -292,14 +300,15 @@ def main() -> None:
             modules = 3 * found["largest_module_bytes"] + found["bucket_bytes"]
             found["built_limit_bytes"] = found["built_bytes"] + modules
             found["limit_bytes"] = found["shard_bytes"] + modules + found["gathered_bytes"]
-            shown = [mib(found[f"{part}_bytes"]) for part in ("built", "built_peak", "built_limit", "shard", "peak", "limit")]
+            parts = ("built", "built_peak", "built_limit", "shard", "counted", "peak", "limit")
+            shown = [mib(found[f"{part}_bytes"]) for part in parts]
             if ranks > 1:
                 more.append([name, *shown])
             print(lines[-1], shown, flush=True)
     text += "\nBytes of all tensors alive between steps, MiB, of the rank with the most:\n\n"
     text += table(["", "MiB", "of one rank", "at most"], lines)
     text += "\nPeak above the imports, MiB. The limit is what is alive + 3 x the largest module + the configured buckets.\n\n"
-    text += table(["", "built: alive", "peak", "limit", "after three steps: alive", "peak", "limit"], more)
+    text += table(["", "built: alive", "peak", "limit", "after three steps: alive", "peak of tensors", "peak", "limit"], more)
     publish("parallel-memory", "Memory of a rank", text, figures, options.quick)
 
 
