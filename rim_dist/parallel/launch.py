@@ -130,9 +130,8 @@ def join(timeout_seconds: float) -> Process:
         torch.cuda.set_device(local_rank)
     else:
         local_ranks = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or ranks)
-        environment.setdefault(
-            "LOCAL_SIZE", str(local_ranks)
-        )  # without it DeepSpeed runs a program per reduction to count cores
+        # DeepSpeed runs a program to count cores at every reduction without it.
+        environment.setdefault("LOCAL_SIZE", str(local_ranks))
         if ranks > 1 and "OMP_NUM_THREADS" not in environment:
             # Ranks that each use every core slow each other down many times over.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
