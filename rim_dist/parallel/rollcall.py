@@ -85,7 +85,7 @@ class RollCall:
         self._answered = self._begun = self._ended = self._exchanges = 0
         self._heard = time.monotonic()
         self._leaving = threading.Event()
-        self._lock = threading.Lock()
+        self._lock, self._ending = threading.Lock(), threading.Lock()
         me = _Peer.this()
         for key, value in (("here", "0"), ("at", "0"), ("who", json.dumps(asdict(me)))):
             self._store.set(f"{key}/{rank}", value)
@@ -301,6 +301,8 @@ class RollCall:
 
     def _end(self, text: str) -> None:
         assert self.failure is not None
+        if not self._ending.acquire(blocking=False):
+            return  # another thread ends this process
         with contextlib.suppress(OSError):
             say(f"rim-dist: {text}")
         with contextlib.suppress(RuntimeError):
