@@ -152,12 +152,17 @@ def _deal(files: list[OutputFile], workers: int) -> list[list[OutputFile]]:
     return shares
 
 
-def write_all(folder: Path, files: list[OutputFile], workers: Workers) -> dict[str, FileRecord]:
-    """Write all files with the workers there are; the same result on every MPI rank. Raises CheckpointError."""
+def write_all(
+    folder: Path, files: list[OutputFile], workers: Workers, meanwhile: Callable[[], None] | None = None
+) -> dict[str, FileRecord]:
+    """Write all files with the workers there are; the same result on every MPI rank. Raises CheckpointError.
+
+    `meanwhile`: what the first rank does beside, while its processes write or before it does so itself.
+    """
     shares = _deal(files, workers.count)
     # Copying and summing up leave Python's lock: a process alone does two files at a time.
     threads = min(2, os.cpu_count() or 1) if workers.count == 1 else 1
-    done = workers.run(_write_files, [(folder, share, threads) for share in shares])
+    done = workers.run(_write_files, [(folder, share, threads) for share in shares], meanwhile)
     if error := next((d.error for d in done if d.error), ""):
         raise CheckpointError(error)
     return {name: record for d in done for name, record in d.records.items()}
@@ -188,14 +193,24 @@ class Workers:
     def is_first(self) -> bool:
         return self._mpi is None or self._mpi.rank == 0
 
-    def run(self, function: Callable[..., Any], shares: list[tuple[Any, ...]]) -> list[Any]:
-        """The results of all shares, on every rank."""
+    def run(
+        self, function: Callable[..., Any], shares: list[tuple[Any, ...]], meanwhile: Callable[[], None] | None = None
+    ) -> list[Any]:
+        """The results of all shares, on every rank. `meanwhile`: done once, on the first rank, beside if it can be."""
+        if self._mpi is None and self.count > 1:
+            self.start()
+            results = self._pool.starmap_async(function, shares)
+            try:
+                if meanwhile is not None:
+                    meanwhile()
+            finally:
+                results.wait()
+            return results.get()
+        if meanwhile is not None:
+            self.on_first(meanwhile)
         if self._mpi is not None:
             return self._mpi.allgather(function(*shares[self._mpi.rank]))
-        if self.count == 1:
-            return [function(*shares[0])]
-        self.start()
-        return self._pool.starmap(function, shares)
+        return [function(*shares[0])]
 
     def start(self) -> None:
         """Start the processes and wait until all are there; `run` does it when needed."""

@@ -104,7 +104,7 @@ def export_checkpoint(
     if not lora and (options.adapter_only or not options.merge_lora):
         raise ConfigError(f"{checkpoint} was not trained with LoRA; leave out --adapter-only and --no-merge-lora")
     plan = _plan(contents, options, lora)
-    write_folder(out, plan.files, plan.write_rest, workers)
+    write_folder(out, plan.files, plan.write_rest, workers, plan.check)
     return out
 
 
@@ -112,6 +112,7 @@ def export_checkpoint(
 class _Plan:
     files: dict[str, list[OutputFile]]  # by folder below the export
     write_rest: Callable[[Path], None]
+    check: Callable[[Path], None] = lambda _: None
 
 
 def _plan(contents: Contents, options: ExportOptions, lora: bool) -> _Plan:
@@ -174,9 +175,8 @@ def _plan(contents: Contents, options: ExportOptions, lora: bool) -> _Plan:
             _write_json(folder / ADAPTER / "adapter_config.json", adapter_config(contents, with_rows=False))
             note = f"The adapter is not merged: load `{ADAPTER}/` with peft on top of this folder.\n"
         card(folder, note)
-        _check_rows(contents, model, folder, dtype)
 
-    return _Plan(files, write_rest)
+    return _Plan(files, write_rest, lambda folder: _check_rows(contents, model, folder, dtype))
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -213,8 +213,14 @@ def check_intact(checkpoint: Path, workers: Workers, only: dict[str, list[store.
         raise CheckpointError(f"{checkpoint}: damaged: {damage}")
 
 
-def write_folder(out: Path, files: dict[str, list[OutputFile]], write_rest: Callable[[Path], None], workers: Workers) -> None:
-    """Write tensors and whatever else, with a manifest, beside `out`; then put it in its place."""
+def write_folder(
+    out: Path,
+    files: dict[str, list[OutputFile]],
+    write_rest: Callable[[Path], None],
+    workers: Workers,
+    check: Callable[[Path], None] = lambda _: None,
+) -> None:
+    """Write tensors and, beside that, whatever else, with a manifest, next to `out`; check it, then put it in its place."""
     partial = out.with_name(out.name + ".partial")
 
     def begin() -> None:
@@ -233,11 +239,11 @@ def write_folder(out: Path, files: dict[str, list[OutputFile]], write_rest: Call
         workers.on_first(begin)
         records: dict[str, store.FileRecord] = {}
         for name, group in files.items():
-            written = write_all(partial / name, group, workers)
+            written = write_all(partial / name, group, workers, None if name else lambda: write_rest(partial))
             records |= {f"{name}/{file}" if name else file: record for file, record in written.items()}
 
         def finish() -> None:
-            write_rest(partial)
+            check(partial)
             for file in (p for p in partial.rglob("*") if p.is_file()):
                 name = str(file.relative_to(partial))
                 if name not in records:
