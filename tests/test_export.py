@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from rim_dist.checkpoint import store, verify
+from rim_dist.checkpoint.assemble import Workers
 from rim_dist.checkpoint.contents import read_contents
 from rim_dist.checkpoint.hf_export import load_module
 from rim_dist.checkpoint.store import find_checkpoint
@@ -389,3 +391,30 @@ def test_inspect_names_damaged_checkpoints_beside_the_one_it_shows(
     output = capsys.readouterr().out
     assert "step: 2\n" in output
     assert "damaged beside it: step-00000003: engine/mp_rank_00_model_states.pt has 100 bytes instead of" in output
+
+
+def _later(path: str) -> str:
+    time.sleep(0.5)
+    Path(path).write_text("written")
+    return path
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_done_meanwhile(processes: int, tmp_path: Path) -> None:
+    """Once, here; if it fails no process is still writing when the error arrives."""
+    shares = [(str(tmp_path / str(i)),) for i in range(processes)]
+    workers, done = Workers(processes), []
+    try:
+        assert workers.run(_later, shares, lambda: done.append(1)) == [path for (path,) in shares]
+        assert done == [1]
+        for (path,) in shares:
+            Path(path).unlink()
+
+        def fail() -> None:
+            raise CheckpointError("full")
+
+        with pytest.raises(CheckpointError, match="full"):
+            workers.run(_later, shares, fail)
+        assert [Path(path).exists() for (path,) in shares] == [processes > 1] * processes
+    finally:
+        workers.close()
