@@ -239,6 +239,7 @@ def write_folder(
         workers.on_first(begin)
         records: dict[str, store.FileRecord] = {}
         for name, group in files.items():
+            # The rest once, beside the model's own files: every export has that group, if only an empty one.
             written = write_all(partial / name, group, workers, None if name else lambda: write_rest(partial))
             records |= {f"{name}/{file}" if name else file: record for file, record in written.items()}
 
