@@ -5,7 +5,8 @@
 
 `small`: walks through a house from scratch (recipes/reproduce.yaml). `smollm2`: SmolLM2-135M on GSM8K; FOLDER holds
 `gsm8k/train.jsonl` and `test.jsonl`. Each method and seed is an ordinary run below DIR: the same command again continues where
-`--minutes` or a signal stopped it (exit status 75), and writes the dated page when all is there.
+`--minutes` or a signal stopped it (exit status 75), and writes the dated page when all is there. The figures of finished runs
+are kept in DIR/figures, or the folder of `--figures`: what is in it is not run again, so that several machines can share work.
 """
 
 from __future__ import annotations
@@ -57,14 +58,29 @@ class Scale:
     samples: int | None = None  # of each method; None: as the recipe says
 
 
+@dataclass(frozen=True)
+class Result:
+    """Figures of one finished run."""
+
+    accuracy: float
+    per_block: list[float]
+    questions: int
+    samples: int
+    steps: int
+    operations: float
+    seconds: float
+    commit: str
+
+
 @dataclass
 class Run:
-    """One `rim-dist train`: `needs` are names of runs that must be complete first; overrides may depend on their figures."""
+    """One `rim-dist train`. It starts from the weights of run `base`; its overrides depend on the figures of runs `after`."""
 
     name: str
     recipe: str
     overrides: Callable[[], list[str]]
-    needs: tuple[str, ...] = ()
+    base: str | None = None
+    after: tuple[str, ...] = ()
 
 
 @dataclass
@@ -73,29 +89,55 @@ class Plan:
 
     scale: Scale
     output: Path
+    figures: Path
     runs: dict[str, Run] = field(default_factory=dict)
 
     def folder(self, name: str) -> Path:
         return self.output / name
 
-    def complete(self, name: str) -> bool:
-        """Whether a run is finished: exported and evaluated."""
+    def exported(self, name: str) -> bool:
+        """Whether a run is finished and its model here."""
         return all((self.folder(name) / part).is_file() for part in ("hf/rim_dist.json", "report/evaluation.json"))
 
-    def last_step(self, name: str) -> dict[str, Any]:
-        from rim_dist.training.metrics import read_metrics
+    def finished(self, name: str) -> bool:
+        """Whether a run's figures are known, from here or from another machine."""
+        return (self.figures / f"{name}.json").is_file() or self.exported(name)
 
-        return [line for line in read_metrics(self.folder(name) / "metrics.jsonl") if line["kind"] == "train"][-1]
+    def left(self) -> list[str]:
+        """Runs still to be made: those without figures and, where its model is not here, what they start from."""
+        without = [run for run in self.runs.values() if not self.finished(run.name)]
+        bases = {run.base for run in without if run.base and not self.exported(run.base)}
+        return [name for name, run in self.runs.items() if run in without or name in bases]
+
+    def ready(self, run: Run) -> bool:
+        return (run.base is None or self.exported(run.base)) and all(map(self.finished, run.after))
+
+    def result(self, name: str) -> Result:
+        """A finished run's figures, kept in a file of their own from the first look on."""
+        path = self.figures / f"{name}.json"
+        if not path.is_file():
+            self.figures.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(dataclasses.asdict(read_result(self, name)), indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+        return Result(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def make_plan(scale: Scale, output: Path, methods: Sequence[str], seeds: Sequence[int], samples: int | None = None) -> Plan:
+def make_plan(
+    scale: Scale,
+    output: Path,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    samples: int | None = None,
+    figures: Path | None = None,
+) -> Plan:
     """The runs of every method and seed, those at equal compute after the two that tell how much that is.
 
     `samples`: what each method trains on, shared between the stages as the recipe shares it (default: the recipe's own).
     """
     from rim_dist.config import STAGE_NAMES, load_recipe
 
-    plan = Plan(scale, output)
+    plan = Plan(scale, output, figures or output / "figures")
     recipe = load_recipe(ROOT / scale.recipe, scale.overrides)
     curriculum = recipe.curriculum
     stages = {name: curriculum.stage(name).samples or curriculum.stage(name).epochs or 0 for name in STAGE_NAMES}
@@ -120,22 +162,20 @@ def make_plan(scale: Scale, output: Path, methods: Sequence[str], seeds: Sequenc
         return [f"method={'rim' if method in ONE_STAGE else method}", f"run.seed={seed}", *start, *scale.overrides, *chosen]
 
     for seed in seeds:
-        needs: tuple[str, ...] = ()
-        if scale.base:
-            name = f"base-seed{seed}"
-            plan.runs[name] = Run(name, scale.base, lambda seed=seed: [f"run.seed={seed}"])  # type: ignore[misc]
-            needs = (name,)
+        base = f"base-seed{seed}" if scale.base else None
+        if scale.base and base:
+            plan.runs[base] = Run(base, scale.base, lambda seed=seed: [f"run.seed={seed}"])  # type: ignore[misc]
         for method in methods:
             name = f"{method}-seed{seed}"
-            plan.runs[name] = Run(name, scale.recipe, lambda m=method, s=seed: options(m, s), needs)  # type: ignore[misc]
+            plan.runs[name] = Run(name, scale.recipe, lambda m=method, s=seed: options(m, s), base)  # type: ignore[misc]
         for method in (m for m in scale.equal_compute if m in methods and "rim" in methods):
             own, rim = f"{method}-seed{seed}", f"rim-seed{seed}"
 
             def at_equal_compute(own: str = own, rim: str = rim, method: str = method, seed: int = seed) -> list[str]:
-                return options(method, seed, plan.last_step(rim)["operations"] / plan.last_step(own)["operations"])
+                return options(method, seed, plan.result(rim).operations / plan.result(own).operations)
 
             name = f"{method}-compute-seed{seed}"
-            plan.runs[name] = Run(name, scale.recipe, at_equal_compute, (own, rim))
+            plan.runs[name] = Run(name, scale.recipe, at_equal_compute, base, (own, rim))
     return plan
 
 
@@ -164,8 +204,9 @@ def run_all(plan: Plan, launcher: Sequence[str], jobs: int, minutes: float | Non
             if status not in (0, TRY_AGAIN):
                 stop(active)
                 sys.exit(f"reproduce: {name} ended with {status}; its last lines: {plan.output / f'{name}.log'}")
-            print(f"{time.strftime('%H:%M:%S')} {name} {'is complete' if status == 0 else 'stopped'}", flush=True)
-        left = [name for name in plan.runs if not plan.complete(name)]
+            accuracy = f"is complete: {percent([plan.result(name).accuracy])} %" if status == 0 else "stopped"
+            print(f"{time.strftime('%H:%M:%S')} {name} {accuracy}", flush=True)
+        left = plan.left()
         if not left:
             return True
         if stopping or time.monotonic() >= deadline:
@@ -174,7 +215,7 @@ def run_all(plan: Plan, launcher: Sequence[str], jobs: int, minutes: float | Non
             return False
         for name in left:
             run = plan.runs[name]
-            if len(active) < jobs and name not in active and all(plan.complete(n) for n in run.needs):
+            if len(active) < jobs and name not in active and plan.ready(run):
                 active[name] = start(plan, run, launcher, threads)
         time.sleep(0.5)
 
@@ -201,20 +242,6 @@ def stop(active: dict[str, subprocess.Popen[bytes]]) -> None:
 
 
 # ---- what came of it -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Result:
-    """Figures of one complete run."""
-
-    accuracy: float
-    per_block: list[float]
-    questions: int
-    samples: int
-    steps: int
-    operations: float
-    seconds: float
-    commit: str
 
 
 def read_result(plan: Plan, name: str) -> Result:
@@ -278,9 +305,22 @@ def latencies(plan: Plan, names: dict[str, str], questions: int) -> dict[str, di
     return {method: latency_summary(values) for method, values in runs.items()}
 
 
+def timed(plan: Plan, methods: Sequence[str], seeds: Sequence[int], questions: int) -> dict[str, dict[str, float]]:
+    """Latencies by the models of the first seed that are all here, or else what a machine that had them has kept."""
+    kept = plan.figures / "latency.json"
+    for seed in seeds:
+        if all(plan.exported(f"{method}-seed{seed}") for method in methods):
+            found = latencies(plan, {method: f"{method}-seed{seed}" for method in methods}, questions)
+            kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            return found
+    if not kept.is_file():
+        sys.exit(f"reproduce: no seed has all its models in {plan.output}, so nothing can be timed; run one more seed here")
+    return json.loads(kept.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
 def page(plan: Plan, methods: Sequence[str], seeds: Sequence[int], timing: dict[str, dict[str, float]]) -> tuple[str, Any]:
     """The result as Markdown and as figures."""
-    results = {name: read_result(plan, name) for name in plan.runs}
+    results = {name: plan.result(name) for name in plan.runs}
     of = {m: [results[f"{m}-seed{s}"] for s in seeds] for m in methods}
     compute = {
         m: [results[f"{m}-compute-seed{s}"] for s in seeds] for m in methods if f"{m}-compute-seed{seeds[0]}" in plan.runs
@@ -408,6 +448,7 @@ def main() -> int:
     parser.add_argument("scale", choices=["small", "smollm2"])
     parser.add_argument("--output", required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds (small: 0 1 2; smollm2: 0)")
+    parser.add_argument("--figures", help="folder of the figures of finished runs (DIR/figures)")
     parser.add_argument("--methods", nargs="+", choices=list(LABELS), help="methods (small: all; smollm2: direct rim cot)")
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command goes on")
     parser.add_argument("--jobs", type=int, help="runs at a time (small: 2; smollm2: 1)")
@@ -425,10 +466,10 @@ def main() -> int:
     scale = small() if options.scale == "small" else smollm2(output, options.data, options.model)
     methods, seeds = options.methods or scale.methods, options.seeds or scale.seeds[: 1 if options.quick else None]
     samples = options.samples or (640 if options.quick else scale.samples)
-    plan = make_plan(scale, output, methods, seeds, samples)
+    plan = make_plan(scale, output, methods, seeds, samples, Path(options.figures).resolve() if options.figures else None)
     if not run_all(plan, shlex.split(options.launch), options.jobs or scale.jobs, options.minutes):
         return TRY_AGAIN
-    timing = latencies(plan, {m: f"{m}-seed{seeds[0]}" for m in methods}, options.timed)
+    timing = timed(plan, methods, seeds, options.timed)
     text, figures = page(plan, methods, seeds, timing)
     publish(f"reproduce-{options.scale}", "RiM and its baselines", text, figures, quick=options.quick)
     return 0

@@ -32,8 +32,8 @@ def test_runs_stop_go_on_and_are_summed_up(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PRETEND_SLOW", "direct-seed2")
     plan = plan_in(tmp_path)
     assert not reproduce.run_all(plan, LAUNCH, jobs=4, minutes=0.1)
-    assert plan.complete("direct-compute-seed0")
-    assert not plan.complete("direct-seed2")
+    assert plan.finished("direct-compute-seed0")
+    assert not plan.finished("direct-seed2")
     before = (plan.folder("rim-seed0") / "metrics.jsonl").stat().st_mtime_ns
     monkeypatch.delenv("PRETEND_SLOW")
     plan = plan_in(tmp_path)
@@ -57,6 +57,28 @@ def test_runs_stop_go_on_and_are_summed_up(tmp_path: Path, monkeypatch: pytest.M
     assert "| SFT without CoT | +40.0 ± 10.0 | +40.0 ± 10.0 |" in text
     assert "| RiM, stage 2 only | +0.0 ± 0.0 |  |" in text  # the stand-in takes it for rim
     assert figures["margins"]["direct"]["samples"] == pytest.approx([0.3, 0.5])
+
+
+def test_figures_of_another_machine_are_not_made_again(tmp_path: Path) -> None:
+    here, there, figures = tmp_path / "here", tmp_path / "there", tmp_path / "figures"
+    all_seeds = reproduce.make_plan(reproduce.small(), here, METHODS, (0, 2), figures=figures)
+    first = reproduce.make_plan(reproduce.small(), here, METHODS, (0,), figures=figures)
+    assert reproduce.run_all(first, LAUNCH, jobs=4, minutes=1)
+    assert {path.stem for path in figures.iterdir()} == set(first.runs)
+    (figures / "direct-compute-seed0.json").unlink()
+    plan = reproduce.make_plan(reproduce.small(), there, METHODS, (0, 2), figures=figures)
+    second = {name for name in plan.runs if name.endswith("seed2")}
+    # The base is made again where a run that is left starts from it; the run's length comes from the figures of others.
+    assert set(plan.left()) == second | {"base-seed0", "direct-compute-seed0"}
+    assert reproduce.run_all(plan, LAUNCH, jobs=4, minutes=1)
+    assert {path.name for path in there.iterdir() if path.is_dir()} == second | {"base-seed0", "direct-compute-seed0"}
+    assert reproduce.page(plan, METHODS, (0, 2), {}) == reproduce.page(all_seeds, METHODS, (0, 2), {})
+
+    (there / "rim-seed2" / "hf" / "rim_dist.json").unlink()
+    with pytest.raises(SystemExit, match="no seed has all its models in"):
+        reproduce.timed(plan, METHODS, (0, 2), 1)
+    (figures / "latency.json").write_text('{"rim": {}}')
+    assert reproduce.timed(plan, METHODS, (0, 2), 1) == {"rim": {}}
 
 
 def test_a_failed_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
