@@ -151,7 +151,7 @@ def sharded_recipe(folder: Path, model: str, tensor: int) -> Recipe:
     recipe = {
         "run": {"name": "memory", "output_dir": str(folder / "runs")},
         "model": {"init_from": str(folder / model)},
-        "memory": {"blocks": 2},
+        "memory": {"blocks": 1, "tokens_per_block": 1},
         "data": {"synthetic": {"samples": 8}},
         "curriculum": {"stage2": {"samples": 8}},
         "parallel": parallel,
@@ -201,9 +201,9 @@ def run_sharded(recipe: Recipe, process: Any) -> dict[str, float]:
     engine = Engine(recipe, model, ds_config, process, mesh, foundation.sequence_mode)
     engine.begin_stage(0.0)
     ids = foundation.tokens.block
-    row = Row(list(range(10)), 2, len(ids), (Readout(1, [1, 2, 3], 1.0), Readout(2, [4, 5, 6], 1.0)))
+    row = Row([0], 1, len(ids), (Readout(1, [1], 1.0),))  # short: the limit leaves no room for activations
     for _ in range(3):  # ZeRO-3 prefetches from the second one on
-        engine.forward_backward(engine.own_part(pack([row], ids)), 1 / 6, True)
+        engine.forward_backward(engine.own_part(pack([row], ids)), 1.0, True)
         engine.step(1e-4)
     whole = {id(p): 4 * math.prod(whole_shape(p)) // (tensor_ranks(p, mesh)) for p in model.parameters()}
     modules = [sum(whole[id(p)] for p in module.parameters(recurse=False)) for module in model.modules()]
