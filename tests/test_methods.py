@@ -189,7 +189,12 @@ def latent_rows() -> list[Row]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_thoughts_equal_slow_runs(family: str, path: str) -> None:
     """Loss and all gradients of a packed micro-batch against one sample at a time without a cache, fp32."""
-    rows = latent_rows()
+    check_thoughts(family, path, latent_rows(), 3)
+    check_thoughts(family, path, latent_rows(), 4)  # another rank's rows may need more passes
+    check_thoughts(family, path, [Row(row.question, 1, 2, row.readouts, latent=True) for row in latent_rows()], 0)
+
+
+def check_thoughts(family: str, path: str, rows: list[Row], thoughts: int) -> None:
     model = build(family).eval()
     use_plain_attention(model)
     wanted = sum((thought_loss(model, row, BLOCK) for row in rows), torch.zeros(()))
@@ -198,7 +203,7 @@ def test_thoughts_equal_slow_runs(family: str, path: str) -> None:
     model.zero_grad()
     install_readout_loss(model)
     use_rim_attention(model, path)  # type: ignore[arg-type]
-    loss, _ = run_batch(model, pack(rows, BLOCK, thoughts=4))  # another rank's rows may need more passes
+    loss, _ = run_batch(model, pack(rows, BLOCK, thoughts=thoughts))
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     largest = max(float(g.abs().max()) for g in expected.values())
@@ -207,6 +212,31 @@ def test_thoughts_equal_slow_runs(family: str, path: str) -> None:
             assert float((p.grad - expected[name]).abs().max()) <= 1e-5 * largest, name
     embedding = model.get_input_embeddings().weight.grad
     assert not embedding[BLOCK[1]].any() or model.config.tie_word_embeddings  # a thought is no vocabulary row
+
+
+@pytest.mark.parametrize("thoughts", [0, 3])
+def test_no_module_runs_without_a_gradient(thoughts: int) -> None:
+    """ZeRO-3 keeps the graph of a module call whose backward never comes: memory would grow with every step."""
+    model = build("Llama")
+    install_readout_loss(model)
+    use_rim_attention(model, "split")
+    calls = {"forward": 0, "backward": 0}
+
+    def came_back(_gradient: torch.Tensor) -> None:
+        calls["backward"] += 1
+
+    def ran(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        calls["forward"] += 1
+        output.register_hook(came_back)
+
+    leaves = [module for module in model.base_model.modules() if not [*module.children()] and [*module.parameters()]]
+    for module in leaves:
+        module.register_forward_hook(ran)
+    rows = [row for row in latent_rows() if row.thoughts <= thoughts]
+    run_batch(model, pack(rows, BLOCK, thoughts=thoughts))[0].backward()
+    assert calls["forward"] == calls["backward"]
+    passes = thoughts + 1
+    assert calls["forward"] == passes * (len(leaves) - 1) + (2 if thoughts else 1)  # the embedding: first and last pass
 
 
 def test_thoughts_are_passed_on() -> None:

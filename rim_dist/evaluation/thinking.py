@@ -6,8 +6,9 @@ the first token has the passes in it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,11 +42,13 @@ def think_before_answers(model: PreTrainedModel, thoughts: int, markers: Sequenc
         whole = torch.cat([input_ids, added], dim=1)
         mask = torch.cat([attention_mask, torch.ones_like(added)], dim=1)
         config = _fitting(model, generation_config, whole.shape[1])
-        cache = thought_cache(model, whole, mask, thoughts)
+        cache, last = thought_cache(model, whole, mask, thoughts)
         wanted = {name: keywords.get(name, getattr(config, name, None)) or 1 for name in ("num_return_sequences", "num_beams")}
         if (copies := max(wanted.values())) > 1:  # generate copies the prompt so often, and nothing else
             cache.batch_repeat_interleave(copies)
-        output = plain(input_ids=whole, attention_mask=mask, generation_config=config, past_key_values=cache, **keywords)
+            last = last.repeat_interleave(copies, dim=0)
+        with _last_thought(model, last) if thoughts else contextlib.nullcontext():
+            output = plain(input_ids=whole, attention_mask=mask, generation_config=config, past_key_values=cache, **keywords)
         prompt = input_ids.repeat_interleave(len(output) // len(input_ids), dim=0)
         return torch.cat([prompt, output[:, whole.shape[1] :]], dim=1)
 
@@ -63,8 +66,28 @@ def _fitting(model: PreTrainedModel, config: GenerationConfig | None, length: in
     return GenerationConfig.from_dict({**config.to_dict(), "max_new_tokens": room})
 
 
-def thought_cache(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, thoughts: int) -> DynamicCache:
-    """Keys and values of everything but the end token: `ids`, `mask` `[rows, prompt + begin + thoughts + end]`, padded left."""
+@contextlib.contextmanager
+def _last_thought(model: PreTrainedModel, state: torch.Tensor) -> Iterator[None]:
+    """Within: the first pass, over the tokens of last thought and end, is fed `state` `[rows, 1, hidden]` for the thought."""
+
+    def replace(_module: torch.nn.Module, _inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+        handle.remove()
+        return torch.cat([state.to(embedded.dtype), embedded[:, 1:]], dim=1)
+
+    handle = model.get_input_embeddings().register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def thought_cache(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, thoughts: int
+) -> tuple[DynamicCache, torch.Tensor]:
+    """Keys and values of all before the last thought (it runs with the end token) and the state to feed it `[rows, 1, hidden]`.
+
+    `ids`, `mask`: `[rows, prompt + begin + thoughts + end]`, padded left. Without thoughts: of all before the end token.
+    """
     position = (mask.cumsum(dim=1) - 1).clamp_min(0)
     cache = DynamicCache()
 
@@ -75,6 +98,6 @@ def thought_cache(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor,
     prompt = ids.shape[1] - thoughts - 1
     with torch.no_grad():
         last = run(0, prompt, input_ids=ids[:, :prompt])
-        for column in range(prompt, prompt + thoughts):
+        for column in range(prompt, prompt + thoughts - 1):
             last = run(column, column + 1, inputs_embeds=last)
-    return cache
+    return cache, last

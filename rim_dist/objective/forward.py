@@ -78,7 +78,7 @@ def install_readout_loss(model: PreTrainedModel) -> None:
         if rim_targets is None:
             return plain_forward(*args, **keywords)
         wanted = {name: keywords[name] for name in ("input_ids", "position_ids", "rim_layout")}
-        if (thoughts := keywords.get("rim_thoughts")) is not None:
+        if thoughts := keywords.get("rim_thoughts"):
             states = thought_states(model, wanted["input_ids"], wanted["rim_layout"], rim_targets.column, thoughts)
         else:
             states = model.base_model(**wanted, use_cache=False)[0][0].index_select(0, rim_targets.column)

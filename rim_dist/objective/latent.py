@@ -1,8 +1,9 @@
-"""Continuous thoughts in training: a packed micro-batch in as many passes as its longest row has thoughts, plus two.
+"""Continuous thoughts in training: a packed micro-batch in as many passes as its longest row has thoughts, plus one.
 
 `question, begin, thought x n, end, readout`: a thought's input is the last hidden state of the position before it, so thoughts
 run one after the other, those of all samples side by side. Every token runs once: the first pass is packed as every other
-method's rows are; its keys and values then become a batch, a row a sample, to which the later passes add theirs.
+method's rows are; its keys and values then become a batch, a row a sample, to which the later passes add theirs. The last
+thought runs with what follows it: nothing is fed its state, and ZeRO-3 keeps the graph of a module call without a gradient.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def thought_states(
 ) -> torch.Tensor:
     """Last hidden states `[targets, hidden]` at `column`s (end tokens and readouts) of packed latent rows `[1, tokens]`.
 
-    `thoughts`: passes of one thought a row. Rows with fewer wait in the others, on padding that nobody sees.
+    `thoughts`, at least one: of the row that has the most, on any rank. Rows with fewer wait, on padding that nobody sees.
     """
     device, spans = input_ids.device, layout.spans
     ids = input_ids[0]
@@ -95,15 +96,20 @@ def thought_states(
             rim_layout=RowLayout(queries, keys),
         )[0]
 
-    for number in range(thoughts):
-        last = run(_plain_places(torch.where(number < own, question + 1 + number, -1)), inputs_embeds=last)
+    def thought(number: int) -> torch.Tensor:
+        """Position of each row's thought, `[rows, 1]`."""
+        return torch.where(number < own, question + 1 + number, -1)
 
-    # End token and readout, padded on the right; the readout's position follows the end token's (`pack`).
+    for number in range(thoughts - 1):
+        last = run(_plain_places(thought(number)), inputs_embeds=last)
+
+    # Last thought, end token and readout, padded on the right; the readout's position follows the end token's (`pack`).
     shift = question + 1 + own  # of the end token in its row
     offset_in_row = torch.arange(int((length - shift).max()), device=device).unsqueeze(0)
     inside = offset_in_row < length - shift
-    queries = _plain_places(torch.where(inside, shift + offset_in_row, -1))
-    final = run(queries, input_ids=ids[torch.where(inside, start + shift + offset_in_row, 0)])
+    position = torch.cat([thought(thoughts - 1), torch.where(inside, shift + offset_in_row, -1)], dim=1)
+    rest = model.get_input_embeddings()(ids[torch.where(inside, start + shift + offset_in_row, 0)])
+    final = run(_plain_places(position), inputs_embeds=torch.cat([last, rest], dim=1))
 
     row = layout.queries.segment[0, column]
-    return final[row, column - (start + shift).squeeze(1)[row]]
+    return final[row, 1 + column - (start + shift).squeeze(1)[row]]
