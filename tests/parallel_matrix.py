@@ -1,6 +1,6 @@
 """Every mix of data, tensor and sequence ranks under ZeRO against one process; writes the table of docs/parallel.md.
 
-python tests/parallel_matrix.py            # the full matrix on 2, 4 and 8 ranks (about half an hour on two cores)
+python tests/parallel_matrix.py            # the full matrix on 2, 4 and 8 ranks (about ten minutes on two cores)
 python tests/parallel_matrix.py --write    # and put its table into docs/parallel.md
 """
 
