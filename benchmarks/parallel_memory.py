@@ -151,7 +151,7 @@ def sharded_recipe(folder: Path, model: str, tensor: int) -> Recipe:
     recipe = {
         "run": {"name": "memory", "output_dir": str(folder / "runs")},
         "model": {"init_from": str(folder / model)},
-        "memory": {"blocks": 1, "tokens_per_block": 1},
+        "memory": {"blocks": 1, "tokens_per_block": 0},
         "data": {"synthetic": {"samples": 8}},
         "curriculum": {"stage2": {"samples": 8}},
         "parallel": parallel,
@@ -201,7 +201,7 @@ def run_sharded(recipe: Recipe, process: Any) -> dict[str, float]:
     engine = Engine(recipe, model, ds_config, process, mesh, foundation.sequence_mode)
     engine.begin_stage(0.0)
     ids = foundation.tokens.block
-    row = Row([0], 1, len(ids), (Readout(1, [1], 1.0),))  # short: the limit leaves no room for activations
+    row = Row([0], 1, len(ids), (Readout(1, [1], 1.0),))  # the shortest: the limit has no room for activations
     for _ in range(3):  # ZeRO-3 prefetches from the second one on
         engine.forward_backward(engine.own_part(pack([row], ids)), 1.0, True)
         engine.step(1e-4)
