@@ -145,30 +145,36 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def sharded_recipe(folder: Path, model: str, tensor: int) -> Recipe:
-    parallel = {"zero_stage": 3, "tensor": tensor}
+def sharded_recipe(folder: Path, model: str, tensor: int, **parallel: Any) -> Recipe:
     recipe = {
         "run": {"name": "memory", "output_dir": str(folder / "runs")},
         "model": {"init_from": str(folder / model)},
         "memory": {"blocks": 1, "tokens_per_block": 1},
         "data": {"synthetic": {"samples": 8}},
         "curriculum": {"stage2": {"samples": 8}},
-        "parallel": parallel,
+        "parallel": {"zero_stage": 3, "tensor": tensor, **parallel},
     }
-    tree = json.loads((ROOT / "ds_configs" / shipped_config(validate_recipe(recipe, "memory"))).read_text(encoding="utf-8"))
+    return validate_recipe(recipe, "memory")
+
+
+def write_config(folder: Path, tensor: int) -> Path:
+    """The shipped DeepSpeed configuration with few gathered parameters."""
+    tree = json.loads(
+        (ROOT / "ds_configs" / shipped_config(sharded_recipe(folder, "model", tensor))).read_text(encoding="utf-8")
+    )
     tree["zero_optimization"] |= GATHERED
-    own = folder / f"tensor{tensor}.json"
-    own.write_text(json.dumps(tree), encoding="utf-8")
-    return validate_recipe({**recipe, "parallel": {**parallel, "deepspeed_config": str(own)}}, "memory")
+    path = folder / f"tensor{tensor}.json"
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    return path
 
 
-def sharded(tensor: int, folder: Path) -> dict[str, float]:
+def sharded(tensor: int, folder: Path, config: str) -> dict[str, float]:
     """A model from an HF folder under ZeRO-3: bytes of its shards, and peaks above the imports; the largest of any rank."""
     from rim_dist.parallel.launch import join, leave
 
     process = join(600)
-    run_sharded(sharded_recipe(folder, "tiny", tensor), process)  # what is imported, connected and compiled at first use
-    recipe = sharded_recipe(folder, "model", tensor)
+    tiny, recipe = (sharded_recipe(folder, name, tensor, deepspeed_config=config) for name in ("tiny", "model"))
+    run_sharded(tiny, process)  # what is imported, connected and compiled at first use
     found = run_sharded(recipe, process)
     gc.collect()
     with Allocator() as allocator:
@@ -235,7 +241,7 @@ def on_ranks(ranks: int, *job: object) -> Any:
     environment = {**os.environ, **extra, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
+        raise SystemExit(done.stdout[-2000:] + done.stderr)
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
@@ -265,9 +271,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.rank:
         kind, *rest = options.rank
-        found = (
-            activations(rest[0], int(rest[1]), int(rest[2])) if kind == "activations" else sharded(int(rest[0]), Path(rest[1]))
-        )
+        if kind == "activations":
+            found = activations(rest[0], int(rest[1]), int(rest[2]))
+        else:
+            found = sharded(int(rest[0]), Path(rest[1]), rest[2])
         if os.environ["RANK"] == "0":
             print(json.dumps(found))
         return
@@ -291,7 +298,7 @@ def main() -> None:
         save_model(folder / "tiny", MODEL_TINY)
         lines, more = [], []
         for ranks, tensor in ((1, 1), (2, 1), (4, 1), (4, 2)):
-            found = on_ranks(ranks, "sharded", tensor, folder)
+            found = on_ranks(ranks, "sharded", tensor, folder, write_config(folder, tensor))
             name = f"TP{tensor} x ZeRO-3 on {ranks // tensor}" if tensor > 1 else f"ZeRO-3 on {ranks}"
             figures["shards"][name] = found
             found["ratio"] = found["shard_bytes"] / figures["shards"]["ZeRO-3 on 1"]["shard_bytes"]
