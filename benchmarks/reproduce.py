@@ -7,12 +7,14 @@
 `gsm8k/train.jsonl` and `test.jsonl`. Each method and seed is an ordinary run below DIR: the same command again continues where
 `--minutes` or a signal stopped it (exit status 75), and writes the dated page when all is there. The figures of finished runs
 are kept in DIR/figures, or the folder of `--figures`: what is in it is not run again, so that several machines can share work.
+Figures of another recipe or length are refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -70,6 +72,7 @@ class Result:
     operations: float
     seconds: float
     commit: str
+    recipe: str  # fingerprint
 
 
 @dataclass
@@ -112,6 +115,19 @@ class Plan:
     def ready(self, run: Run) -> bool:
         return (run.base is None or self.exported(run.base)) and all(map(self.finished, run.after))
 
+    def fingerprint(self, name: str) -> str:
+        """Of all that a run's recipe says. Folders, which differ from machine to machine, do not count."""
+        from rim_dist.config import load_recipe
+
+        run = self.runs[name]
+        said = load_recipe(ROOT / run.recipe, run.overrides()).model_dump(mode="json")
+        del said["run"]["output_dir"], said["run"]["name"]
+        for section, key in (("model", "init_from"), ("data", "path"), ("evaluation", "data")):
+            said[section][key] = Path(said[section][key] or "").name
+        if run.base:
+            said["base"] = self.fingerprint(run.base)
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
     def result(self, name: str) -> Result:
         """A finished run's figures, kept in a file of their own from the first look on."""
         path = self.figures / f"{name}.json"
@@ -120,7 +136,22 @@ class Plan:
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(dataclasses.asdict(read_result(self, name)), indent=1) + "\n", encoding="utf-8")
             partial.replace(path)
-        return Result(**json.loads(path.read_text(encoding="utf-8")))
+        try:
+            found = Result(**json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            sys.exit(f"reproduce: {path} does not hold a run's figures ({error}); remove it and the run is made again")
+        if found.recipe != (wanted := self.fingerprint(name)):
+            sys.exit(
+                f"reproduce: {path} has figures of another recipe or length (fingerprint {found.recipe}, this run's is "
+                f"{wanted}); choose another folder or remove it"
+            )
+        return found
+
+    def check_kept(self) -> None:
+        """Refuse kept figures of other runs before anything is started."""
+        for name, run in self.runs.items():
+            if (self.figures / f"{name}.json").is_file() and all(map(self.finished, run.after)):
+                self.result(name)
 
 
 def make_plan(
@@ -163,7 +194,8 @@ def make_plan(
 
     for seed in seeds:
         base = f"base-seed{seed}" if scale.base else None
-        if scale.base and base:
+        if base:
+            assert scale.base
             plan.runs[base] = Run(base, scale.base, lambda seed=seed: [f"run.seed={seed}"])  # type: ignore[misc]
         for method in methods:
             name = f"{method}-seed{seed}"
@@ -252,7 +284,7 @@ def read_result(plan: Plan, name: str) -> Result:
     commit = json.loads((plan.output / f"{name}.about.json").read_text(encoding="utf-8"))["commit"]
     last, seconds = lines[-1], sum(line["seconds"] for line in lines)
     figures = (found["accuracy"], found["per_block"], found["questions"], last["samples"], last["step"])
-    return Result(*figures, last["operations"], seconds, commit)
+    return Result(*figures, last["operations"], seconds, commit, plan.fingerprint(name))
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
@@ -467,6 +499,7 @@ def main() -> int:
     methods, seeds = options.methods or scale.methods, options.seeds or scale.seeds[: 1 if options.quick else None]
     samples = options.samples or (640 if options.quick else scale.samples)
     plan = make_plan(scale, output, methods, seeds, samples, Path(options.figures).resolve() if options.figures else None)
+    plan.check_kept()
     if not run_all(plan, shlex.split(options.launch), options.jobs or scale.jobs, options.minutes):
         return TRY_AGAIN
     timing = timed(plan, methods, seeds, options.timed)

@@ -81,6 +81,31 @@ def test_figures_of_another_machine_are_not_made_again(tmp_path: Path) -> None:
     assert reproduce.timed(plan, METHODS, (0, 2), 1) == {"rim": {}}
 
 
+def test_figures_of_other_runs_are_refused(tmp_path: Path) -> None:
+    """Such as a short trial's, or those of a recipe that was changed: the page would mix them in silence."""
+
+    def plan_with(folder: str, samples: int | None) -> reproduce.Plan:
+        return reproduce.make_plan(reproduce.small(), tmp_path / folder, METHODS, (0,), samples, tmp_path / "figures")
+
+    trial = plan_with("trial", 640)
+    assert reproduce.run_all(trial, LAUNCH, jobs=4, minutes=1)
+    trial.check_kept()
+    plan_with("elsewhere", 640).check_kept()
+    plan = plan_with("full", None)
+    with pytest.raises(SystemExit, match=r"rim-seed0.json has figures of another recipe or length .*; choose another folder or"):
+        plan.check_kept()
+    for method in METHODS:
+        (tmp_path / "figures" / f"{method}-seed0.json").unlink()
+    plan.check_kept()  # the length of a run at equal compute is known when those before it are
+    assert plan.finished("direct-compute-seed0")
+    with pytest.raises(SystemExit, match=r"direct-compute-seed0.json has figures of another recipe or length"):
+        reproduce.run_all(plan, LAUNCH, jobs=4, minutes=1)
+        reproduce.page(plan, METHODS, (0,), {})
+    (tmp_path / "figures" / "rim-seed0.json").write_text('{"accuracy": 1.0}')
+    with pytest.raises(SystemExit, match=r"rim-seed0.json does not hold a run's figures .*; remove it and the run is made again"):
+        plan.check_kept()
+
+
 def test_a_failed_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRETEND_FAIL", "base-seed0")
     with pytest.raises(SystemExit, match="base-seed0 ended with 2"):
