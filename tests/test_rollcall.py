@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from forked import Job
@@ -133,6 +134,30 @@ def _nobody_lost(roll_call: rollcall.RollCall) -> None:
 def test_nobody_is_accused_who_answers_or_left_as_he_should(tmp_path: Path) -> None:
     job = job_of(_nobody_lost, tmp_path)
     assert (job.statuses, job.said) == ([0, 0, 0], ["", "", ""])
+
+
+def _ends_twice(roll_call: rollcall.RollCall) -> None:
+    """Rank 0's main thread leaves while the thread of its time limit is ending it. `os._exit` takes a while, as coverage's."""
+    really_exit = os._exit
+
+    def slow_exit(status: int) -> NoReturn:
+        print(f"exit by {threading.current_thread().name}", file=sys.stderr, flush=True)
+        time.sleep(1)
+        really_exit(status)
+
+    if roll_call.rank == 0:
+        os._exit = slow_exit
+        roll_call.failure = rollcall.Failure("a reason", 7)
+        threading.Thread(target=roll_call._end, args=("too late",), name="limit").start()
+        time.sleep(0.2)
+    roll_call.leave()
+    os._exit(3)
+
+
+def test_one_thread_ends_a_rank(tmp_path: Path) -> None:
+    job = job_of(_ends_twice, tmp_path)
+    assert job.statuses == [7, 3, 3]
+    assert job.said == ["rim-dist: too late\nexit by limit\n", "", ""]
 
 
 # ---- limits and exchanges ------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class RollCall:
         self._answered = self._begun = self._ended = self._exchanges = 0
         self._heard = time.monotonic()
         self._leaving = threading.Event()
-        self._lock, self._ending = threading.Lock(), threading.Lock()
+        self._lock, self._ending = threading.Lock(), threading.RLock()
         me = _Peer.this()
         for key, value in (("here", "0"), ("at", "0"), ("who", json.dumps(asdict(me)))):
             self._store.set(f"{key}/{rank}", value)
@@ -162,12 +162,14 @@ class RollCall:
 
     def fail(self, what: str, status: int) -> None:
         """This rank has reported an error and is about to end. Returns when the others know, or soon after."""
+        self._claim_the_end()
         with contextlib.suppress(RuntimeError):
             self._publish(Failure(f"{self.name([self.rank])} failed: {what}", status))
             self._linger("seen")
 
     def leave(self) -> None:
         """This rank ends as it should; nobody is to miss it."""
+        self._claim_the_end()
         self._leaving.set()
         self._thread.join(_SEARCH_SECONDS)
         with contextlib.suppress(RuntimeError):
@@ -298,6 +300,10 @@ class RollCall:
             self._learn(Failure(text, EXIT_TRY_AGAIN))
         assert self.failure is not None
         self._end(str(self.loss(self.failure)))
+
+    def _claim_the_end(self) -> None:
+        """One thread ends a process: what runs at its end, such as a tool's `os._exit`, need not bear two."""
+        self._ending.acquire(timeout=_HANG_SECONDS)  # if `_end` has it, the process ends here
 
     def _end(self, text: str) -> None:
         assert self.failure is not None
