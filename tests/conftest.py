@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)  # this process read OMP_NUM_THREADS when it imported torch
 
 TINY_MODEL = {
     "model_type": "llama",
