@@ -220,6 +220,7 @@ def _end_of_rank(status: int, failed: str = "") -> int:
     Waiting in a destructor for a collective, or for MPI to close, would hang all.
     """
     if (roll_call := _roll_call()) is not None:
+        roll_call.claim_end()
         if failed:
             roll_call.fail(failed, status)
         else:

@@ -133,6 +133,7 @@ def _try_links(store: Any, rank: int, ranks: int, folder: str, absent: bool) -> 
         failure = roll_call.find_lost()
         assert failure is not None
         print(roll_call.loss(failure), file=sys.stderr, flush=True)
+        roll_call.claim_end()
         roll_call.leave()
         os._exit(failure.status)
     links = preflight.report["links"]

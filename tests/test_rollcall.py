@@ -41,6 +41,7 @@ def _report(roll_call: rollcall.RollCall) -> None:
     failure = roll_call.find_lost()
     assert failure is not None
     print(roll_call.loss(failure), file=sys.stderr, flush=True)
+    roll_call.claim_end()
     roll_call.leave()
     os._exit(failure.status)
 
@@ -83,6 +84,7 @@ def test_killed_rank_that_held_the_store_is_named(tmp_path: Path) -> None:
 def _raises(roll_call: rollcall.RollCall, culprit: int) -> None:
     if roll_call.rank == culprit:
         print("first", file=sys.stderr, flush=True)
+        roll_call.claim_end()
         roll_call.fail("ValueError: boom", 1)
         os._exit(1)
     if roll_call.rank == 2:
@@ -137,7 +139,7 @@ def test_nobody_is_accused_who_answers_or_left_as_he_should(tmp_path: Path) -> N
 
 
 def _ends_twice(roll_call: rollcall.RollCall) -> None:
-    """Rank 0's main thread leaves while the thread of its time limit is ending it. `os._exit` takes a while, as coverage's."""
+    """Main threads on their way out, and the thread of a time limit. `os._exit` takes a while, as coverage's."""
     really_exit = os._exit
 
     def slow_exit(status: int) -> NoReturn:
@@ -145,19 +147,26 @@ def _ends_twice(roll_call: rollcall.RollCall) -> None:
         time.sleep(1)
         really_exit(status)
 
+    rollcall._WAY_OUT_SECONDS = 3.0
+    os._exit = slow_exit
+    roll_call.failure = rollcall.Failure("a reason", 7)
+    limit = threading.Thread(target=roll_call._end, args=("too late",), name="limit")
     if roll_call.rank == 0:
-        os._exit = slow_exit
-        roll_call.failure = rollcall.Failure("a reason", 7)
-        threading.Thread(target=roll_call._end, args=("too late",), name="limit").start()
+        limit.start()
         time.sleep(0.2)
-    roll_call.leave()
+    roll_call.claim_end()
+    if roll_call.rank == 1:
+        limit.start()
+    if roll_call.rank == 2:
+        limit.start()
+        time.sleep(60)  # hangs on its way out
     os._exit(3)
 
 
 def test_one_thread_ends_a_rank(tmp_path: Path) -> None:
     job = job_of(_ends_twice, tmp_path)
-    assert job.statuses == [7, 3, 3]
-    assert job.said == ["rim-dist: too late\nexit by limit\n", "", ""]
+    assert job.statuses == [7, 3, 7]
+    assert job.said == ["rim-dist: too late\nexit by limit\n", "exit by MainThread\n", "exit by limit\n"]
 
 
 # ---- limits and exchanges ------------------------------------------------------------------------------------
@@ -205,6 +214,7 @@ def _exchange(roll_call: rollcall.RollCall) -> None:
             assert gathered == ([f"{number}/{r}" for r in range(roll_call.ranks)] if roll_call.rank == 0 else [])
             assert roll_call.from_first(f"{number}/{roll_call.rank}") == f"{number}/0"
     if roll_call.rank == 2:
+        roll_call.claim_end()
         roll_call.fail("a reason", 2)
         os._exit(2)
     try:
@@ -212,6 +222,7 @@ def _exchange(roll_call: rollcall.RollCall) -> None:
         roll_call.from_first("")
     except PeerLost as error:
         print(error, file=sys.stderr, flush=True)
+        roll_call.claim_end()
         roll_call.leave()
         os._exit(error.exit_status)
 

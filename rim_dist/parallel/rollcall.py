@@ -30,6 +30,7 @@ from rim_dist.parallel.place import host_name
 _POLL_SECONDS = 0.5
 _HANG_SECONDS = 20.0  # between a failure and the end of a rank that still hangs
 _SEARCH_SECONDS = 5.0  # to hear of a failure, or to answer a roll call
+_WAY_OUT_SECONDS = 10.0  # for a thread that is ending its rank
 _LINGER_SECONDS = 3.0  # the store ends with its rank: so long it waits for the others to have read it
 
 
@@ -162,14 +163,19 @@ class RollCall:
 
     def fail(self, what: str, status: int) -> None:
         """This rank has reported an error and is about to end. Returns when the others know, or soon after."""
-        self._claim_the_end()
         with contextlib.suppress(RuntimeError):
             self._publish(Failure(f"{self.name([self.rank])} failed: {what}", status))
             self._linger("seen")
 
+    def claim_end(self) -> None:
+        """The caller is about to end this process. If another thread of the roll call is doing so, it does.
+
+        What runs at an end need not bear two at once (coverage replaces `os._exit`, and crashed).
+        """
+        self._ending.acquire(timeout=_WAY_OUT_SECONDS)
+
     def leave(self) -> None:
         """This rank ends as it should; nobody is to miss it."""
-        self._claim_the_end()
         self._leaving.set()
         self._thread.join(_SEARCH_SECONDS)
         with contextlib.suppress(RuntimeError):
@@ -301,18 +307,13 @@ class RollCall:
         assert self.failure is not None
         self._end(str(self.loss(self.failure)))
 
-    def _claim_the_end(self) -> None:
-        """One thread ends a process: what runs at its end, such as a tool's `os._exit`, need not bear two."""
-        self._ending.acquire(timeout=_HANG_SECONDS)  # if `_end` has it, the process ends here
-
     def _end(self, text: str) -> None:
         assert self.failure is not None
-        if not self._ending.acquire(blocking=False):
-            return  # another thread ends this process
-        with contextlib.suppress(OSError):
-            say(f"rim-dist: {text}")
-        with contextlib.suppress(RuntimeError):
-            self._linger("seen")
+        if self._ending.acquire(timeout=_WAY_OUT_SECONDS):  # else whoever has it hangs on the way out
+            with contextlib.suppress(OSError):
+                say(f"rim-dist: {text}")
+            with contextlib.suppress(RuntimeError):
+                self._linger("seen")
         os._exit(self.failure.status)
 
 
