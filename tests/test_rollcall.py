@@ -147,7 +147,7 @@ def _ends_twice(roll_call: rollcall.RollCall) -> None:
         time.sleep(1)
         really_exit(status)
 
-    rollcall._WAY_OUT_SECONDS = 3.0
+    rollcall._WAY_OUT_SECONDS = 8.0  # longer than the store lingers
     os._exit = slow_exit
     roll_call.failure = rollcall.Failure("a reason", 7)
     limit = threading.Thread(target=roll_call._end, args=("too late",), name="limit")
