@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -418,3 +420,37 @@ def test_what_is_done_meanwhile(processes: int, tmp_path: Path) -> None:
         assert [Path(path).exists() for (path,) in shares] == [processes > 1] * processes
     finally:
         workers.close()
+
+
+def _killed(path: str) -> str:
+    if path.endswith("0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _later(path)
+
+
+def test_killed_process_is_named(tmp_path: Path) -> None:
+    workers = Workers(2)
+    with pytest.raises(CheckpointError, match="one of the 2 processes that write has ended"):
+        workers.run(_killed, [(str(tmp_path / "0"),), (str(tmp_path / "1"),)])
+    workers.close()
+
+
+def test_processes_end_with_who_started_them() -> None:
+    code = """
+import os, signal
+from rim_dist.checkpoint.assemble import Workers
+
+if __name__ == "__main__":
+    workers = Workers(2)
+    workers.start()
+    print(*{*workers.run(os.getpid, [(), ()])}, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    started = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
+    assert started.returncode == -signal.SIGKILL, started.stderr
+    pids = [int(word) for word in started.stdout.split()]
+    assert pids
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, f"{pids}: still there"
+        time.sleep(0.1)

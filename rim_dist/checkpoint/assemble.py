@@ -10,8 +10,10 @@ import json
 import multiprocessing
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,7 +172,16 @@ def write_all(
 
 def _arrive(present: Any) -> None:
     torch.set_num_threads(1)
-    present.put(None)
+    # An executor's processes outlive one that is killed: they hold the writing end of the pipe that they wait for.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    present.wait()  # nobody takes work before all are there; one that dies before ends the executor
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 class Workers:
@@ -187,7 +198,7 @@ class Workers:
         if self._mpi is not None and processes > 1:
             raise ConfigError(f"--processes: {processes} under mpirun; the ranks are the processes, leave it out")
         self.count = self._mpi.size if self._mpi is not None else processes
-        self._pool: Any = None
+        self._pool: ProcessPoolExecutor | None = None
 
     @property
     def is_first(self) -> bool:
@@ -198,34 +209,47 @@ class Workers:
     ) -> list[Any]:
         """The results of all shares, on every rank. `meanwhile`: done once, on the first rank, beside if it can be."""
         if self._mpi is None and self.count > 1:
-            self.start()
-            results = self._pool.starmap_async(function, shares)
-            try:
-                if meanwhile is not None:
-                    meanwhile()
-            finally:
-                results.wait()
-            return results.get()
+            return self._run_processes(function, shares, meanwhile)
         if meanwhile is not None:
             self.on_first(meanwhile)
         if self._mpi is not None:
             return self._mpi.allgather(function(*shares[self._mpi.rank]))
         return [function(*shares[0])]
 
-    def start(self) -> None:
+    def _run_processes(
+        self, function: Callable[..., Any], shares: list[tuple[Any, ...]], meanwhile: Callable[[], None] | None
+    ) -> list[Any]:
+        try:
+            pool = self.start()
+            results = [pool.submit(function, *share) for share in shares]
+            try:
+                if meanwhile is not None:
+                    meanwhile()
+            finally:
+                wait(results)
+            return [result.result() for result in results]
+        except BrokenProcessPool as raised:
+            raise CheckpointError(
+                f"one of the {self.count} processes that write has ended (killed, perhaps for want of memory); "
+                "try again with fewer --processes"
+            ) from raised
+
+    def start(self) -> ProcessPoolExecutor:
         """Start the processes and wait until all are there; `run` does it when needed."""
-        if self._pool is None and self.count > 1 and self._mpi is None:
+        if self._pool is None:
             # A server that has imported this once and forks: starting Python and torch anew takes seconds a process.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
-            present = context.SimpleQueue()
-            self._pool = context.Pool(self.count, initializer=_arrive, initargs=(present,))
-            for _ in range(self.count):
-                present.get()
+            present = context.Barrier(self.count)
+            self._pool = ProcessPoolExecutor(self.count, context, initializer=_arrive, initargs=(present,))
+            for answer in [self._pool.submit(os.getpid) for _ in range(self.count)]:
+                answer.result()
+        return self._pool
 
     def close(self) -> None:
+        """Let the processes end; what they still do is waited for."""
         if self._pool is not None:
-            self._pool.terminate()
+            self._pool.shutdown()
             self._pool = None
 
     def on_first(self, action: Callable[[], None]) -> None:
