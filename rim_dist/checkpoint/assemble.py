@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -172,6 +173,7 @@ def write_all(
 
 def _arrive(present: Any) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all; the first process speaks for them
     # An executor's processes outlive one that is killed: they hold the writing end of the pipe that they wait for.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     present.wait()  # nobody takes work before all are there; one that dies before ends the executor
@@ -225,8 +227,12 @@ class Workers:
             try:
                 if meanwhile is not None:
                     meanwhile()
-            finally:
                 wait(results)
+            except BaseException:
+                for result in results:
+                    result.cancel()
+                wait(results)  # nobody writes while the caller clears up
+                raise
             return [result.result() for result in results]
         except BrokenProcessPool as raised:
             raise CheckpointError(
