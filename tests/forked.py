@@ -1,19 +1,35 @@
-"""Ranks forked from one process that has imported what they need: quick, for what wants neither launcher nor deepspeed."""
+"""Ranks forked from one process that has imported what they need, DeepSpeed included: quick, where no launcher is tested."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import runpy
+import signal
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from ranks import free_port
+from ranks import ROOT, free_port
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line sets it
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["rim_dist.parallel.preflight"])
+PROCESSES.set_forkserver_preload(
+    [
+        "rim_dist.training.trainer",
+        "rim_dist.training.engine",
+        "rim_dist.parallel.preflight",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # every engine imports it, and with it torch's compiler
+        "transformers.models.llama.modeling_llama",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
+    ]
+)
 
 
 def _rank(body: Callable[..., None], rank: int, ranks: int, port: int, output: str, arguments: tuple[Any, ...]) -> None:
@@ -54,3 +70,47 @@ class Job:
         self.said = [file.read_text() if file.exists() else "" for file in files]
         self.statuses = [process.exitcode for process in processes]
         assert not hanging, (hanging, self.said)
+
+
+def _command(target: Sequence[str], variables: dict[str, str], output: str) -> None:
+    os.setsid()
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    module = target[0] == "-m"
+    sys.argv = list(target[1:] if module else target)
+    if module:
+        runpy.run_module(target[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(target[0]).parent.resolve()))
+        runpy.run_path(target[0], run_name="__main__")
+
+
+def run_forked(ranks: int, target: Sequence[str], timeout: float, variables: dict[str, str]) -> tuple[int | None, str]:
+    """What torchrun does without starting Python anew: the first status that is not 0 (None: time is up), and the output.
+
+    `target`: `-m module` or a script, with arguments. After a rank has failed the others have a minute to notice.
+    """
+    variables = dict(variables)
+    if ranks > 1:
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    deadline = time.monotonic() + timeout
+    with tempfile.NamedTemporaryFile("r") as output:
+        processes = []
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+            processes.append(PROCESSES.Process(target=_command, args=(target, variables | place, output.name)))
+            processes[-1].start()
+        while (alive := [p for p in processes if p.is_alive()]) and time.monotonic() < deadline:
+            connection.wait([p.sentinel for p in alive], 1)
+            if any(p.exitcode for p in processes):
+                deadline = min(deadline, time.monotonic() + 60)
+        for process in alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.join()
+        statuses = [p.exitcode for p in processes if p not in alive]
+        failed = next((status for status in statuses if status), None)
+        return failed if alive or failed else 0, output.read()

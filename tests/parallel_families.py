@@ -233,7 +233,7 @@ def run_calls(calls: Sequence[Call], ranks: int, folder: Path, timeout: float = 
 
     todo, done = folder / f"calls-{ranks}.json", folder / f"returned-{ranks}.json"
     todo.write_text(json.dumps(calls))
-    run("torchrun", ranks, ["tests/workers/call.py", str(todo), str(done)], timeout=timeout, OMP_NUM_THREADS="1")
+    run("fork", ranks, ["tests/workers/call.py", str(todo), str(done)], timeout=timeout, OMP_NUM_THREADS="1")
     return json.loads(done.read_text())
 
 

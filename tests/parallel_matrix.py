@@ -188,7 +188,7 @@ def run_cases(cases: list[Case], folder: Path, timeout: float = 3600) -> dict[Ca
         mine = [case for case in cases if LAYOUTS[case.layout].ranks == ranks]
         todo, done = folder / f"cases-{ranks}.json", folder / f"results-{ranks}.json"
         todo.write_text(json.dumps([asdict(case) for case in mine]))
-        run("torchrun", ranks, ["tests/workers/parallel_cases.py", str(todo), str(done)], timeout=timeout, OMP_NUM_THREADS="1")
+        run("fork", ranks, ["tests/workers/parallel_cases.py", str(todo), str(done)], timeout=timeout, OMP_NUM_THREADS="1")
         results |= {case: Difference(**d) for case, d in zip(mine, json.loads(done.read_text()), strict=True)}
     return results
 

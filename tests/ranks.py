@@ -47,22 +47,30 @@ def environment(**extra: str) -> dict[str, str]:
 def run(
     launcher: str, ranks: int, target: Sequence[str], timeout: float = 240, check: bool = True, **extra: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end. Kills the whole group at the time limit."""
-    process = subprocess.Popen(
-        command(launcher, ranks, target),
-        cwd=ROOT,
-        env=environment(**extra),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        raise AssertionError(f"{launcher} x {ranks} did not end in {timeout} s:\n{output[-4000:]}") from None
-    if check and process.returncode:
-        raise AssertionError(f"{launcher} x {ranks} ended with {process.returncode}:\n{output[-4000:]}")
-    return subprocess.CompletedProcess(process.args, process.returncode, output)
+    """Run to the end; all are killed at the time limit. `launcher`: one of `command`, or `fork` where none is tested."""
+    if launcher == "fork":
+        from forked import run_forked
+
+        status, output = run_forked(ranks, target, timeout, environment(**extra))
+    else:
+        process = subprocess.Popen(
+            command(launcher, ranks, target),
+            cwd=ROOT,
+            env=environment(**extra),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=timeout)
+            status = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            status = None
+    if status is None:
+        raise AssertionError(f"{launcher} x {ranks} did not end in {timeout} s:\n{output[-4000:]}")
+    if check and status:
+        raise AssertionError(f"{launcher} x {ranks} ended with {status}:\n{output[-4000:]}")
+    return subprocess.CompletedProcess(list(target), status, output)

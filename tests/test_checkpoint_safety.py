@@ -225,7 +225,7 @@ def test_background_saves_change_nothing(tmp_path: Path, zero: int) -> None:
         )
         write_recipe(tmp_path / f"{name}.yaml", recipe)
     paths = [str(tmp_path / f"{name}.yaml") for name in ("front", "background")]
-    run("torchrun", 2, ["tests/workers/train_many.py", *paths])
+    run("fork", 2, ["tests/workers/train_many.py", *paths])
     folders = [tmp_path / name / "checkpoints" for name in ("front", "background")]
     assert [read_saves(f)[0]["background"] for f in folders] == [False, True]
     assert [[line["step"] for line in read_saves(f)] for f in folders] == [list(range(1, 9))] * 2
@@ -247,5 +247,5 @@ def test_background_write_that_fails_ends_all_ranks(tmp_path: Path) -> None:
     assert result.stdout.count("cannot be written (File too large on rank 1") == 2
     assert 'Traceback (most recent call last):\n  File "/' not in result.stdout.split("torch/distributed/elastic")[0]
     assert not store.all_checkpoints(tmp_path / "tiny" / "checkpoints")
-    run("torchrun", 2, ["-m", "rim_dist", "train", str(path)])
+    run("fork", 2, ["-m", "rim_dist", "train", str(path)])
     assert store.read_state(store.find_checkpoint(tmp_path / "tiny")).finished

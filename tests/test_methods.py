@@ -332,7 +332,7 @@ def test_coconut_on_two_ranks_equals_one_process(tmp_path: Path) -> None:
     adapted["run"] = {**adapted["run"], "name": "lora"}
     adapted["model"] = {"init_from": str(tmp_path / "zero1-tensor1"), "lora": {"rank": 4, "alpha": 8}}
     recipes = [write_recipe(tmp_path / f"{tree['run']['name']}.yaml", tree) for tree in (*trees, adapted)]
-    run("torchrun", 2, ["tests/workers/train_many.py", *map(str, recipes)], timeout=350)
+    run("fork", 2, ["tests/workers/train_many.py", *map(str, recipes)], timeout=350)
     full = train_one_process(load_recipe(recipes[0]))
     references = dict.fromkeys(recipes[:-1], full) | {recipes[-1]: train_one_process(load_recipe(recipes[-1]))}
     for path, reference in references.items():

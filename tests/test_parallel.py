@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name.startswith("bf16"):
             recipe["model"] |= {"dtype": "bf16"}
         paths.append(str(write_recipe(folder / f"{name}.yaml", recipe)))
-    run("torchrun", 2, ["tests/workers/train_many.py", *paths], timeout=900)
+    run("fork", 2, ["tests/workers/train_many.py", *paths], timeout=900)
     return folder
 
 
@@ -115,13 +116,13 @@ def test_a_killed_run_of_tensor_ranks_goes_on_exactly(runs: Path, tmp_path: Path
         recipe["curriculum"] = {stage: {**fields, "dropout": 0.1} for stage, fields in recipe["curriculum"].items()}
         recipe["evaluation"] = {"at_end": False}
         paths.append(write_recipe(tmp_path / f"{name}.yaml", recipe))
-    run("torchrun", 2, ["tests/workers/train_many.py", *map(str, paths)], timeout=300)
+    run("fork", 2, ["tests/workers/train_many.py", *map(str, paths)], timeout=300)
     folder = tmp_path / "broken"
     for checkpoint in complete_checkpoints(folder / "checkpoints"):
         if checkpoint != folder_of(folder / "checkpoints", 6):
-            run("python", 1, ["-c", f"import shutil; shutil.rmtree({str(checkpoint)!r})"])
-    run("python", 1, ["-c", f"import shutil; shutil.rmtree({str(folder / 'hf')!r})"])
-    run("torchrun", 2, ["-m", "rim_dist", "train", str(paths[1])], timeout=300)
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(folder / "hf")
+    run("fork", 2, ["-m", "rim_dist", "train", str(paths[1])], timeout=300)
     exports = [export_checkpoint(find_checkpoint(tmp_path / n), tmp_path / f"{n}-hf") for n in ("whole", "broken")]
     assert main(["convert", "diff", *map(str, exports)]) == 1  # the recipes' names
     assert (exports[0] / "model.safetensors").read_bytes() == (exports[1] / "model.safetensors").read_bytes()

@@ -57,7 +57,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("launcher", "ranks"), [("python", 1), ("torchrun", 2), ("deepspeed", 2), ("deepspeed", 4)])
+@pytest.mark.parametrize(("launcher", "ranks"), [("fork", 1), ("torchrun", 2), ("deepspeed", 2), ("fork", 4)])
 def test_zero_equals_one_process(
     launcher: str, ranks: int, tmp_path: Path, reference: dict[str, list[tuple[float, float]]]
 ) -> None:

@@ -73,7 +73,7 @@ def test_room_for_a_checkpoint(recipe_file: Make, tmp_path: Path, monkeypatch: p
     """The least a checkpoint takes is below what one takes, and refused where even that is not there."""
     recipe = load_recipe(recipe_file())
     foundation, data = prepare_run(recipe)
-    run("python", 1, ["-m", "rim_dist", "train", str(recipe_file()), "run.name=other", "--until", "stage1"])
+    run("fork", 1, ["-m", "rim_dist", "train", str(recipe_file()), "run.name=other", "--until", "stage1"])
     (checkpoint,) = (tmp_path / "runs" / "other" / "checkpoints").glob("step-00000004")
     taken = sum(p.stat().st_size for p in checkpoint.rglob("*") if p.is_file())
 
@@ -258,7 +258,7 @@ def test_the_batch_without_weight_changes_no_bit(tmp_path: Path) -> None:
                 evaluation={"at_end": False},
             )
             paths.append(str(write_recipe(tmp_path / f"{len(paths)}.yaml", recipe)))
-    run("torchrun", 2, ["tests/workers/train_many.py", *paths], timeout=500)
+    run("fork", 2, ["tests/workers/train_many.py", *paths], timeout=500)
     for name in CASES:
         with_it, without = (tmp_path / f"{name}-{preflight}" for preflight in (True, False))
         steps = [

@@ -64,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = str(folder / "zero1" / "hf")
     paths = [str(write_recipe(folder / f"{kind}.yaml", recipe_of(folder, kind, base))) for kind in (*KINDS, *SHARED)]
     paths = [p for p in paths if "lora" not in p] + [p for p in paths if "lora" in p]
-    run("torchrun", 2, ["tests/workers/train_many.py", *paths], timeout=400)
+    run("fork", 2, ["tests/workers/train_many.py", *paths], timeout=400)
     return folder
 
 
@@ -85,7 +85,7 @@ def test_goes_on_at_other_ranks(runs: Path, tmp_path: Path, ranks: int) -> None:
         state = read_state(find_checkpoint(target))
         assert state == replace(read_state(source), ranks=ranks)
         targets.append(target)
-    run("torchrun", ranks, ["tests/workers/resave_and_train.py", *map(str, targets)], timeout=800)
+    run("fork", ranks, ["tests/workers/resave_and_train.py", *map(str, targets)], timeout=800)
     for (kind, degrees), target in zip(moves, targets, strict=True):
         source = folder_of(runs / kind / "checkpoints", SAVED)
         resaved = find_checkpoint(target / "resaved")
@@ -138,7 +138,7 @@ def test_a_reshape_that_fails_can_be_tried_again(
 def test_other_ranks_name_the_command(runs: Path, tmp_path: Path) -> None:
     recipe = load_recipe(runs / "zero3.yaml")
     (runs / "zero3" / "hf" / "rim_dist.json").unlink()
-    result = run("python", 1, ["-m", "rim_dist", "train", str(runs / "zero3.yaml")], check=False)
+    result = run("fork", 1, ["-m", "rim_dist", "train", str(runs / "zero3.yaml")], check=False)
     assert result.returncode == 2
     assert "saved by 2 ranks, this run has 1" in result.stdout
     assert (
@@ -167,7 +167,7 @@ def test_to_hf_from_hf_to_hf(runs: Path, tmp_path: Path, kind: str, capsys: pyte
     assert main(["convert", "diff", str(first), str(second)]) == 1  # the recipe again; no tensor
     state = read_state(find_checkpoint(start))
     assert (state.stage, state.step, state.ranks) == ("stage1", 0, 2)
-    run("torchrun", 2, ["-m", "rim_dist", "train", str(start / "recipe.yaml")])
+    run("fork", 2, ["-m", "rim_dist", "train", str(start / "recipe.yaml")])
     by_hand = recipe_of(tmp_path, kind)
     by_hand |= {"run": {**by_hand["run"], "name": "by-hand"}}
     by_hand["model"] = {
@@ -176,7 +176,7 @@ def test_to_hf_from_hf_to_hf(runs: Path, tmp_path: Path, kind: str, capsys: pyte
         "tokenizer": None,
         "init_from": str(first),
     }
-    run("torchrun", 2, ["-m", "rim_dist", "train", str(write_recipe(tmp_path / "by-hand.yaml", by_hand))])
+    run("fork", 2, ["-m", "rim_dist", "train", str(write_recipe(tmp_path / "by-hand.yaml", by_hand))])
     assert losses(start) == losses(tmp_path / "by-hand")
 
 
@@ -203,5 +203,5 @@ def test_from_a_plain_model_into_a_stage(runs: Path, tmp_path: Path, capsys: pyt
     rows = read_tensor(read_contents(find_checkpoint(tmp_path / "s")).module["model.embed_tokens.weight"])
     assert torch.equal(rows[:-3], model.get_input_embeddings().weight)
     assert rows[-3:].any(dim=1).all()
-    run("python", 1, ["-m", "rim_dist", "train", str(tmp_path / "s" / "recipe.yaml")])
+    run("fork", 1, ["-m", "rim_dist", "train", str(tmp_path / "s" / "recipe.yaml")])
     assert [line["step"] for line in read_metrics(tmp_path / "s" / "metrics.jsonl")] == [STEPS + 1, STEPS + 2]

@@ -56,7 +56,7 @@ def steps_of(folder: Path) -> list[tuple[str, int]]:
 def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     whole = write_recipe(tmp_path / "whole.yaml", long_recipe(tmp_path, "whole"))
     killed = write_recipe(tmp_path / "killed.yaml", long_recipe(tmp_path, "killed"))
-    run("python", 1, ["-m", "rim_dist", "train", str(whole)])
+    run("fork", 1, ["-m", "rim_dist", "train", str(whole)])
     pick = random.Random(time.time_ns())
     lines: list[int] = []
     for kill in range(10):
@@ -79,7 +79,7 @@ def test_ten_kills_change_nothing(tmp_path: Path) -> None:
         process.wait()
         lines.append(len(steps_of(tmp_path / "killed")))
     print("lines written at each kill:", lines)
-    run("python", 1, ["-m", "rim_dist", "train", str(killed)])
+    run("fork", 1, ["-m", "rim_dist", "train", str(killed)])
     same_weights(tmp_path / "whole", tmp_path / "killed")
     assert steps_of(tmp_path / "killed") == steps_of(tmp_path / "whole")
 
@@ -90,12 +90,12 @@ def test_a_run_in_two_halves_is_the_whole_run(tmp_path: Path, capsys: pytest.Cap
     from rim_dist.cli import main
 
     whole, halves = (write_recipe(tmp_path / f"{n}.yaml", tiny_recipe(tmp_path, run={"name": n})) for n in ("whole", "halves"))
-    run("python", 1, ["-m", "rim_dist", "train", str(whole)])
-    run("python", 1, ["-m", "rim_dist", "train", str(halves), "--until", "stage1"])
+    run("fork", 1, ["-m", "rim_dist", "train", str(whole)])
+    run("fork", 1, ["-m", "rim_dist", "train", str(halves), "--until", "stage1"])
     state = read_state(find_checkpoint(tmp_path / "halves"))
     assert (state.stage, state.step, state.finished) == ("stage1", 4, False)
     assert not (tmp_path / "halves" / "hf").exists()
-    run("python", 1, ["-m", "rim_dist", "train", str(halves)])
+    run("fork", 1, ["-m", "rim_dist", "train", str(halves)])
     same_weights(tmp_path / "whole", tmp_path / "halves")
     assert steps_of(tmp_path / "halves") == steps_of(tmp_path / "whole")
     assert main(["train", str(whole), "curriculum.stage1.samples=0", "--until", "stage1"]) == 2
@@ -107,14 +107,14 @@ def test_signal_stops_all_ranks_and_the_run_goes_on(tmp_path: Path) -> None:
     """Two ranks: SIGTERM to one of them; both finish the step, save and end with 75; then the run is completed."""
     whole = write_recipe(tmp_path / "whole.yaml", long_recipe(tmp_path, "whole"))
     stopped = write_recipe(tmp_path / "stopped.yaml", long_recipe(tmp_path, "stopped"))
-    run("torchrun", 2, ["tests/workers/train_many.py", str(whole)])
+    run("fork", 2, ["tests/workers/train_many.py", str(whole)])
     ranks = _start_two_ranks(stopped)
     _wait_for_steps(tmp_path / "stopped", 12, ranks)
     ranks[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=60)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [75, 75], outputs
     assert "stopped by a signal after step" in outputs[0]
-    run("torchrun", 2, ["-m", "rim_dist", "train", str(stopped)])
+    run("fork", 2, ["-m", "rim_dist", "train", str(stopped)])
     same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 
@@ -142,7 +142,7 @@ def test_checkpoint_that_cannot_be_written_keeps_the_last(recipe_file: Callable[
     assert "the checkpoint of step 3 cannot be written" in result.stderr
     assert "Traceback" not in result.stderr
     assert not list((tmp_path / "runs" / "tiny" / "checkpoints").iterdir())
-    run("python", 1, ["-m", "rim_dist", "train", str(path)])
+    run("fork", 1, ["-m", "rim_dist", "train", str(path)])
     assert (tmp_path / "runs" / "tiny" / "hf" / "config.json").is_file()
 
 
@@ -181,7 +181,7 @@ def test_damaged_and_half_checkpoints_are_passed_over(recipe_file: Callable[...,
     from rim_dist.cli import main
 
     path = recipe_file(checkpoint={"keep": 5})
-    run("python", 1, ["-m", "rim_dist", "train", str(path)])
+    run("fork", 1, ["-m", "rim_dist", "train", str(path)])
     folder = tmp_path / "runs" / "tiny"
     reference = trained_weights(find_checkpoint(folder))
     checkpoints = complete_checkpoints(folder / "checkpoints")
@@ -193,7 +193,7 @@ def test_damaged_and_half_checkpoints_are_passed_over(recipe_file: Callable[...,
     for leftover in ("hf", "report"):
         subprocess.run(["rm", "-r", str(folder / leftover)], check=True)
     assert read_state(find_checkpoint(folder)).step == 4
-    output = run("python", 1, ["-m", "rim_dist", "train", str(path)]).stdout
+    output = run("fork", 1, ["-m", "rim_dist", "train", str(path)]).stdout
     assert "resumed from" in output
     again = trained_weights(find_checkpoint(folder))
     assert all(torch.equal(reference[name], again[name]) for name in reference)

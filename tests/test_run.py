@@ -26,7 +26,7 @@ Make = Callable[..., Path]
 
 
 def train(path: Path, *overrides: str) -> str:
-    return run("python", 1, ["-m", "rim_dist", "train", str(path), *overrides]).stdout
+    return run("fork", 1, ["-m", "rim_dist", "train", str(path), *overrides]).stdout
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +327,7 @@ def test_lora_trains_adapters_and_memory_rows_only(
         },
         parallel={"zero_stage": zero, **({"deepspeed_config": partitioned(tmp_path)} if zero == 3 else {})},
     )
-    run("torchrun", ranks, ["-m", "rim_dist", "train", str(path)])
+    run("fork", ranks, ["-m", "rim_dist", "train", str(path)])
     before, after = (load_file(f / "model.safetensors") for f in (start, tmp_path / "runs" / "lora" / "hf"))
     assert before.keys() == after.keys()
     embedding = "model.embed_tokens.weight"
@@ -388,7 +388,7 @@ def test_bidirectional_blocks_train_and_are_not_exported(
 def test_mpirun_and_srun_variables(recipe_file: Make, tmp_path: Path) -> None:
     run("mpirun", 2, ["-m", "rim_dist", "train", str(recipe_file()), "run.name=mpi"])
     srun = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "77"}
-    run("python", 1, ["-m", "rim_dist", "train", str(recipe_file()), "run.name=slurm"], **srun)
+    run("fork", 1, ["-m", "rim_dist", "train", str(recipe_file()), "run.name=slurm"], **srun)
     several = run(
         "python",
         1,
@@ -425,7 +425,7 @@ def test_loss_that_is_not_finite_stops_the_run(trained: Path, tmp_path: Path, re
         optimizer={"global_batch": 4},
         checkpoint={"every_steps": 1},
     )
-    result = run("python", 1, ["-m", "rim_dist", "train", str(path)], check=False)
+    result = run("fork", 1, ["-m", "rim_dist", "train", str(path)], check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stdout
     assert "the loss is not finite in stage1, step" in result.stdout
@@ -463,7 +463,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     message: str | None,
 ) -> None:
     if message is None:
-        result = run("torchrun", 2, ["-m", "rim_dist", "train", str(recipe_file(**sections))], check=False)
+        result = run("fork", 2, ["-m", "rim_dist", "train", str(recipe_file(**sections))], check=False)
         assert "optimizer.global_batch: 1 samples cannot be spread over 2 data ranks" in result.stdout
         return
     assert main(["train", str(recipe_file(**sections)), *overrides]) == 2
@@ -504,7 +504,7 @@ def test_checkpoint_of_other_ranks_or_another_model(trained: Path, tmp_path: Pat
         .replace("name: tiny", "name: copy")
     )
     (copy / "recipe.yaml").write_text(recipe)
-    result = run("torchrun", 2, ["-m", "rim_dist", "train", str(copy / "recipe.yaml")], check=False)
+    result = run("fork", 2, ["-m", "rim_dist", "train", str(copy / "recipe.yaml")], check=False)
     assert "saved by 1 ranks, this run has 2; start it with 1" in result.stdout
     checkpoint = find_checkpoint(copy)
     config = json.loads((checkpoint / "model" / "config.json").read_text())
