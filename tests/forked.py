@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -81,11 +82,14 @@ def _command(target: Sequence[str], variables: dict[str, str], output: str) -> N
     os.chdir(ROOT)
     module = target[0] == "-m"
     sys.argv = list(target[1:] if module else target)
-    if module:
-        runpy.run_module(target[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.path.insert(0, str(Path(target[0]).parent.resolve()))
-        runpy.run_path(target[0], run_name="__main__")
+    try:
+        if module:
+            runpy.run_module(target[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(target[0]).parent.resolve()))
+            runpy.run_path(target[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out; wandb's waits for what it still writes
 
 
 def run_forked(ranks: int, target: Sequence[str], timeout: float, variables: dict[str, str]) -> tuple[int | None, str]:
