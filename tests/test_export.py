@@ -444,6 +444,7 @@ import os, signal, sys, time
 from rim_dist.checkpoint.assemble import Workers
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts the tests in the background ignores it
     workers = Workers(2)
     workers.start()
 {textwrap.indent(body, "    ")}

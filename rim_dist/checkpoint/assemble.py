@@ -173,7 +173,8 @@ def write_all(
 
 def _arrive(present: Any) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all; the first process speaks for them
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C reaches all; the first process speaks for them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # An executor's processes outlive one that is killed: they hold the writing end of the pipe that they wait for.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     present.wait()  # nobody takes work before all are there; one that dies before ends the executor
@@ -229,12 +230,11 @@ class Workers:
                     meanwhile()
                 wait(results)
             except BaseException:
-                for result in results:
-                    result.cancel()
-                wait(results)  # nobody writes while the caller clears up
+                self.close()  # nobody writes while the caller clears up
                 raise
             return [result.result() for result in results]
         except BrokenProcessPool as raised:
+            self.close()
             raise CheckpointError(
                 f"one of the {self.count} processes that write has ended (killed, perhaps for want of memory); "
                 "try again with fewer --processes"
@@ -253,9 +253,9 @@ class Workers:
         return self._pool
 
     def close(self) -> None:
-        """Let the processes end; what they still do is waited for."""
+        """Let the processes end; what they do is waited for, what they have not begun is left."""
         if self._pool is not None:
-            self._pool.shutdown()
+            self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
     def on_first(self, action: Callable[[], None]) -> None:
