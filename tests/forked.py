@@ -112,8 +112,10 @@ def run_forked(ranks: int, target: Sequence[str], timeout: float, variables: dic
             if any(p.exitcode for p in processes):
                 deadline = min(deadline, time.monotonic() + 60)
         for process in alive:
+            assert process.pid is not None
+            process.kill()
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid or 0, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
             process.join()
         statuses = [p.exitcode for p in processes if p not in alive]
         failed = next((status for status in statuses if status), None)
