@@ -294,9 +294,14 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), error
 
 
-def percent(values: Sequence[float], sign: str = "") -> str:
+def error_of_questions(*results: Result) -> float:
+    """Standard error of an accuracy, or of the difference of two, from the number of questions (binomial, independent)."""
+    return math.sqrt(sum(r.accuracy * (1 - r.accuracy) / r.questions for r in results))
+
+
+def percent(values: Sequence[float], one_seed_error: float, sign: str = "") -> str:
     mean, error = mean_and_error([100 * v for v in values])
-    return f"{mean:{sign}.1f}" + (f" ± {error:.1f}" if error is not None else "")
+    return f"{mean:{sign}.1f} ± {100 * one_seed_error if error is None else error:.1f}"
 
 
 def latencies(plan: Plan, names: dict[str, str], questions: int) -> dict[str, dict[str, float]]:
@@ -371,7 +376,7 @@ def page(plan: Plan, methods: Sequence[str], seeds: Sequence[int], timing: dict[
         return [
             LABELS[method],
             equal,
-            percent([r.accuracy for r in runs]),
+            percent([r.accuracy for r in runs], error_of_questions(runs[0])),
             f"{statistics.fmean(r.samples for r in runs):,.0f}",
             f"{statistics.fmean(r.steps for r in runs):,.0f}",
             f"{statistics.fmean(r.operations for r in runs) / 1e12:.1f}",
@@ -384,8 +389,9 @@ def page(plan: Plan, methods: Sequence[str], seeds: Sequence[int], timing: dict[
     head = (*head, "TTFT", "answer begins", "full answer", "tokens")
     rows = [row(m, runs, "samples") for m, runs in of.items()]
     rows += [row(m, runs, "compute") for m, runs in compute.items() if m != "rim"]
-    text = f"{plan.scale.title}. {questions} held-out questions, greedy, after the last block; mean ± standard error over "
-    text += f"seeds {', '.join(map(str, seeds))}.\n"
+    spread = f"seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"the questions (one seed, {seeds[0]})"
+    text = f"{plan.scale.title}. {questions} held-out questions, greedy, after the last block; ± standard error over "
+    text += f"{spread}.\n"
     if plain:
         text += (
             f"Times: medians over single questions, as multiples of the time to the first token after a plain prompt of as "
@@ -393,16 +399,16 @@ def page(plan: Plan, methods: Sequence[str], seeds: Sequence[int], timing: dict[
         )
     text += f"\n{table(head, rows)}"
     margins: dict[str, dict[str, list[float]]] = {}
+    said: dict[str, dict[str, str]] = {}
     if "rim" in of:
         for kind, group in (("samples", of), ("compute", compute)):
             for m, runs in group.items():
                 if m != "rim":
                     pairs = zip(of["rim"], runs, strict=True)
                     margins.setdefault(m, {})[kind] = [a.accuracy - b.accuracy for a, b in pairs]
-        lines = [
-            [LABELS[m], *(percent(kinds[k], "+") if k in kinds else "" for k in ("samples", "compute"))]
-            for m, kinds in margins.items()
-        ]
+                    error = error_of_questions(of["rim"][0], runs[0])
+                    said.setdefault(m, {})[kind] = percent(margins[m][kind], error, "+")
+        lines = [[LABELS[m], *(kinds.get(k, "") for k in ("samples", "compute"))] for m, kinds in said.items()]
         text += "\nRiM ahead of it, in points, seed by seed:\n\n"
         text += table(("method", "at equal samples", "at equal compute"), lines)
         by_block = [statistics.fmean(values) for values in zip(*(r.per_block for r in of["rim"]), strict=True)]

@@ -65,6 +65,9 @@ def test_figures_of_another_machine_are_not_made_again(tmp_path: Path) -> None:
     first = reproduce.make_plan(reproduce.small(), here, METHODS, (0,), figures=figures)
     assert reproduce.run_all(first, LAUNCH, jobs=4, minutes=1)
     assert {path.stem for path in figures.iterdir()} == set(first.runs)
+    text, _ = reproduce.page(first, METHODS, (0,), {})  # one seed: the error of ten questions
+    assert "| RiM | samples | 50.0 ± 15.8 |" in text
+    assert "| SFT without CoT | +30.0 ± 20.2 | +30.0 ± 20.2 |" in text
     (figures / "direct-compute-seed0.json").unlink()
     plan = reproduce.make_plan(reproduce.small(), there, METHODS, (0, 2), figures=figures)
     second = {name for name in plan.runs if name.endswith("seed2")}
