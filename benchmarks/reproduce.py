@@ -237,7 +237,7 @@ def run_all(plan: Plan, launcher: Sequence[str], jobs: int, minutes: float | Non
             if status not in (0, TRY_AGAIN):
                 stop(active)
                 sys.exit(f"reproduce: {name} ended with {status}; its last lines: {plan.output / f'{name}.log'}")
-            accuracy = f"is complete: {percent([plan.result(name).accuracy])} %" if status == 0 else "stopped"
+            accuracy = f"is complete: {100 * plan.result(name).accuracy:.1f} %" if status == 0 else "stopped"
             print(f"{time.strftime('%H:%M:%S')} {name} {accuracy}", flush=True)
         left = plan.left()
         if not left:
