@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import multiprocessing
 import os
@@ -82,20 +81,18 @@ def _command(target: Sequence[str], variables: dict[str, str], output: str) -> N
     os.chdir(ROOT)
     module = target[0] == "-m"
     sys.argv = list(target[1:] if module else target)
-    try:
-        if module:
-            runpy.run_module(target[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.path.insert(0, str(Path(target[0]).parent.resolve()))
-            runpy.run_path(target[0], run_name="__main__")
-    finally:
-        atexit._run_exitfuncs()  # multiprocessing leaves them out; wandb's waits for what it still writes
+    if module:
+        runpy.run_module(target[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(target[0]).parent.resolve()))
+        runpy.run_path(target[0], run_name="__main__")
 
 
 def run_forked(ranks: int, target: Sequence[str], timeout: float, variables: dict[str, str]) -> tuple[int | None, str]:
     """What torchrun does without starting Python anew: the first status that is not 0 (None: time is up), and the output.
 
-    `target`: `-m module` or a script, with arguments. After a rank has failed the others have a minute to notice.
+    `target`: `-m module` or a script, with arguments. After a rank has failed the others have a minute to notice. What is
+    registered with `atexit` is left out, as multiprocessing does (and as a rank among others does).
     """
     variables = dict(variables)
     if ranks > 1:
