@@ -197,7 +197,6 @@ class Workers:
         from rim_dist.checkpoint.mpi import world
 
         self._mpi = world() if mpi else None
-        self._processes = processes
         if self._mpi is not None and processes > 1:
             raise ConfigError(f"--processes: {processes} under mpirun; the ranks are the processes, leave it out")
         self.count = self._mpi.size if self._mpi is not None else processes
