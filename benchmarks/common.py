@@ -114,14 +114,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
 
 
+def results_stem(name: str) -> Path:
+    """Path of a result's files in `benchmarks/results/`, without their suffix."""
+    return ROOT / "benchmarks" / "results" / f"{_ABOUT['date']}-{name}"
+
+
 def publish(name: str, title: str, text: str, figures: Any, quick: bool) -> None:
     """Print a result; a full run also leaves it in `benchmarks/results/`, as a page and as JSON."""
     about = _ABOUT
     page = f"# {title}\n\n" + "".join(f"- {key}: {value}\n" for key, value in about.items()) + f"\n{text}"
     print(page)
     if not quick:
-        folder = ROOT / "benchmarks" / "results"
-        folder.mkdir(exist_ok=True)
-        stem = f"{about['date']}-{name}"
-        (folder / f"{stem}.md").write_text(page, encoding="utf-8")
-        (folder / f"{stem}.json").write_text(json.dumps({**about, "figures": figures}, indent=1) + "\n", encoding="utf-8")
+        stem = results_stem(name)
+        stem.parent.mkdir(exist_ok=True)
+        stem.with_suffix(".md").write_text(page, encoding="utf-8")
+        stem.with_suffix(".json").write_text(json.dumps({**about, "figures": figures}, indent=1) + "\n", encoding="utf-8")

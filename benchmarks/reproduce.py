@@ -78,13 +78,17 @@ class Result:
 
 @dataclass
 class Run:
-    """One `rim-dist train`. It starts from the weights of run `base`; its overrides depend on the figures of runs `after`."""
+    """One `rim-dist train`. It starts from the weights of run `base`; its overrides depend on the figures of runs `after`.
+
+    `environment`: variables of its process.
+    """
 
     name: str
     recipe: str
     overrides: Callable[[], list[str]]
     base: str | None = None
     after: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -262,7 +266,7 @@ def start(plan: Plan, run: Run, launcher: Sequence[str], threads: str) -> subpro
         note.write_text(json.dumps(machine(), indent=1) + "\n", encoding="utf-8")
     with (plan.output / f"{run.name}.log").open("ab") as log:
         # A session of its own: a Ctrl-C at the terminal is passed on once, by `stop`.
-        environment = {"OMP_NUM_THREADS": threads, **os.environ}
+        environment = {"OMP_NUM_THREADS": threads, **os.environ, **run.environment}
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 

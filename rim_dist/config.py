@@ -136,6 +136,11 @@ class SyntheticSection(Section):
     samples: StrictInt = Field(100_000, ge=1, description="Problems in the training set.")
     min_steps: StrictInt = Field(1, ge=1, description="Shortest walk.")
     max_steps: StrictInt = Field(5, ge=1, description="Longest walk; evaluation asks only for this one.")
+    step_text: Literal["equation", "room"] = Field(
+        "equation",
+        description="A step is `equation`, room, door and the room behind it, as in GSM8K-Aug; or `room`, the room behind the "
+        "door, with which a run may not learn: the first block then has two look-ups to learn at once (docs/synthetic.md).",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> SyntheticSection:

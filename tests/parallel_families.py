@@ -143,7 +143,9 @@ def vocabulary_loss(way: str, size: int, targets: int, options: Sequence[str]) -
     rule = LogitRule(0.3 if "scale" in options else 1.0, 4.0 if "softcap" in options else None)
     some = torch.arange(targets)
     labels = torch.randint(0, size, (targets,), generator=generator)
-    wanted = Targets(some, labels, torch.rand(targets, generator=generator), torch.zeros_like(some))
+    wanted = Targets(
+        some, labels, torch.rand(targets, generator=generator), torch.zeros_like(some), torch.zeros_like(some).bool()
+    )
 
     split = Slice(0, -(-size // ranks), size, mesh.place.tensor)
     vocabulary = Vocabulary(split.start, split.size, split.real, size, mesh.tensor_group)

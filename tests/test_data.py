@@ -142,10 +142,14 @@ def test_synthetic_walks_are_right_and_sets_do_not_mix() -> None:
     assert list(SyntheticTask(1, 5).training(50, 0)) == training[:50]
     assert list(SyntheticTask(1, 5).training(50, 1)) != training[:50]
     problem = walk(0, [1, 2])
-    room = house_map()[2][house_map()[1][0]]
-    from rim_dist.data.synthetic import ROOMS
+    from rim_dist.data.synthetic import DOORS, ROOMS
 
-    assert problem.answer == ROOMS[room] == problem.steps[-1]
+    start, between = ROOMS[0], ROOMS[house_map()[1][0]]
+    end = ROOMS[house_map()[2][house_map()[1][0]]]
+    assert problem.question == f"From the {start} take {DOORS[1]} {DOORS[2]}."
+    assert problem.steps == (f"{start} {DOORS[1]} {between}", f"{between} {DOORS[2]} {end}")
+    assert problem.answer == end
+    assert walk(0, [1, 2], "room").steps == (between, end)
 
 
 def test_refuse_and_skip(recipe_file: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

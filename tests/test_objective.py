@@ -143,15 +143,15 @@ def test_loss_is_one_weighted_sum_however_it_is_cut() -> None:
     whole = weighted_sum([rows])
     assert weighted_sum([[r] for r in rows]) == pytest.approx(whole, rel=1e-6)
     assert weighted_sum([rows[:2], rows[2:], [rows[0].without_weight()]]) == pytest.approx(whole, rel=1e-6)
-    assert loss([rows[0].without_weight()]).block_counts.sum() == 0  # nor does the filler enter the block losses
+    assert loss([rows[0].without_weight()]).by_block.sum() == 0  # nor does the filler enter the block losses
     together = loss(rows)
-    assert together.block_counts.tolist() == [0, 6, 6, 0, 0]
+    assert together.by_block[1].tolist() == [0, 6, 6, 0, 0]
     expected = 0.0
     for r in (plain_row(r, BLOCK) for r in rows):
         for i, label in zip(r.input_ids, r.label, strict=True):
             if label >= 0:
                 expected += float(-(head.weight @ table[i] + head.bias).log_softmax(0)[label])
-    assert float(together.block_sums.sum()) == pytest.approx(expected, rel=1e-5)
+    assert float(together.by_block[0].sum()) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("rule", [LogitRule(), LogitRule(0.3), LogitRule(1.0, 2.0), LogitRule(0.5, 3.0)])

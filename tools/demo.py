@@ -110,6 +110,11 @@ def main() -> int:
     (ROOT / "runs" / names["rim"] / "report" / "comparison.json").write_text(
         json.dumps(results, indent=1) + "\n", encoding="utf-8"
     )
+    from rim_dist.training.grounding import near_guessing, not_learned
+
+    if near_guessing(results["rim"]["accuracy"]):
+        print(not_learned("rim", results["rim"]["accuracy"]))
+        return 1
     return 0
 
 

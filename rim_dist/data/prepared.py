@@ -24,6 +24,7 @@ import rim_dist
 from rim_dist.config import Recipe
 from rim_dist.data.encoding import DataReport, EncodedSample, encode
 from rim_dist.data.sources import read_source, source_name
+from rim_dist.data.synthetic import FORMAT
 from rim_dist.errors import DataError
 from rim_dist.memory import MemoryTokens
 
@@ -146,7 +147,7 @@ def fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: i
         "version": rim_dist.__version__,
         "data": data.model_dump(mode="json", exclude={"cache_dir", "path"}),
         "file": _digest_file(source_file) if source_file and source_file.is_file() else None,
-        "seed": recipe.run.seed if data.source == "synthetic" else None,
+        "synthetic": [recipe.run.seed, FORMAT] if data.source == "synthetic" else None,
         "method": recipe.method,
         "memory": recipe.memory.model_dump(mode="json", exclude={"initialise"}),
         "stage1": [

@@ -8,7 +8,7 @@ one at its predecessor. The loss never shifts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +22,15 @@ TokenIds = Sequence[int] | numpy.ndarray
 
 @dataclass(frozen=True)
 class Readout:
-    """What is predicted after a block: `target` token ids (with the end-of-text token) at `weight` a token."""
+    """What is predicted after a block: `target` token ids (with the end-of-text token) at `weight` a token.
+
+    `is_step`: the target is a step of the solution, not the answer.
+    """
 
     block: int
     target: TokenIds
     weight: float
+    is_step: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the loss is computed from, `[targets]` each: `column` predicts `label` at `weight`, for readout `block`."""
+    """What the loss is computed from, `[targets]` each: `column` predicts `label` at `weight`, for readout `block`.
+
+    `opens_step` (boolean): the label is the first token of a step, which only memory can tell.
+    """
 
     column: torch.Tensor
     label: torch.Tensor
     weight: torch.Tensor
     block: torch.Tensor
+    opens_step: torch.Tensor
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Targets:
+        """The targets with every tensor changed alike."""
+        return Targets(*(change(t) for t in (self.column, self.label, self.weight, self.block, self.opens_step)))
 
     def to(self, device: torch.device | str) -> Targets:
-        return Targets(*(t.to(device, non_blocking=True) for t in (self.column, self.label, self.weight, self.block)))
+        return self.map(lambda t: t.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -159,6 +171,7 @@ def pack(rows: Sequence[Row], block_ids: Sequence[int], bidirectional: bool = Fa
     counts: list[int] = []
     target_blocks: list[int] = []
     weights: list[float] = []
+    steps: list[bool] = []
     start = 0
     placed = sorted(((row.span(), number) for number, row in enumerate(rows)), key=lambda pair: (pair[0].shape, pair[1]))
     for segment, (span, number) in enumerate(placed):
@@ -185,6 +198,7 @@ def pack(rows: Sequence[Row], block_ids: Sequence[int], bidirectional: bool = Fa
             counts.append(count)
             target_blocks.append(readout.block)
             weights.append(readout.weight)
+            steps.append(readout.is_step)
             column += count - 1
         segments += [segment] * (1 + row.blocks + len(row.readouts))
         start = column
@@ -206,11 +220,14 @@ def pack(rows: Sequence[Row], block_ids: Sequence[int], bidirectional: bool = Fa
         numpy.array(columns, dtype=numpy.int64) - 1 - target_firsts, repeats
     )
     column_of[target_firsts] = anchors
+    opens_step = torch.zeros(len(column_of), dtype=torch.bool)
+    opens_step[target_firsts] = torch.tensor(steps, dtype=torch.bool)
     targets = Targets(
         torch.from_numpy(column_of),
         torch.from_numpy(numpy.concatenate(labels).astype(numpy.int64)),
         torch.from_numpy(numpy.repeat(numpy.array(weights, dtype=numpy.float32), repeats)),
         spread(target_blocks, repeats),
+        opens_step,
     )
     input_ids = torch.from_numpy(numpy.concatenate(tokens).astype(numpy.int64)).unsqueeze(0)
     layout = RowLayout(places, places, tuple(spans), bidirectional)

@@ -231,7 +231,8 @@ def read_file(path: str | Path, file_format: str, columns: ColumnsSection) -> It
 def read_source(data: DataSection, seed: int) -> Iterator[Row]:
     """All rows of the recipe's source, `data.limit` applied. Deterministic."""
     if data.source == "synthetic":
-        problems = SyntheticTask(data.synthetic.min_steps, data.synthetic.max_steps).training(data.synthetic.samples, seed)
+        walks = data.synthetic
+        problems = SyntheticTask(walks.min_steps, walks.max_steps, walks.step_text).training(walks.samples, seed)
         rows: Iterator[Row] = (Sample(p.question, p.steps, p.answer, i) for i, p in enumerate(problems, 1))
     elif data.source == "hub":
         rows = _hub(data)

@@ -1,8 +1,9 @@
 """The embedded task: walks through a house with a fixed map. docs/synthetic.md says what was tried and why.
 
-"From the attic take red blue pink." Each door colour is a fixed permutation of the rooms; a step is the room behind a
-door, the answer the last room. The map is the same for everyone, so that it can be learned; an answer needs as many
-look-ups in a row as the question has doors, which a small model cannot do in one pass.
+"From the attic take red blue pink." Each door colour is a fixed permutation of the rooms. A step is an equation, as in
+GSM8K-Aug: the room, the door, the room behind it ("attic red hall"); the answer is the last room. The map is the same for
+everyone, so that it can be learned; an answer needs as many look-ups in a row as the question has doors, which a small
+model cannot do in one pass.
 """
 
 from __future__ import annotations
@@ -14,19 +15,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Literal
 
 import numpy
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase
 
 ROOMS = ("kitchen", "hall", "attic", "garden", "cellar")
 DOORS = ("red", "blue", "pink", "green", "white", "black")
+StepText = Literal["equation", "room"]
+FORMAT = 2  # of the texts; what was prepared in another is not used
+GUESSING = 1 / len(ROOMS)  # accuracy of an answer drawn at random
 _MAP_SEED = 1
 _HELD_OUT_SHARE = 8  # one problem in so many is never trained on
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A walk: the question, the rooms passed, and where it ends."""
+    """A walk: the question, a step for each door, and where it ends."""
 
     question: str
     steps: tuple[str, ...]
@@ -54,8 +59,8 @@ def house_map() -> tuple[tuple[int, ...], ...]:
 class SyntheticTask:
     """Problems with `min_steps` .. `max_steps` doors, each length equally often in training."""
 
-    def __init__(self, min_steps: int, max_steps: int) -> None:
-        self._min, self._max = min_steps, max_steps
+    def __init__(self, min_steps: int, max_steps: int, step_text: StepText = "equation") -> None:
+        self._min, self._max, self._step_text = min_steps, max_steps, step_text
 
     def training(self, count: int, seed: int) -> Iterator[Problem]:
         """`count` problems that are not held out, drawn from the seed (repetitions possible)."""
@@ -68,20 +73,21 @@ class SyntheticTask:
     def _draw(self, count: int, generator: numpy.random.Generator, shortest: int, held_out: bool) -> Iterator[Problem]:
         while count:
             doors = generator.integers(0, len(DOORS), int(generator.integers(shortest, self._max + 1))).tolist()
-            problem = walk(int(generator.integers(len(ROOMS))), doors)
+            problem = walk(int(generator.integers(len(ROOMS))), doors, self._step_text)
             if problem.held_out == held_out:
                 count -= 1
                 yield problem
 
 
-def walk(room: int, doors: list[int]) -> Problem:
+def walk(room: int, doors: list[int], step_text: StepText = "equation") -> Problem:
     """The problem of starting in a room and taking doors (both as numbers)."""
     question = f"From the {ROOMS[room]} take {' '.join(DOORS[door] for door in doors)}."
-    passed = []
+    steps = []
     for door in doors:
-        room = house_map()[door][room]
-        passed.append(ROOMS[room])
-    return Problem(question, tuple(passed), passed[-1])
+        behind = house_map()[door][room]
+        steps.append(f"{ROOMS[room]} {DOORS[door]} {ROOMS[behind]}" if step_text == "equation" else ROOMS[behind])
+        room = behind
+    return Problem(question, tuple(steps), ROOMS[room])
 
 
 @functools.cache

@@ -81,16 +81,22 @@ class Method:
         return self.block_row(question, 0, [(0, text, 1.0)])
 
     def block_row(
-        self, question: TokenIds, blocks: int, readouts: Iterable[tuple[int, TokenIds, float]], thoughts: int | None = None
+        self,
+        question: TokenIds,
+        blocks: int,
+        readouts: Iterable[tuple[int, TokenIds, float]],
+        thoughts: int | None = None,
+        step_blocks: int = 0,
     ) -> Row:
         """A row of so many blocks; readouts are (block, target ids, weight a token), those of weight 0 are left out.
 
-        `thoughts`: the row's one block has so many continuous thoughts instead of memory tokens.
+        The target of the first `step_blocks` blocks is a step, not the answer. `thoughts`: the row's one block has so many
+        continuous thoughts instead of memory tokens.
         """
         from rim_dist.data.rows import Readout, Row
 
         # A readout of weight 0 has no part in the loss: leaving it out changes nothing but the work.
-        kept = tuple(Readout(block, target, weight) for block, target, weight in readouts if weight)
+        kept = tuple(Readout(block, target, weight, block <= step_blocks) for block, target, weight in readouts if weight)
         size = (self.recipe.memory.tokens_per_block if thoughts is None else thoughts) + 2
         return Row(question, blocks, size, kept, latent=thoughts is not None)
 

@@ -29,7 +29,8 @@ class ReasoningInMemory(Method):
             targets = [sample.answer] * self.recipe.memory.blocks
             weights = stage2_weights(len(targets), curriculum.stage2.weight_power)
         readouts = ((k, t, w) for k, (t, w) in enumerate(zip(targets, weights, strict=True), 1))
-        return self.block_row(sample.question, len(targets), readouts)
+        step_blocks = len(targets) - 1 if moment.stage == "stage1" else 0
+        return self.block_row(sample.question, len(targets), readouts, step_blocks=step_blocks)
 
 
 METHOD = ReasoningInMemory

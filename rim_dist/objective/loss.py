@@ -77,26 +77,25 @@ def full_logits(hidden: torch.Tensor, head: HeadWeights) -> torch.Tensor:
 class ReadoutLoss:
     """Sums of one micro-batch, on the model's device.
 
-    `weighted_sum` (scalar, with gradient): sum of weight x token loss. `block_sums`, `block_counts` (`[blocks + 1]`, no
-    gradient): unweighted token losses and their number by block; block 0 is a target without blocks. `token_losses`
-    `[targets]`: every one, unweighted.
+    `weighted_sum` (scalar, with gradient): sum of weight x token loss. `token_losses` `[targets]`: every one, unweighted.
+    `by_block` `[4, blocks + 1]`, by block (0: a target without blocks): sum and number of unweighted token losses, then sum
+    and number of those of the first tokens of steps.
     """
 
     weighted_sum: torch.Tensor
     token_losses: torch.Tensor
-    block_sums: torch.Tensor
-    block_counts: torch.Tensor
+    by_block: torch.Tensor
 
     @staticmethod
     def of(weighted_sum: torch.Tensor, token_losses: torch.Tensor, targets: Targets, blocks: int) -> ReadoutLoss:
         """From the weighted sum and every token's loss `[targets]`."""
-        sums = torch.zeros(blocks + 1, dtype=torch.float32, device=token_losses.device)
-        counts = torch.zeros_like(sums)
         # A weightless row fills a place on a rank; its losses are not part of the step.
-        real = (targets.weight > 0).to(token_losses.dtype)
-        sums.index_add_(0, targets.block, token_losses * real)
-        counts.index_add_(0, targets.block, real)
-        return ReadoutLoss(weighted_sum, token_losses, sums, counts)
+        real = targets.weight > 0
+        sums = torch.zeros(4, blocks + 1, dtype=torch.float32, device=token_losses.device)
+        for row, some in ((0, real), (2, real & targets.opens_step)):
+            sums[row].index_add_(0, targets.block, token_losses * some)
+            sums[row + 1].index_add_(0, targets.block, some.to(token_losses.dtype))
+        return ReadoutLoss(weighted_sum, token_losses, sums)
 
 
 def weighted_cross_entropy(

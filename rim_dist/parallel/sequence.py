@@ -187,4 +187,4 @@ def _padded(batch: Batch, tokens: int) -> tuple[torch.Tensor, RowLayout]:
 def _own_targets(targets: Targets, place: torch.Tensor, rank: int, own: int) -> Targets:
     column = place[targets.column]
     mine = torch.div(column, own, rounding_mode="floor") == rank
-    return Targets(column[mine] - rank * own, targets.label[mine], targets.weight[mine], targets.block[mine])
+    return replace(targets, column=column - rank * own).map(lambda t: t[mine])

@@ -52,9 +52,8 @@ class MetricsLog:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
-        for k, value in enumerate(line.get("block_loss") or line.get("block_accuracy") or [], 1):
-            if value is not None:
-                numbers[f"{'block_loss' if 'block_loss' in line else 'block_accuracy'}/{k}"] = value
+        for name in ("block_loss", "step_loss", "block_accuracy"):
+            numbers |= {f"{name}/{k}": value for k, value in enumerate(line.get(name) or [], 1) if value is not None}
         if self._wandb is not None:
             self._wandb.log(numbers, step=line["step"])
         if self._tensorboard is not None:

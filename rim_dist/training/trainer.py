@@ -44,6 +44,7 @@ from rim_dist.parallel.preflight import Preflight
 from rim_dist.parallel.zero import compose, partitioner
 from rim_dist.training.engine import Engine
 from rim_dist.training.folder import check_run_folder
+from rim_dist.training.grounding import GroundingWatch, near_guessing, not_learned
 from rim_dist.training.hardware import peak_memory_bytes, peak_operations
 from rim_dist.training.heartbeat import beat
 from rim_dist.training.metrics import Metrics, MetricsLog, draw_curves, read_metrics
@@ -65,6 +66,13 @@ def finished_state(recipe: Recipe) -> TrainingState | None:
         state = store.read_state(found[-1])
         return state if state.finished else None
     return None
+
+
+def _by_block(sums: list[float], counts: list[float]) -> tuple[list[float | None], list[int]]:
+    """Means and counts by block, up to the last block that has any."""
+    last = max((block for block, count in enumerate(counts, 1) if count), default=0)
+    pairs = list(zip(sums, counts, strict=True))[:last]
+    return [s / c if c else None for s, c in pairs], [int(c) for _, c in pairs]
 
 
 def open_data(recipe: Recipe, foundation: Foundation) -> SampleStream:
@@ -124,11 +132,16 @@ class Trainer:
         if resume is not None:
             state = self._load(resume)
         self._log = self._progress = None
+        self._last_word: str | None = None
+        self._grounding = GroundingWatch()
         if self._process.is_first:
             resolved = self._recipe.model_dump(mode="json")
             self._log = MetricsLog(self._folder, self._recipe.logging, state.step, state.finished, resolved)
             self._progress = ProgressReport(self._total_steps, state.step, self._recipe.logging.every_steps)
             self._announce(state, resume)
+            for line in read_metrics(self._folder / "metrics.jsonl"):
+                if line["kind"] == "train" and line["stage"] == state.stage:
+                    self._grounding.observe(line)
         self._stop = StopRequest()
         broken = False
         try:
@@ -181,6 +194,8 @@ class Trainer:
                 self._complete(line, seconds)
                 self._log.write(line)
                 self._progress.step(line)
+                for warning in self._grounding.observe(line, (batch.targets for batch in share.micro_batches)):
+                    self._progress.say(warning)
             if self._profile is not None:
                 self._profile.step()
             last = step == plan.steps - 1
@@ -230,20 +245,17 @@ class Trainer:
         losses = [self._engine.forward_backward(part, 1.0 / divisor, last=number == last) for number, part in enumerate(parts)]
         # Read back once a step: a read a micro-batch would hold the device up.
         values = torch.stack([loss.weighted_sum for loss in losses]).double().tolist()
-        by_block = torch.stack([torch.cat([loss.block_sums, loss.block_counts]) for loss in losses]).double().sum(0).tolist()
+        by_block = torch.stack([loss.by_block for loss in losses]).double().sum(0)
         tokens = float(sum(part.tokens for part in parts))
-        totals = self._sum([sum(values), tokens, *by_block, self._engine.operations - operations])
+        totals = self._sum([sum(values), tokens, self._engine.operations - operations, *by_block.flatten().tolist()])
         loss_value = self._last_loss = totals[0] / divisor
         if not math.isfinite(loss_value):
             self._refuse_loss(plan, step, parts, share.samples, losses)
         rate = learning_rate(stage, step, plan.steps)
         norm = self._engine.step(rate)
-        self._operations += totals[-1]
-        half = self._engine.blocks + 1
-        block_sums, block_counts = totals[2 : 2 + half], totals[2 + half : 2 + 2 * half]
-        block_losses = [s / c if c else None for s, c in zip(block_sums, block_counts, strict=True)][1:]
-        while block_losses and block_losses[-1] is None:
-            block_losses.pop()
+        self._operations += totals[2]
+        sums, counts, step_sums, step_counts = numpy.reshape(totals[3:], by_block.shape)[:, 1:].tolist()
+        step_losses, step_readouts = _by_block(step_sums, step_counts)
         done = step + 1
         state = TrainingState(
             plan.name,
@@ -260,7 +272,9 @@ class Trainer:
             "step": state.step,
             "samples": state.samples,
             "loss": loss_value,
-            "block_loss": block_losses,
+            "block_loss": _by_block(sums, counts)[0],
+            "step_loss": step_losses,
+            "step_readouts": step_readouts,
             "learning_rate": rate,
             "grad_norm": norm,
             "batch_samples": batch_samples,
@@ -400,6 +414,9 @@ class Trainer:
         self._progress.say(
             f"step {state.step}: accuracy {100 * result.accuracy:.1f}% of {result.questions} (by block: {by_block})"
         )
+        embedded = recipe.data.source == "synthetic" and recipe.evaluation.data is None
+        if report and embedded and near_guessing(result.accuracy):
+            self._last_word = not_learned(recipe.method, result.accuracy)
         if report:
             write_evaluation(result, self._folder / "report", {"run": recipe.run.name, "step": state.step})
 
@@ -456,6 +473,8 @@ class Trainer:
         if not self._recipe.exportable:
             result = "blocks that are bidirectional inside are not exported: no server runs them"
         say(f"done: {result}")
+        if self._last_word:
+            say(self._last_word)
 
 
 def prepare_run(recipe: Recipe) -> tuple[Foundation, SampleStream]:
