@@ -12,7 +12,7 @@ from ranks import run
 from rim_dist.config import STAGE_NAMES, load_recipe
 from rim_dist.training.metrics import read_metrics
 
-# The demo's model (recipes/demo-base.yaml) on the demo's data.
+# A model like the demo's (recipes/demo-base.yaml), of fewer layers, on the demo's task.
 DEMO_MODEL = {
     **TINY_MODEL,
     "hidden_size": 64,
