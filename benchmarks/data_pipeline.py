@@ -44,8 +44,8 @@ def main() -> None:
         started = time.time()
         subprocess.run([sys.executable, "-m", "rim_dist", "train", str(path)], check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
 
-        from rim_dist.config import load_recipe
         from rim_dist.data.loader import BatchLoader, plan_stages
+        from rim_dist.recipe import load_recipe
         from rim_dist.training.metrics import read_metrics
         from rim_dist.training.trainer import prepare_run
 

@@ -26,10 +26,11 @@ import torch
 import torch.distributed as dist
 from common import ROOT, SMOLLM2_135M, publish, real_rows, table
 
-from rim_dist.config import Recipe, validate_recipe
+from rim_dist.config import Recipe
 from rim_dist.data.rows import Batch, pack
 from rim_dist.model import Foundation, build_model, lay_foundation
 from rim_dist.objective.forward import run_batch
+from rim_dist.recipe import validate_recipe
 
 FLOORS = {"fsdp": 1.05, "bare": 1.1}
 TOKENS = 2_048  # of an optimizer step, at least, over all ranks

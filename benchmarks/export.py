@@ -56,10 +56,10 @@ def make_checkpoint(run: Path, size: str) -> Path:
 
     from rim_dist.checkpoint import store
     from rim_dist.checkpoint.snapshot import write_files
-    from rim_dist.config import dump_recipe, validate_recipe
     from rim_dist.data.synthetic import synthetic_tokenizer
     from rim_dist.evaluation.generation import generation_config
     from rim_dist.memory import add_memory_tokens, set_chat_template
+    from rim_dist.recipe import dump_recipe, validate_recipe
 
     config = {"model_type": "llama", "tie_word_embeddings": True, "max_position_embeddings": 2048, **SIZES[size]}
     recipe = validate_recipe(

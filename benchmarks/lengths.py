@@ -33,7 +33,7 @@ def load() -> list[Lengths]:
 
 
 def main() -> None:
-    from rim_dist.config import validate_recipe
+    from rim_dist.recipe import validate_recipe
     from rim_dist.training.trainer import prepare_run
 
     with tempfile.TemporaryDirectory() as folder:

@@ -37,10 +37,11 @@ from common import ROOT, block_ids, llama, publish, table
 from planner import Allocator
 
 from rim_dist.attention.registration import use_rim_attention
-from rim_dist.config import Recipe, validate_recipe
+from rim_dist.config import Recipe
 from rim_dist.data.rows import Batch, Readout, Row, pack
 from rim_dist.objective.forward import install_readout_loss, run_batch
 from rim_dist.parallel.zero import shipped_config
+from rim_dist.recipe import validate_recipe
 
 # Layers of Llama-3.2-1B at a quarter of their width.
 LAYERS = {

@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from common import ROOT, SMOLLM2_135M, VOCABULARIES, publish, table
 
-from rim_dist.config import Recipe, validate_recipe
+from rim_dist.config import Recipe
 from rim_dist.parallel.degrees import choose_mode
 from rim_dist.planning.memory import Buckets, MemoryEstimate, Setup, estimate
 from rim_dist.planning.shape import read_shape
 from rim_dist.planning.workload import Workload
+from rim_dist.recipe import validate_recipe
 
 TINY = {
     "model_type": "llama",

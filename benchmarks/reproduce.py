@@ -122,7 +122,7 @@ class Plan:
 
     def fingerprint(self, name: str) -> str:
         """Of all that a run's recipe says. Folders, which differ from machine to machine, do not count."""
-        from rim_dist.config import load_recipe
+        from rim_dist.recipe import load_recipe
 
         run = self.runs[name]
         said = load_recipe(ROOT / run.recipe, run.overrides()).model_dump(mode="json")
@@ -171,7 +171,8 @@ def make_plan(
 
     `samples`: what each method trains on, shared between the stages as the recipe shares it (default: the recipe's own).
     """
-    from rim_dist.config import STAGE_NAMES, load_recipe
+    from rim_dist.config import STAGE_NAMES
+    from rim_dist.recipe import load_recipe
 
     plan = Plan(scale, output, figures or output / "figures")
     recipe = load_recipe(ROOT / scale.recipe, scale.overrides)
@@ -315,13 +316,14 @@ def latencies(plan: Plan, names: dict[str, str], questions: int) -> dict[str, di
     """
     import torch
 
-    from rim_dist.config import ColumnsSection, load_recipe
+    from rim_dist.config import ColumnsSection
     from rim_dist.evaluation.evaluate import evaluation_samples
     from rim_dist.evaluation.generation import Decoding
     from rim_dist.evaluation.latency import latency_summary, measure_latency
     from rim_dist.evaluation.opened import open_export
     from rim_dist.memory import prompt_ids
     from rim_dist.methods import method_of
+    from rim_dist.recipe import load_recipe
 
     torch.set_num_threads(1 if plan.scale.base else os.cpu_count() or 1)
     opened = {method: open_export(plan.folder(name) / "hf") for method, name in names.items()}

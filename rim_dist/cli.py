@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from rim_dist.config import load_recipe
+    from rim_dist.recipe import load_recipe
     from rim_dist.training.heartbeat import listen
 
     listen()
@@ -140,8 +140,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _prefetch(arguments: argparse.Namespace) -> int:
-    from rim_dist.config import load_recipe
     from rim_dist.model import fetch_weights
+    from rim_dist.recipe import load_recipe
     from rim_dist.training.trainer import prepare_run
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -152,8 +152,8 @@ def _prefetch(arguments: argparse.Namespace) -> int:
 
 
 def _data(arguments: argparse.Namespace) -> int:
-    from rim_dist.config import load_recipe
     from rim_dist.data.show import show_data
+    from rim_dist.recipe import load_recipe
 
     if arguments.show < 0:
         raise ConfigError(f"--show: {arguments.show} is not allowed; allowed: 0 or more")

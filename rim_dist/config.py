@@ -1,23 +1,11 @@
-"""The recipe: every setting of a run, validated before anything is allocated or written.
-
-A recipe is a YAML file with the sections below; `section.key=value` on the command line overrides
-a field. Validation is pure: it opens no process group and writes no file.
-"""
+"""The sections of a recipe: every setting of a run, with what is allowed. `rim_dist.recipe` reads and checks a whole one."""
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator, model_validator
-
-from rim_dist.errors import ConfigError
-from rim_dist.methods import method_names, method_of
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
 
 StageName = Literal["stage1", "stage2"]
 STAGE_NAMES: tuple[StageName, StageName] = ("stage1", "stage2")
@@ -412,9 +400,7 @@ class LoggingSection(Section):
 class Recipe(Section):
     """A complete run."""
 
-    method: str = Field(
-        "rim", description=f"What is trained, a file of `rim_dist/methods` (docs/baselines.md): {', '.join(method_names())}."
-    )
+    method: str = Field("rim", description="What is trained: a file of `rim_dist/methods` (docs/baselines.md).")
     run: RunSection = Field(default_factory=RunSection, description="Name and place.")
     model: ModelSection = Field(description="The model.")
     memory: MemorySection = Field(default_factory=MemorySection, description="The memory blocks.")
@@ -427,16 +413,8 @@ class Recipe(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description="Evaluation.")
     logging: LoggingSection = Field(default_factory=LoggingSection, description="Logging.")
 
-    @field_validator("method")
-    @classmethod
-    def _known_method(cls, value: str) -> str:
-        if value not in method_names():
-            raise ValueError(f"{value!r} is not allowed; allowed: {', '.join(method_names())}")
-        return value
-
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        method_of(self).check()
         if not (self.curriculum.stage1.enabled or self.curriculum.stage2.enabled):
             raise ValueError("curriculum: no stage has samples or epochs; there is nothing to train")
         if self.data.streaming:
@@ -454,109 +432,3 @@ class Recipe(Section):
     def folder(self) -> Path:
         """The run's folder: all that the run writes is below it."""
         return Path(self.run.output_dir) / self.run.name
-
-
-def nested_section(annotation: Any) -> type[Section] | None:
-    """The section class behind a field's annotation (also inside an optional), or None."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        for option in typing.get_args(annotation):
-            if (section := nested_section(option)) is not None:
-                return section
-    return None
-
-
-def field_names(section: type[Section] = Recipe, prefix: str = "") -> list[str]:
-    """Dotted names of all fields, sections included."""
-    names = []
-    for name, field in section.model_fields.items():
-        names.append(prefix + name)
-        nested = nested_section(field.annotation)
-        if nested is not None:
-            names.extend(field_names(nested, f"{prefix}{name}."))
-    return names
-
-
-def _nearest(path: str) -> str:
-    """The known field closest to an unknown dotted name: the same section first, then a same-named field elsewhere."""
-    names = field_names()
-    parent, _, leaf = path.rpartition(".")
-    siblings = [n for n in names if n.rpartition(".")[0] == parent]
-    match = difflib.get_close_matches(path, siblings, n=1, cutoff=0.6)
-    if not match:
-        match = [n for n in names if n.rpartition(".")[2] == leaf][:1] or difflib.get_close_matches(
-            path, names, n=1, cutoff=0.4
-        )
-    if match:
-        return f"; did you mean {match[0]}?"
-    return f"; known here: {', '.join(siblings)}" if siblings else ""
-
-
-def _describe(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"] if not str(part).startswith("function-"))
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        return f"{path}: unknown key{_nearest(path)}"
-    if error["type"] == "missing":
-        return f"{path}: is required"
-    if error["type"] == "value_error":
-        return f"{path}: {message}" if path else message
-    return f"{path}: {error['input']!r} is not allowed; {message[0].lower()}{message[1:]}"
-
-
-def _assign(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r}: write section.key=value")
-    if key not in field_names() and not key.startswith("model.config."):
-        raise ConfigError(f"{key}: unknown key{_nearest(key)}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: {text!r} is not a YAML value") from error
-    *parents, leaf = key.split(".")
-    node = tree
-    for parent in parents:
-        child = node.get(parent)
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"{key}: {parent} is not a section")
-        node = child
-    node[leaf] = value
-
-
-def validate_recipe(tree: Any, origin: str) -> Recipe:
-    """Check a parsed recipe. `origin` names it in messages. Raises ConfigError, a line per wrong field."""
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{origin}: a recipe is a mapping of sections, not {type(tree).__name__}")
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        lines = sorted({_describe(e) for e in error.errors()})
-        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from None
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe, apply `section.key=value` overrides and validate the result."""
-    path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if tree is None:
-        raise ConfigError(f"{path}: the recipe is empty")
-    if isinstance(tree, dict):
-        for override in overrides:
-            _assign(tree, override)
-    return validate_recipe(tree, str(path))
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The fully resolved recipe as YAML; `load_recipe` of it gives the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

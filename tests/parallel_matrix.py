@@ -19,7 +19,8 @@ import torch
 from conftest import partitioned, tiny_recipe
 from oracle import train_one_process
 
-from rim_dist.config import Recipe, validate_recipe
+from rim_dist.config import Recipe
+from rim_dist.recipe import validate_recipe
 
 STEPS = 8
 BATCH = 12

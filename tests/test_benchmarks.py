@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ranks import ROOT
 
-from rim_dist.config import validate_recipe
+from rim_dist.recipe import validate_recipe
 
 
 def test_recipes_of_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,23 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
+def test_formats_of_checkpoints(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 3)
+    path = checkpoint / "state.json"
+    tree, state = json.loads(path.read_text()), store.read_state(checkpoint)
+    assert tree.pop("format") == store.FORMAT
+    path.write_text(json.dumps(tree))  # as it was written before checkpoints had a format
+    assert store.read_state(checkpoint) == state
+    path.write_text(json.dumps({**tree, "format": store.FORMAT + 1, "unheard_of": 1}))
+    with pytest.raises(
+        CheckpointError, match=f"format {store.FORMAT + 1} is of a newer rim_dist; .* up to format {store.FORMAT}"
+    ):
+        store.read_state(checkpoint)
+    path.write_text("[]")
+    with pytest.raises(CheckpointError, match="not a training state"):
+        store.read_state(checkpoint)
+
+
 @pytest.mark.parametrize(
     ("harm", "says"),
     [

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import write_recipe
 from ranks import ROOT
 
 from rim_dist.cli import main
-from rim_dist.config import dump_recipe, load_recipe, validate_recipe
 from rim_dist.errors import ConfigError
 from rim_dist.parallel.zero import OWNED_KEYS, compose, shipped_config
+from rim_dist.recipe import FORMAT, dump_recipe, load_recipe, validate_recipe
+from rim_dist.training.folder import check_run_folder
 
 Make = Callable[..., Path]
 
@@ -108,6 +111,33 @@ def test_baselines_need_no_blocks(recipe_file: Make) -> None:
 def test_streams_have_no_epochs(recipe_file: Make) -> None:
     with pytest.raises(ConfigError, match="a stream has no known length"):
         load_recipe(recipe_file(data={"source": "jsonl", "path": "x", "streaming": True}, curriculum={"stage1": {"epochs": 1}}))
+
+
+def test_formats_of_written_recipes(recipe_file: Make, tmp_path: Path) -> None:
+    """What rim_dist wrote before recipes had a format is read as it was meant; what a newer one wrote is refused."""
+    recipe = load_recipe(recipe_file())
+    tree = yaml.safe_load(dump_recipe(recipe))
+    assert tree["format"] == FORMAT
+    assert validate_recipe(tree, "now", written=True) == recipe
+    del tree["format"], tree["data"]["synthetic"]["step_text"]
+    assert validate_recipe(tree, "a user's") == recipe
+    assert validate_recipe(tree, "old", written=True).data.synthetic.step_text == "room"
+    other = {**tree, "data": {"source": "gsm8k", "path": "x"}}
+    assert validate_recipe(other, "old", written=True) == validate_recipe(other, "a user's")
+    for version, message in (
+        (FORMAT + 1, f"new: format: {FORMAT + 1} is of a newer rim_dist; this one reads recipes up to format {FORMAT}; update"),
+        (0, "new: format: 0 is not allowed; allowed: 1 to"),
+        (True, "new: format: True is not allowed"),
+        ("x", "new: format: 'x' is not allowed"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            validate_recipe({**tree, "format": version}, "new")
+    # A run of the old task in the folder is not gone on with silently.
+    folder = tmp_path / "runs" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"data\.synthetic\.step_text: 'room' there, 'equation' here"):
+        check_run_folder(recipe)
 
 
 def test_shipped_recipes_are_valid() -> None:

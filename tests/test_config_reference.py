@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import config_reference
-from rim_dist.config import field_names
+from rim_dist.recipe import field_names
 
 
 def test_page_is_current() -> None:

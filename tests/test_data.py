@@ -12,13 +12,14 @@ from conftest import FIXTURE_ROWS
 from forked import PROCESSES
 
 from rim_dist.cli import main
-from rim_dist.config import ColumnsSection, load_recipe
+from rim_dist.config import ColumnsSection
 from rim_dist.data.loader import BatchLoader, plan_stages
 from rim_dist.data.prepared import PreparedData, StreamedData, prepare
 from rim_dist.data.sources import BadSample, Sample, answer_text, read_file, read_source, recognise
 from rim_dist.data.synthetic import SyntheticTask, house_map, walk
 from rim_dist.errors import DataError
 from rim_dist.model import Foundation, lay_foundation
+from rim_dist.recipe import load_recipe
 
 Make = Callable[..., Path]
 

@@ -13,11 +13,11 @@ import torch
 from conftest import TINY_MODEL
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from rim_dist.config import load_recipe
 from rim_dist.data.loader import BatchLoader, plan_stages
 from rim_dist.model import build_model
 from rim_dist.parallel.launch import Process, join, leave
 from rim_dist.parallel.zero import compose, keep_no_gathered_weights
+from rim_dist.recipe import load_recipe
 from rim_dist.training.engine import Engine, restricted_loading
 from rim_dist.training.trainer import prepare_run
 

@@ -28,9 +28,9 @@ from rim_dist.checkpoint.hf_export import load_module
 from rim_dist.checkpoint.store import find_checkpoint
 from rim_dist.checkpoint.tensors import read_folder_index
 from rim_dist.cli import main
-from rim_dist.config import load_recipe
 from rim_dist.errors import CheckpointError
 from rim_dist.memory import prompt_ids
+from rim_dist.recipe import load_recipe
 
 FULL = [f"full{z}" for z in range(4)] + ["bf16-full0", "bf16-full1", "bf16-full3", "gpt2-full3"]
 LORA = [f"lora{z}" for z in range(4)] + ["bf16-lora3", "gpt2-lora3"]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config, LlamaConfig
 
-from rim_dist.config import load_recipe
 from rim_dist.errors import ConfigError
 from rim_dist.parallel.degrees import check_tensor_degree, choose_mode, fit_degrees
 from rim_dist.parallel.mesh import Coordinates, Degrees, Mesh, describe, groups_of
+from rim_dist.recipe import load_recipe
 
 Make = Callable[..., Path]
 MESHES = [Degrees(*d) for d in ((1, 1, 1), (2, 1, 1), (1, 3, 2), (2, 2, 2), (4, 3, 5), (8, 1, 16))]

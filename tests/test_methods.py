@@ -19,7 +19,6 @@ from test_objective import ANSWER, EOS, QUESTION_IDS, SAMPLE, STEPS, recipe_of
 import rim_dist.methods
 from rim_dist.attention.registration import use_plain_attention, use_rim_attention
 from rim_dist.cli import main
-from rim_dist.config import load_recipe
 from rim_dist.data.encoding import EncodedSample
 from rim_dist.data.loader import BatchLoader, plan_stages
 from rim_dist.data.rows import Readout, Row, pack
@@ -31,6 +30,7 @@ from rim_dist.evaluation.thinking import think_before_answers
 from rim_dist.methods import method_names, method_of
 from rim_dist.methods.base import Moment
 from rim_dist.objective.forward import install_readout_loss, run_batch
+from rim_dist.recipe import load_recipe
 from rim_dist.training.metrics import read_metrics
 from rim_dist.training.trainer import prepare_run
 

@@ -16,7 +16,7 @@ from ranks import run
 from rim_dist.checkpoint.hf_export import export_checkpoint
 from rim_dist.checkpoint.store import complete_checkpoints, find_checkpoint, folder_of
 from rim_dist.cli import main
-from rim_dist.config import load_recipe
+from rim_dist.recipe import load_recipe
 from rim_dist.training.metrics import read_metrics
 
 # Four key heads, so that TP2 x SP2 has enough of them.

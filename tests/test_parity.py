@@ -9,7 +9,8 @@ from conftest import TINY_MODEL, partitioned, tiny_recipe, write_recipe
 from oracle import train_one_process
 from ranks import run
 
-from rim_dist.config import STAGE_NAMES, load_recipe
+from rim_dist.config import STAGE_NAMES
+from rim_dist.recipe import load_recipe
 from rim_dist.training.metrics import read_metrics
 
 # A model like the demo's (recipes/demo-base.yaml), of fewer layers, on the demo's task.

@@ -22,7 +22,7 @@ from ranks import ROOT, environment
 
 from rim_dist.attention.registration import use_rim_attention
 from rim_dist.cli import main
-from rim_dist.config import LoraSection, load_recipe
+from rim_dist.config import LoraSection
 from rim_dist.data.rows import Readout, Row, pack
 from rim_dist.errors import ConfigError
 from rim_dist.objective.forward import install_readout_loss, run_batch
@@ -33,6 +33,7 @@ from rim_dist.planning.links import INTERCONNECTS
 from rim_dist.planning.memory import Buckets, Setup, estimate, layer_activations
 from rim_dist.planning.shape import FAMILIES, ModelShape, known_models, model_shape, read_shape
 from rim_dist.planning.workload import Workload
+from rim_dist.recipe import load_recipe
 
 Make = Callable[..., Path]
 GIB = 2**30

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import reproduce  # noqa: E402
 
-from rim_dist.config import load_recipe  # noqa: E402
+from rim_dist.recipe import load_recipe  # noqa: E402
 
 LAUNCH = [sys.executable, "tests/workers/pretend_train.py"]
 METHODS = ("rim", "direct", "stage2")

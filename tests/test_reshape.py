@@ -19,7 +19,7 @@ from rim_dist.checkpoint.contents import read_contents
 from rim_dist.checkpoint.store import find_checkpoint, folder_of, read_state
 from rim_dist.checkpoint.tensors import read_tensor
 from rim_dist.cli import main
-from rim_dist.config import load_recipe
+from rim_dist.recipe import load_recipe
 from rim_dist.training.metrics import read_metrics
 
 SAVED = 4

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import robustness  # noqa: E402
 from reproduce import Plan, run_all  # noqa: E402
 
-from rim_dist.config import load_recipe  # noqa: E402
+from rim_dist.recipe import load_recipe  # noqa: E402
 
 LAUNCH = [sys.executable, "tests/workers/pretend_train.py"]
 STARTS = [robustness.Start(seed, capability) for seed in (4, 5) for capability in robustness.CAPABILITIES]

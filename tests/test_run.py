@@ -17,9 +17,9 @@ from safetensors.torch import load_file, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rim_dist.cli import main
-from rim_dist.config import load_recipe
 from rim_dist.data.synthetic import SyntheticTask
 from rim_dist.evaluation.opened import open_export
+from rim_dist.recipe import load_recipe
 from rim_dist.training.metrics import read_metrics
 
 Make = Callable[..., Path]

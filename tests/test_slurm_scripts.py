@@ -23,10 +23,10 @@ from rim_dist.cluster import nodes, starts
 from rim_dist.cluster.logs import merged
 from rim_dist.cluster.status import describe, job_state, run_status
 from rim_dist.cluster.sweep import best_run, sweep_overrides
-from rim_dist.config import load_recipe
 from rim_dist.errors import ConfigError
 from rim_dist.parallel.degrees import fit_degrees
 from rim_dist.parallel.place import Place, find_place, interface_to, own_cores
+from rim_dist.recipe import load_recipe
 from rim_dist.training.folder import check_run_folder
 
 Make = Callable[..., Path]

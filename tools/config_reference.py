@@ -15,7 +15,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from rim_dist.config import Recipe, Section, nested_section
+from rim_dist.config import Recipe, Section
+from rim_dist.recipe import nested_section
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 

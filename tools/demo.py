@@ -84,7 +84,7 @@ def main() -> int:
     direct = train("demo", names["direct"], "method=direct", *same, background=True)
     finish(train("demo", names["rim"], *same), direct)
 
-    from rim_dist.config import load_recipe
+    from rim_dist.recipe import load_recipe
 
     recipe = load_recipe(ROOT / "recipes" / "demo.yaml")
     ratio = last_line(names["rim"], "train")["operations"] / last_line(names["direct"], "train")["operations"]

@@ -6,9 +6,10 @@ from typing import Any
 
 import rim_dist
 from rim_dist.checkpoint.store import TrainingState
-from rim_dist.config import Recipe, dump_recipe
+from rim_dist.config import Recipe
 from rim_dist.memory import MemoryTokens
 from rim_dist.methods import method_of
+from rim_dist.recipe import dump_recipe, recipe_tree
 
 _LICENCE_NOTE = "The licence of the base model and of the training data applies; this card does not grant one."
 
@@ -34,7 +35,7 @@ def about_export(
         "dtype": dtype,
         "embedding_rows": rows,
         "vocabulary": vocabulary,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe_tree(recipe),
     }
 
 

@@ -21,10 +21,11 @@ from rim_dist.checkpoint.assemble import Workers, index_text, plan_files, write_
 from rim_dist.checkpoint.shards import MOMENTS, ShardIndex
 from rim_dist.checkpoint.store import MODEL, PORTABLE, TrainingState
 from rim_dist.checkpoint.tensors import ModelTensor, StoredTensor, forget_files, read_folder_index, read_safetensors_index
-from rim_dist.config import Recipe, dump_recipe, load_recipe, validate_recipe
+from rim_dist.config import Recipe
 from rim_dist.errors import CheckpointError, ConfigError
 from rim_dist.parallel.degrees import check_tensor_degree, choose_mode, head_counts
 from rim_dist.parallel.mesh import Degrees
+from rim_dist.recipe import dump_recipe, load_recipe, validate_recipe
 
 Names = Literal["module", "model"]
 _SHARD_BYTES = 2 * 10**9
@@ -179,7 +180,7 @@ def recipe_of_export(folder: Path) -> Recipe:
     """The recipe in a RiM export. Raises CheckpointError if the folder is none."""
     try:
         about = json.loads((folder / "rim_dist.json").read_text(encoding="utf-8"))
-        return validate_recipe(about["recipe"], str(folder / "rim_dist.json"))
+        return validate_recipe(about["recipe"], str(folder / "rim_dist.json"), written=True)
     except (OSError, ValueError, KeyError):
         raise CheckpointError(f"{folder}: not a RiM export with its recipe; give one with --recipe") from None
 

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from rim_dist.checkpoint import retention, store
 from rim_dist.checkpoint.snapshot import Snapshotter, size_bytes, write_files
 from rim_dist.checkpoint.store import Part, TrainingState
-from rim_dist.config import Recipe, dump_recipe
+from rim_dist.config import Recipe
 from rim_dist.errors import TrainingError
 from rim_dist.parallel.launch import Process
+from rim_dist.recipe import dump_recipe
 
 _SAVES = "saves.jsonl"
 _SMALL_FILES_BYTES = 1 << 24  # recipe, state, tokenizer (Llama 3's takes 9 MB)

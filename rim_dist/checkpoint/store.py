@@ -5,7 +5,7 @@ checkpoints/step-00000500/
     portable/      whole tensors by name, for any number of ranks (checkpoint/portable.py)
     model/         config, generation config and tokenizer: all an export needs besides the weights
     recipe.yaml    the fully resolved recipe
-    state.json     stage, step, sample position, ranks
+    state.json     format, stage, step, sample position, ranks
     manifest.json  every file with its size and checksum; written last
 checkpoints/latest the name of the newest one
 checkpoints/scores.json, saves.jsonl   metrics of checkpoints (retention.py), and how long each save took (saver.py)
@@ -26,12 +26,14 @@ from typing import Any
 
 import xxhash
 
-from rim_dist.config import Recipe, StageName, load_recipe
+from rim_dist.config import Recipe, StageName
 from rim_dist.errors import CheckpointError
+from rim_dist.recipe import load_recipe
 
 _PREFIX = "step-"
 _PARTIAL = ".partial"
 _PARTS = "parts"
+FORMAT = 1  # of checkpoints; those that do not say are of the first
 ENGINE = "engine"
 MODEL = "model"
 PORTABLE = "portable"
@@ -296,16 +298,23 @@ def require_intact(checkpoint: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> TrainingState:
-    """The training state of a checkpoint. Raises CheckpointError if it cannot be read."""
+    """The training state of a checkpoint. Raises CheckpointError if it cannot be read, or is of a newer format."""
     try:
-        return TrainingState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        tree = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        version = tree.pop("format", 1)
+        if version > FORMAT:
+            raise CheckpointError(
+                f"{checkpoint}: format {version} is of a newer rim_dist; this one reads checkpoints up to format {FORMAT}; "
+                "update it"
+            )
+        return TrainingState(**tree)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{checkpoint / 'state.json'}: not a training state ({error})") from None
 
 
 def read_recipe(checkpoint: Path) -> Recipe:
     """The resolved recipe a checkpoint was trained with."""
-    return load_recipe(checkpoint / "recipe.yaml")
+    return load_recipe(checkpoint / "recipe.yaml", written=True)
 
 
 # ---- writing -------------------------------------------------------------------------------------------------
@@ -368,7 +377,7 @@ def announce(partial: Path, state: TrainingState, recipe_text: str, records: Map
     """
     shutil.rmtree(partial / _PARTS, ignore_errors=True)
     (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
-    (partial / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+    (partial / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(state)}, indent=1), encoding="utf-8")
     complete = dict(records)
     for file in (p for p in partial.rglob("*") if p.is_file()):
         name = str(file.relative_to(partial))

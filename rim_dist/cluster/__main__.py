@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def _recipe(arguments: list[str]) -> Recipe:
     """The recipe that these arguments of `rim-dist train` mean."""
     from rim_dist.cli import build_parser
-    from rim_dist.config import load_recipe
+    from rim_dist.recipe import load_recipe
 
     given = build_parser().parse_args(["train", *arguments])
     return load_recipe(given.recipe, given.overrides)

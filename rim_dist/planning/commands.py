@@ -94,8 +94,8 @@ def recommended_overrides(recipe: Recipe, gpus: int, gpu_memory: int, gpus_per_n
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from rim_dist.config import load_recipe
     from rim_dist.planning.report import Plan, draw_plan, print_plan
+    from rim_dist.recipe import load_recipe
 
     memory = parse_memory(arguments.gpu_memory)
     recipe = load_recipe(arguments.recipe, arguments.overrides)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from rim_dist.config import Recipe, load_recipe
+from rim_dist.config import Recipe
 from rim_dist.errors import ConfigError
+from rim_dist.recipe import load_recipe
 
 # Fields that may change between two starts of the same run: they do not change what is trained.
 _FREE_FIELDS = (
@@ -40,7 +41,8 @@ def check_run_folder(recipe: Recipe) -> None:
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
         raise ConfigError(f"run.output_dir: {ancestor} is not a writable folder")
     if (folder / "recipe.yaml").is_file():
-        differences = _difference(load_recipe(folder / "recipe.yaml").model_dump(mode="json"), recipe.model_dump(mode="json"))
+        there = load_recipe(folder / "recipe.yaml", written=True)
+        differences = _difference(there.model_dump(mode="json"), recipe.model_dump(mode="json"))
         if differences and all(line.startswith(_DEGREES) for line in differences):
             degrees = f"--tensor {recipe.parallel.tensor} --sequence {recipe.parallel.sequence} --data N"
             raise ConfigError(

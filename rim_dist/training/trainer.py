@@ -23,7 +23,7 @@ from rim_dist.checkpoint.retention import note_scores
 from rim_dist.checkpoint.saver import CheckpointSaver
 from rim_dist.checkpoint.store import TrainingState
 from rim_dist.checkpoint.tensors import DTYPES
-from rim_dist.config import Recipe, StageName, dump_recipe
+from rim_dist.config import Recipe, StageName
 from rim_dist.data.encoding import EncodedSample
 from rim_dist.data.loader import BatchLoader, RankShare, StagePlan, plan_stages
 from rim_dist.data.prepared import SampleStream, StreamedData, prepare
@@ -42,6 +42,7 @@ from rim_dist.parallel.launch import Process
 from rim_dist.parallel.mesh import describe, make_mesh
 from rim_dist.parallel.preflight import Preflight
 from rim_dist.parallel.zero import compose, partitioner
+from rim_dist.recipe import dump_recipe
 from rim_dist.training.engine import Engine
 from rim_dist.training.folder import check_run_folder
 from rim_dist.training.grounding import GroundingWatch, near_guessing, not_learned

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from rim_dist.checkpoint import store
 from rim_dist.checkpoint.snapshot import write_files
 from rim_dist.checkpoint.tensors import DTYPES
-from rim_dist.config import dump_recipe, load_recipe
 from rim_dist.model import build_model
 from rim_dist.parallel.degrees import fit_degrees
 from rim_dist.parallel.launch import Process, join, leave
 from rim_dist.parallel.mesh import make_mesh
 from rim_dist.parallel.zero import compose, partitioner
+from rim_dist.recipe import dump_recipe, load_recipe
 from rim_dist.training.engine import Engine
 from rim_dist.training.trainer import Trainer, prepare_run
 from rim_dist.unwrap import bare_model

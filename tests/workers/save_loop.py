@@ -21,9 +21,10 @@ import torch.distributed as dist
 from rim_dist.checkpoint import store
 from rim_dist.checkpoint.resume import agree_on_checkpoint
 from rim_dist.checkpoint.saver import CheckpointSaver
-from rim_dist.config import Recipe, validate_recipe
+from rim_dist.config import Recipe
 from rim_dist.errors import RimError
 from rim_dist.parallel.launch import Process
+from rim_dist.recipe import validate_recipe
 
 ELEMENTS = 300_000
 

@@ -7,8 +7,8 @@ import sys
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from rim_dist.config import load_recipe
 from rim_dist.parallel.launch import join, leave
+from rim_dist.recipe import load_recipe
 from rim_dist.training.trainer import Trainer, prepare_run
 
 if __name__ == "__main__":

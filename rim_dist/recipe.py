@@ -1,0 +1,178 @@
+"""Reading a recipe: YAML, overrides, validation, messages, and recipes that earlier versions wrote.
+
+A recipe is a YAML file with the sections of `rim_dist.config`; `section.key=value` on the command line overrides a field.
+Validation is pure: it opens no process group and writes no file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from rim_dist.config import Recipe, Section
+from rim_dist.errors import ConfigError
+from rim_dist.methods import method_names, method_of
+
+# Version of the recipes that rim_dist itself writes, into runs, checkpoints and exports (`format`).
+FORMAT = 2
+
+
+def _walks_of_rooms(tree: dict[str, Any]) -> None:
+    """1 -> 2: the steps of the embedded task were rooms."""
+    data = tree.get("data") or {}
+    if data.get("source", "synthetic") == "synthetic":
+        tree["data"] = {**data, "synthetic": {"step_text": "room", **(data.get("synthetic") or {})}}
+
+
+# What makes a written recipe of format N one of format N + 1, for every N below FORMAT.
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {1: _walks_of_rooms}
+
+
+def nested_section(annotation: Any) -> type[Section] | None:
+    """The section class behind a field's annotation (also inside an optional), or None."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for option in typing.get_args(annotation):
+            if (section := nested_section(option)) is not None:
+                return section
+    return None
+
+
+def field_names(section: type[Section] = Recipe, prefix: str = "") -> list[str]:
+    """Dotted names of all fields, sections included."""
+    names = []
+    for name, field in section.model_fields.items():
+        names.append(prefix + name)
+        nested = nested_section(field.annotation)
+        if nested is not None:
+            names.extend(field_names(nested, f"{prefix}{name}."))
+    return names
+
+
+def _nearest(path: str) -> str:
+    """The known field closest to an unknown dotted name: the same section first, then a same-named field elsewhere."""
+    names = field_names()
+    parent, _, leaf = path.rpartition(".")
+    siblings = [n for n in names if n.rpartition(".")[0] == parent]
+    match = difflib.get_close_matches(path, siblings, n=1, cutoff=0.6)
+    if not match:
+        match = [n for n in names if n.rpartition(".")[2] == leaf][:1] or difflib.get_close_matches(
+            path, names, n=1, cutoff=0.4
+        )
+    if match:
+        return f"; did you mean {match[0]}?"
+    return f"; known here: {', '.join(siblings)}" if siblings else ""
+
+
+def _describe(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"] if not str(part).startswith("function-"))
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown key{_nearest(path)}"
+    if error["type"] == "missing":
+        return f"{path}: is required"
+    if error["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: {error['input']!r} is not allowed; {message[0].lower()}{message[1:]}"
+
+
+def _assign(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write section.key=value")
+    if key not in field_names() and not key.startswith("model.config."):
+        raise ConfigError(f"{key}: unknown key{_nearest(key)}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: {text!r} is not a YAML value") from error
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key}: {parent} is not a section")
+        node = child
+    node[leaf] = value
+
+
+def _upgraded(tree: dict[str, Any], origin: str, written: bool) -> dict[str, Any]:
+    """The recipe in today's format, without its version."""
+    tree = dict(tree)
+    version = tree.pop("format", 1 if written else FORMAT)
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ConfigError(f"{origin}: format: {version!r} is not allowed; allowed: 1 to {FORMAT}, or leave it out")
+    if version > FORMAT:
+        raise ConfigError(
+            f"{origin}: format: {version} is of a newer rim_dist; this one reads recipes up to format {FORMAT}; update it"
+        )
+    for old in range(version, FORMAT):
+        _MIGRATIONS[old](tree)
+    return tree
+
+
+def validate_recipe(tree: Any, origin: str, written: bool = False) -> Recipe:
+    """Check a parsed recipe. `origin` names it in messages. Raises ConfigError, a line per wrong field.
+
+    `written`: by rim_dist itself (`dump_recipe`), which did not always say in which format; a user's recipe without
+    `format` is in today's.
+    """
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{origin}: a recipe is a mapping of sections, not {type(tree).__name__}")
+    tree = _upgraded(tree, origin, written)
+    lines = set()
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = {_describe(e) for e in error.errors()}
+    name = tree.get("method", "rim")
+    if isinstance(name, str) and name not in method_names():
+        lines.add(f"method: {name!r} is not allowed; allowed: {', '.join(method_names())}")
+    elif recipe is not None:
+        try:
+            method_of(recipe).check()
+        except ValueError as error:
+            lines.add(str(error))
+    if recipe is None or lines:
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in sorted(lines)))
+    return recipe
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), written: bool = False) -> Recipe:
+    """Read a YAML recipe, apply `section.key=value` overrides and validate the result. `written`: see `validate_recipe`."""
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        raise ConfigError(f"{path}: the recipe is empty")
+    if isinstance(tree, dict):
+        for override in overrides:
+            _assign(tree, override)
+    return validate_recipe(tree, str(path), written)
+
+
+def recipe_tree(recipe: Recipe) -> dict[str, Any]:
+    """The fully resolved recipe as rim_dist writes it, with its format."""
+    return {"format": FORMAT, **recipe.model_dump(mode="json")}
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The fully resolved recipe as YAML; `load_recipe` of it gives the same recipe."""
+    return yaml.safe_dump(recipe_tree(recipe), sort_keys=False, allow_unicode=True)
