@@ -25,8 +25,7 @@ ROOT = Path(__file__).parents[1]
 from lengths import Lengths, load  # noqa: E402
 
 from rim_dist.config import Recipe, StageName  # noqa: E402
-from rim_dist.data.encoding import EncodedSample  # noqa: E402
-from rim_dist.data.rows import Row  # noqa: E402
+from rim_dist.data.samples import EncodedSample, Row  # noqa: E402
 from rim_dist.methods import method_of  # noqa: E402
 from rim_dist.methods.base import Moment  # noqa: E402
 

@@ -52,8 +52,8 @@ def main() -> None:
         recipe = load_recipe(path)
         metrics = [m for m in read_metrics(recipe.folder / "metrics.jsonl") if m["kind"] == "train"]
         first = (recipe.folder / "ds_config.json").stat().st_mtime - started
-        foundation, data = prepare_run(recipe)
-        loader = BatchLoader(recipe, data, foundation.tokens, 0, 1)
+        requirements, data = prepare_run(recipe)
+        loader = BatchLoader(recipe, data, requirements.tokens, 0, 1)
         figures: dict[str, Any] = {"seconds_to_engine": first}
         lines = []
         for plan in plan_stages(recipe, len(data)):

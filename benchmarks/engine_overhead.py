@@ -26,9 +26,10 @@ import torch
 import torch.distributed as dist
 from common import ROOT, SMOLLM2_135M, publish, real_rows, table
 
+from rim_dist.checkpoint.start import model_of, requirements_of
 from rim_dist.config import Recipe
 from rim_dist.data.rows import Batch, pack
-from rim_dist.model import Foundation, build_model, lay_foundation
+from rim_dist.model.requirements import Requirements
 from rim_dist.objective.forward import run_batch
 from rim_dist.recipe import validate_recipe
 
@@ -52,27 +53,27 @@ def recipe_of(folder: str, zero: int, quick: bool) -> Recipe:
     )
 
 
-def rank_batch(foundation: Foundation, rank: int, ranks: int) -> tuple[Batch, float]:
+def rank_batch(requirements: Requirements, rank: int, ranks: int) -> tuple[Batch, float]:
     """A rank's rows and the weight of the whole step."""
-    block = foundation.tokens.block
+    block = requirements.tokens.block
     rows = real_rows(64, "stage2", 8, len(block), 128, seed=1)
     while sum(map(len, rows[:-ranks])) >= TOKENS:
         rows = rows[:-ranks]
     return pack(rows[rank::ranks], block), sum(row.total_weight for row in rows)
 
 
-def engine_step(recipe: Recipe, foundation: Foundation, process: Any) -> Step:
+def engine_step(recipe: Recipe, requirements: Requirements, process: Any) -> Step:
     from rim_dist.parallel.degrees import fit_degrees
     from rim_dist.parallel.mesh import make_mesh
     from rim_dist.parallel.zero import compose, partitioner
     from rim_dist.training.engine import Engine
 
     mesh = make_mesh(fit_degrees(recipe, process.ranks), process.rank, "cpu")
-    ds_config = compose(recipe, foundation.hidden_size)
-    model = build_model(recipe, foundation, None, mesh, partitioner(ds_config, mesh, torch.float32))
+    ds_config = compose(recipe, requirements.hidden_size)
+    model = model_of(recipe, requirements, None, mesh, partitioner(ds_config, mesh, torch.float32))
     engine = Engine(recipe, model, ds_config, process, mesh)
     engine.begin_stage(0.0)
-    batch, weight = rank_batch(foundation, process.rank, process.ranks)
+    batch, weight = rank_batch(requirements, process.rank, process.ranks)
 
     def step() -> float:
         loss = engine.forward_backward(batch, 1.0 / weight, last=True).weighted_sum
@@ -82,14 +83,14 @@ def engine_step(recipe: Recipe, foundation: Foundation, process: Any) -> Step:
     return step
 
 
-def plain_step(recipe: Recipe, foundation: Foundation, process: Any, fsdp: bool) -> Step:
+def plain_step(recipe: Recipe, requirements: Requirements, process: Any, fsdp: bool) -> Step:
     """The loop a user writes: FSDP2 with a group a layer, or one model on one rank."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     from rim_dist.training.engine import build_optimizer
 
-    model = build_model(recipe, foundation)
+    model = model_of(recipe, requirements)
     if fsdp:
         mesh = init_device_mesh("cpu", (process.ranks,))
         for layer in model.model.layers:
@@ -98,7 +99,7 @@ def plain_step(recipe: Recipe, foundation: Foundation, process: Any, fsdp: bool)
     optimizer = build_optimizer(model, recipe.optimizer, offload=False)
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
-    batch, weight = rank_batch(foundation, process.rank, process.ranks)
+    batch, weight = rank_batch(requirements, process.rank, process.ranks)
     factor = process.ranks / weight  # FSDP averages over ranks
 
     def step() -> float:
@@ -139,14 +140,14 @@ def on_a_rank(kind: str, zero: int, rounds: int, quick: bool) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(folder, zero, quick)
-        foundation = lay_foundation(recipe)
+        requirements = requirements_of(recipe)
     process = join(600)
     candidates = {
-        kind: plain_step(recipe, foundation, process, fsdp=kind == "fsdp"),
-        "engine": engine_step(recipe, foundation, process),
+        kind: plain_step(recipe, requirements, process, fsdp=kind == "fsdp"),
+        "engine": engine_step(recipe, requirements, process),
     }
     seconds = in_turns(candidates, rounds)
-    tokens = torch.tensor(rank_batch(foundation, process.rank, process.ranks)[0].tokens)
+    tokens = torch.tensor(rank_batch(requirements, process.rank, process.ranks)[0].tokens)
     dist.all_reduce(tokens)
     threads = torch.get_num_threads()
     leave()

@@ -57,9 +57,10 @@ def make_checkpoint(run: Path, size: str) -> Path:
     from rim_dist.checkpoint import store
     from rim_dist.checkpoint.snapshot import write_files
     from rim_dist.data.synthetic import synthetic_tokenizer
-    from rim_dist.evaluation.generation import generation_config
-    from rim_dist.memory import add_memory_tokens, set_chat_template
+    from rim_dist.files import FileRecord
+    from rim_dist.model.generation import generation_config
     from rim_dist.recipe import dump_recipe, validate_recipe
+    from rim_dist.tokens import add_memory_tokens, set_chat_template
 
     config = {"model_type": "llama", "tie_word_embeddings": True, "max_position_embeddings": 2048, **SIZES[size]}
     recipe = validate_recipe(
@@ -76,7 +77,7 @@ def make_checkpoint(run: Path, size: str) -> Path:
     shapes = OrderedDict((name, p.shape) for name, p in model.named_parameters())
     share = sum(-(-math.prod(shape) // RANKS) for shape in shapes.values())
     partial = store.start_writing(run / "checkpoints", 1)
-    records: dict[str, store.FileRecord] = {}
+    records: dict[str, FileRecord] = {}
     for rank in range(RANKS):
         generator = torch.Generator().manual_seed(rank)
         flats = [torch.empty(share).uniform_(-0.05, 0.05, generator=generator) for _ in range(3)]

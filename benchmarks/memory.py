@@ -22,7 +22,7 @@ import torch
 from common import VOCABULARIES, block_ids, llama, publish, real_rows, table
 from step_time import SAMPLES, PaddedRows, padded_step, rim_step
 
-from rim_dist.data.rows import Readout, Row
+from rim_dist.data.samples import Readout, Row
 from rim_dist.objective.forward import install_readout_loss
 
 GROWTH = [(4, 1024), (8, 1024), (16, 1024), (32, 1024), (64, 1024)]

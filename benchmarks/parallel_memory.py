@@ -38,7 +38,8 @@ from planner import Allocator
 
 from rim_dist.attention.registration import use_rim_attention
 from rim_dist.config import Recipe
-from rim_dist.data.rows import Batch, Readout, Row, pack
+from rim_dist.data.rows import Batch, pack
+from rim_dist.data.samples import Readout, Row
 from rim_dist.objective.forward import install_readout_loss, run_batch
 from rim_dist.parallel.zero import shipped_config
 from rim_dist.recipe import validate_recipe
@@ -189,24 +190,24 @@ def sharded(tensor: int, folder: Path, config: str) -> dict[str, float]:
 
 
 def run_sharded(recipe: Recipe, process: Any) -> dict[str, float]:
-    from rim_dist.model import build_model, lay_foundation
+    from rim_dist.checkpoint.start import model_of, requirements_of
     from rim_dist.parallel.degrees import fit_degrees
     from rim_dist.parallel.mesh import make_mesh
     from rim_dist.parallel.tensor import whole_shape
     from rim_dist.parallel.zero import compose, partitioner
     from rim_dist.training.engine import Engine
 
-    foundation = lay_foundation(recipe)
+    requirements = requirements_of(recipe)
     mesh = make_mesh(fit_degrees(recipe, process.ranks), process.rank, "cpu")
-    ds_config = compose(recipe, foundation.hidden_size)
+    ds_config = compose(recipe, requirements.hidden_size)
     none = live_bytes()
     dist.barrier()
     peak = Peak()
-    model = build_model(recipe, foundation, None, mesh, partitioner(ds_config, mesh, torch.float32))
+    model = model_of(recipe, requirements, None, mesh, partitioner(ds_config, mesh, torch.float32))
     built_peak, built = peak(), live_bytes() - none
-    engine = Engine(recipe, model, ds_config, process, mesh, foundation.sequence_mode)
+    engine = Engine(recipe, model, ds_config, process, mesh, requirements.sequence_mode)
     engine.begin_stage(0.0)
-    ids = foundation.tokens.block
+    ids = requirements.tokens.block
     row = Row([0], 1, len(ids), (Readout(1, [1], 1.0),))  # the shortest there is: the limit has no room for activations
     for _ in range(3):  # ZeRO-3 prefetches from the second one on
         engine.forward_backward(engine.own_part(pack([row], ids)), 1.0, True)

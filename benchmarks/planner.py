@@ -202,12 +202,15 @@ def measure_here(case: Case, process: Any) -> dict[str, int]:
     from transformers import AutoConfig
 
     from rim_dist.attention.choice import PathChoice
-    from rim_dist.data.rows import Readout, Row, pack
-    from rim_dist.memory import MemoryTokens
-    from rim_dist.model import DTYPES, Foundation, build_model
+    from rim_dist.checkpoint.start import model_of
+    from rim_dist.data.rows import pack
+    from rim_dist.data.samples import Readout, Row
+    from rim_dist.model.build import DTYPES
+    from rim_dist.model.requirements import Requirements
     from rim_dist.parallel.degrees import fit_degrees
     from rim_dist.parallel.mesh import make_mesh
     from rim_dist.parallel.zero import partitioner
+    from rim_dist.tokens import MemoryTokens
     from rim_dist.training.engine import Engine
 
     recipe, load = recipe_of(case), case.load
@@ -219,10 +222,10 @@ def measure_here(case: Case, process: Any) -> dict[str, int]:
         tokens = MemoryTokens(size - 3, size - 2, size - 1, load.memory, ())
         mode = setup_of(case).sequence_mode
         path = PathChoice(case.attention, "")  # type: ignore[arg-type]
-        foundation = Foundation(None, tokens, config, None, None, path, mode)  # type: ignore[arg-type]
+        requirements = Requirements(None, tokens, config, None, None, path, mode)  # type: ignore[arg-type]
         mesh = make_mesh(fit_degrees(recipe, process.ranks), process.rank, "cpu")
         ds_config = ds_config_of(case)
-        model = build_model(recipe, foundation, None, mesh, partitioner(ds_config, mesh, DTYPES[recipe.model.dtype]))
+        model = model_of(recipe, requirements, None, mesh, partitioner(ds_config, mesh, DTYPES[recipe.model.dtype]))
         engine = Engine(recipe, model, ds_config, process, mesh, mode)
         engine.begin_stage(0.0)
 

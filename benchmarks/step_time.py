@@ -24,7 +24,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from rim_dist.attention.dense import dense_mask
 from rim_dist.attention.registration import use_plain_attention, use_rim_attention
-from rim_dist.data.rows import Row, pack
+from rim_dist.data.rows import pack
+from rim_dist.data.samples import Row
 from rim_dist.objective.forward import install_readout_loss, run_batch
 
 SAMPLES = 16

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from common import VOCABULARIES, block_ids, llama, publish, side_by_side, table
 
-from rim_dist.evaluation.generation import Decoding, generate_ids
 from rim_dist.evaluation.readouts import readout_ids
+from rim_dist.model.generation import Decoding, generate_ids
 
 QUESTION, BLOCKS, THOUGHT, ANSWER = 80, 8, 37, 5
 

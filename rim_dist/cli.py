@@ -18,6 +18,7 @@ from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, ConfigError,
 from rim_dist.evaluation.commands import add_evaluation_commands
 from rim_dist.messages import say
 from rim_dist.planning.commands import add_plan_command
+from rim_dist.report.commands import add_report_command
 
 if TYPE_CHECKING:
     from rim_dist.parallel.rollcall import RollCall
@@ -109,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = convert.add_subparsers(dest="verb", required=True, metavar="VERB")
     add_verbs(lambda *given: command(*given, under=verbs))
     add_evaluation_commands(command)
+    add_report_command(command)
     add_cluster_commands(command, recipe_arguments)
     add_plan_command(command, recipe_arguments)
     return parser
@@ -132,28 +134,28 @@ def _train(arguments: argparse.Namespace) -> int:
         if _is_first():
             say(f"{recipe.folder}: finished after {state.step} steps ({state.samples} samples); nothing to do")
         return EXIT_DONE
-    foundation, data = prepare_run(recipe)
+    requirements, data = prepare_run(recipe)
     process = join(recipe.parallel.timeout_seconds)
-    Trainer(recipe, process, foundation, data).run(arguments.until)
+    Trainer(recipe, process, requirements, data).run(arguments.until)
     leave()
     return EXIT_DONE
 
 
 def _prefetch(arguments: argparse.Namespace) -> int:
-    from rim_dist.model import fetch_weights
+    from rim_dist.model.requirements import fetch_weights
     from rim_dist.recipe import load_recipe
     from rim_dist.training.trainer import prepare_run
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    foundation, data = prepare_run(recipe)
-    fetch_weights(recipe, foundation)
-    print(f"model: {foundation.source or 'from scratch'}; data: {data.report.used} of {data.report.rows} rows")
+    requirements, data = prepare_run(recipe)
+    fetch_weights(recipe, requirements)
+    print(f"model: {requirements.source or 'from scratch'}; data: {data.report.used} of {data.report.rows} rows")
     return EXIT_DONE
 
 
 def _data(arguments: argparse.Namespace) -> int:
-    from rim_dist.data.show import show_data
     from rim_dist.recipe import load_recipe
+    from rim_dist.training.show import show_data
 
     if arguments.show < 0:
         raise ConfigError(f"--show: {arguments.show} is not allowed; allowed: 0 or more")

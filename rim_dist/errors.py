@@ -50,3 +50,8 @@ class PeerLost(RimError):
     """Another rank went away in the middle of a collective; starting again continues the run."""
 
     exit_status = EXIT_TRY_AGAIN
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error of a library says; its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

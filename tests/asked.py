@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rim_dist.config import MemorySection
 from rim_dist.data.synthetic import synthetic_tokenizer
-from rim_dist.memory import add_memory_tokens, set_chat_template
+from rim_dist.tokens import add_memory_tokens, set_chat_template
 
 BLOCKS = 3
 

@@ -16,10 +16,11 @@ import torch
 import transformers
 from oracle import unrolled_loss
 
-from rim_dist.attention.probe import probe_family
 from rim_dist.attention.registration import use_plain_attention, use_rim_attention
-from rim_dist.data.rows import Batch, Readout, Row, pack
+from rim_dist.data.rows import Batch, pack
+from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ModelError
+from rim_dist.model.proof import probe_family
 from rim_dist.objective.forward import install_readout_loss, run_batch
 
 NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}

@@ -23,7 +23,7 @@ PROCESSES.set_forkserver_preload(
     [
         "rim_dist.training.trainer",
         "rim_dist.training.engine",
-        "rim_dist.parallel.preflight",
+        "rim_dist.training.preflight",
         "deepspeed.runtime.zero.muon.muon_optimizer",  # every engine imports it, and with it torch's compiler
         "transformers.models.llama.modeling_llama",
         "matplotlib.backends.backend_agg",

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from rim_dist.attention.registration import use_plain_attention
 from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT
+from rim_dist.checkpoint.start import model_of
 from rim_dist.config import Recipe
 from rim_dist.data.loader import BatchLoader, plan_stages
-from rim_dist.data.rows import Readout, Row
-from rim_dist.model import bare_model, build_model, set_dropout
+from rim_dist.data.samples import Readout, Row
+from rim_dist.model.build import bare_model, set_dropout
 from rim_dist.training.schedule import learning_rate
 from rim_dist.training.trainer import prepare_run
 
@@ -105,12 +106,12 @@ def train_one_process(recipe: Recipe, trace: dict[str, Any] | None = None) -> li
     `trace` takes the first step's `gradients` and the last `weights` of what is trained, by name.
     """
     trace = {} if trace is None else trace
-    foundation, data = prepare_run(recipe)
-    model = build_model(recipe, foundation)
+    requirements, data = prepare_run(recipe)
+    model = model_of(recipe, requirements)
     use_plain_attention(bare_model(model))
     set_dropout(model, 0.0)
     trained = [p for p in model.parameters() if p.requires_grad]
-    block = foundation.tokens.block
+    block = requirements.tokens.block
 
     def new_optimizer() -> torch.optim.AdamW:
         section = recipe.optimizer
@@ -120,7 +121,7 @@ def train_one_process(recipe: Recipe, trace: dict[str, Any] | None = None) -> li
     for plan in plan_stages(recipe, len(data)):
         section = recipe.curriculum.stage(plan.name)
         optimizer = new_optimizer()
-        loader = BatchLoader(recipe, data, foundation.tokens, 0, 1)
+        loader = BatchLoader(recipe, data, requirements.tokens, 0, 1)
         for step in range(plan.steps):
             if step and loader.part(plan, step) != loader.part(plan, step - 1):
                 optimizer = new_optimizer()

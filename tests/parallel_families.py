@@ -24,7 +24,8 @@ from parallel_matrix import LAYOUTS, TOLERANCE, Layout
 
 from rim_dist.attention.registration import use_rim_attention
 from rim_dist.attention.visibility import READOUT
-from rim_dist.data.rows import Batch, Readout, Row, Targets, pack
+from rim_dist.data.rows import Batch, Targets, pack
+from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ModelError
 from rim_dist.objective import loss as loss_module
 from rim_dist.objective.forward import install_readout_loss, run_batch

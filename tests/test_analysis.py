@@ -15,11 +15,11 @@ from rim_dist.config import ColumnsSection
 from rim_dist.evaluation.analysis import spaced
 from rim_dist.evaluation.attention_shares import attention_shares
 from rim_dist.evaluation.evaluate import evaluation_samples
-from rim_dist.evaluation.generation import Decoding, answer_texts, generate_ids
 from rim_dist.evaluation.opened import ExportedModel, open_export
 from rim_dist.evaluation.patching import exchange_blocks, exchanged_answers
 from rim_dist.evaluation.pca import principal_components, variance_shares
-from rim_dist.memory import prompt_ids
+from rim_dist.model.generation import Decoding, answer_texts, generate_ids
+from rim_dist.tokens import prompt_ids
 
 SIZE = 4
 

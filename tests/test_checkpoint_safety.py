@@ -25,6 +25,7 @@ from rim_dist.checkpoint.snapshot import Snapshotter
 from rim_dist.config import CheckpointSection
 from rim_dist.data.synthetic import synthetic_tokenizer
 from rim_dist.errors import CheckpointError
+from rim_dist.files import ChecksumWriter, damage_of, os_errors
 from rim_dist.parallel.launch import Process
 
 ALONE = Process(0, 1, 0, "cpu")
@@ -35,7 +36,7 @@ def make(checkpoints: Path, step: int, stage: str = "stage2", **scores: float) -
     """A complete checkpoint of two files."""
     partial = store.start_writing(checkpoints, step)
     (partial / "engine").mkdir()
-    writer = store.ChecksumWriter(partial / "engine" / "shard.pt")
+    writer = ChecksumWriter(partial / "engine" / "shard.pt")
     writer.write(bytes([step % 256]) * 5000)
     records = {"engine/shard.pt": writer.close()}
     state = store.TrainingState(stage, step, step, step, 0.0, 1)  # type: ignore[arg-type]
@@ -207,9 +208,9 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
 def test_what_a_tokenizer_cannot_write_is_an_error_of_the_disk(tmp_path: Path) -> None:
     """Its Rust writer raises a plain Exception; on the first rank alone that would leave the others waiting."""
     backend = synthetic_tokenizer().backend_tokenizer
-    with pytest.raises(OSError, match="No such file or directory"), store.os_errors(tmp_path):
+    with pytest.raises(OSError, match="No such file or directory"), os_errors(tmp_path):
         backend.save(str(tmp_path / "none" / "tokenizer.json"))
-    with pytest.raises(ValueError, match="a bug"), store.os_errors(tmp_path):
+    with pytest.raises(ValueError, match="a bug"), os_errors(tmp_path):
         raise ValueError("a bug")
 
 
@@ -247,7 +248,7 @@ def test_background_saves_change_nothing(tmp_path: Path, zero: int) -> None:
     assert [read_saves(f)[0]["background"] for f in folders] == [False, True]
     assert [[line["step"] for line in read_saves(f)] for f in folders] == [list(range(1, 9))] * 2
     for front, background in zip(*map(store.complete_checkpoints, folders), strict=True):
-        assert not store.damage(background, checksums=True)
+        assert not damage_of(background, checksums=True)
         assert store.read_state(front) == store.read_state(background)
         same_state(read_contents(front), read_contents(background))
 

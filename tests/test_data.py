@@ -11,6 +11,7 @@ import pytest
 from conftest import FIXTURE_ROWS
 from forked import PROCESSES
 
+from rim_dist.checkpoint.start import requirements_of
 from rim_dist.cli import main
 from rim_dist.config import ColumnsSection
 from rim_dist.data.loader import BatchLoader, plan_stages
@@ -18,16 +19,16 @@ from rim_dist.data.prepared import PreparedData, StreamedData, prepare
 from rim_dist.data.sources import BadSample, Sample, answer_text, read_file, read_source, recognise
 from rim_dist.data.synthetic import SyntheticTask, house_map, walk
 from rim_dist.errors import DataError
-from rim_dist.model import Foundation, lay_foundation
+from rim_dist.model.requirements import Requirements
 from rim_dist.recipe import load_recipe
 
 Make = Callable[..., Path]
 
 
-def open_prepared(path: Path, folder: Path) -> tuple[PreparedData, Foundation]:
+def open_prepared(path: Path, folder: Path) -> tuple[PreparedData, Requirements]:
     recipe = load_recipe(path)
-    foundation = lay_foundation(recipe)
-    return prepare(recipe, foundation.tokenizer, foundation.tokens, foundation.positions, folder), foundation
+    requirements = requirements_of(recipe)
+    return prepare(recipe, requirements.tokenizer, requirements.tokens, requirements.positions, folder), requirements
 
 
 def rows_of(tmp_path: Path, name: str, text: str | bytes, file_format: str) -> list[Sample | BadSample]:
@@ -206,16 +207,16 @@ def test_too_long_too_many_steps_and_memory_text(recipe_file: Make, tmp_path: Pa
 
 
 def test_prepared_data_is_what_was_encoded(recipe_file: Make, tmp_path: Path) -> None:
-    prepared, foundation = open_prepared(recipe_file(), tmp_path / "c")
+    prepared, requirements = open_prepared(recipe_file(), tmp_path / "c")
     problems = list(SyntheticTask(1, 4).training(200, 0))
     assert len(prepared) == 200
     for i in (0, 7, 199):
         sample = prepared[i]
-        decoded = foundation.tokenizer.decode(sample.question, skip_special_tokens=True)
+        decoded = requirements.tokenizer.decode(sample.question, skip_special_tokens=True)
         assert decoded == problems[i].question
-        steps = [foundation.tokenizer.decode(s, skip_special_tokens=True) for s in sample.steps]
+        steps = [requirements.tokenizer.decode(s, skip_special_tokens=True) for s in sample.steps]
         assert tuple(steps) == problems[i].steps
-        assert sample.answer[-1] == foundation.tokenizer.eos_token_id
+        assert sample.answer[-1] == requirements.tokenizer.eos_token_id
         assert sample.line == i + 1
 
 
@@ -263,14 +264,14 @@ def test_batches_cover_the_global_batch_on_any_number_of_ranks(recipe_file: Make
         curriculum={"stage1": {"samples": 23, "max_steps": 4}, "stage2": {"samples": 9}},
     )
     recipe = load_recipe(path)
-    prepared, foundation = open_prepared(path, tmp_path / "c")
+    prepared, requirements = open_prepared(path, tmp_path / "c")
     plans = plan_stages(recipe, len(prepared))
     assert [(p.name, p.steps, p.first_sample, p.first_step) for p in plans] == [("stage1", 3, 0, 0), ("stage2", 1, 23, 3)]
     for plan in plans:
         for step in range(plan.steps):
-            whole = BatchLoader(recipe, prepared, foundation.tokens, 0, 1).share(plan, step)
+            whole = BatchLoader(recipe, prepared, requirements.tokens, 0, 1).share(plan, step)
             for ranks in (2, 3, 4):
-                shares = [BatchLoader(recipe, prepared, foundation.tokens, r, ranks).share(plan, step) for r in range(ranks)]
+                shares = [BatchLoader(recipe, prepared, requirements.tokens, r, ranks).share(plan, step) for r in range(ranks)]
                 assert len({len(s.micro_batches) for s in shares}) == 1  # ZeRO-3 hangs otherwise
                 assert sum(s.weight for s in shares) == pytest.approx(whole.weight)
                 assert max(b.tokens for s in shares for b in s.micro_batches) <= 90
@@ -285,10 +286,10 @@ def test_stream_is_resumable_by_position(recipe_file: Make, tmp_path: Path) -> N
     data.write_text("\n".join(json.dumps({"question": f"red {'blue ' * (i % 7)}", "answer": str(i)}) for i in range(40)))
     path = recipe_file(data={"source": "jsonl", "path": str(data), "streaming": True, "shuffle_buffer": 8})
     recipe = load_recipe(path)
-    foundation = lay_foundation(recipe)
+    requirements = requirements_of(recipe)
 
     def stream() -> StreamedData:
-        return StreamedData(recipe, foundation.tokenizer, foundation.tokens, foundation.positions)
+        return StreamedData(recipe, requirements.tokenizer, requirements.tokens, requirements.positions)
 
     first = stream()
     straight = [s.line for s in first.samples(0, 60)]

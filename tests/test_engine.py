@@ -13,8 +13,8 @@ import torch
 from conftest import TINY_MODEL
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from rim_dist.checkpoint.start import model_of
 from rim_dist.data.loader import BatchLoader, plan_stages
-from rim_dist.model import build_model
 from rim_dist.parallel.launch import Process, join, leave
 from rim_dist.parallel.zero import compose, keep_no_gathered_weights
 from rim_dist.recipe import load_recipe
@@ -49,14 +49,14 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
 def test_stage_switch_is_a_fresh_optimizer(process: Process, recipe_file: Make, zero: int) -> None:
     """Steps after `begin_stage` equal, bit for bit, those of a new engine built on the same weights."""
     recipe = load_recipe(recipe_file(parallel={"zero_stage": zero}, optimizer={"weight_decay": 0.1}))
-    foundation, data = prepare_run(recipe)
+    requirements, data = prepare_run(recipe)
     plans = plan_stages(recipe, len(data))
-    loader = BatchLoader(recipe, data, foundation.tokens, 0, 1)
+    loader = BatchLoader(recipe, data, requirements.tokens, 0, 1)
     config = compose(recipe, 32)
-    first = Engine(recipe, build_model(recipe, foundation), config, process)
+    first = Engine(recipe, model_of(recipe, requirements), config, process)
     steps(first, loader, plans, 0, 3)
     middle = weights(first)
-    model = build_model(recipe, foundation)
+    model = model_of(recipe, requirements)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(middle[name])
@@ -74,9 +74,9 @@ def test_accumulation_does_not_change_the_step(process: Process, recipe_file: Ma
     norms = []
     for tokens in (70, 150, 8192):
         recipe = load_recipe(recipe_file(parallel={"zero_stage": zero}, optimizer={"micro_batch_tokens": tokens}))
-        foundation, data = prepare_run(recipe)
-        loader = BatchLoader(recipe, data, foundation.tokens, 0, 1)
-        engine = Engine(recipe, build_model(recipe, foundation), compose(recipe, 32), process)
+        requirements, data = prepare_run(recipe)
+        loader = BatchLoader(recipe, data, requirements.tokens, 0, 1)
+        engine = Engine(recipe, model_of(recipe, requirements), compose(recipe, 32), process)
         share = loader.share(plan_stages(recipe, len(data))[0], 0)
         for i, batch in enumerate(share.micro_batches):
             engine.forward_backward(batch, 1.0 / share.weight, last=i == len(share.micro_batches) - 1)
@@ -89,9 +89,11 @@ def test_dropout_of_a_stage_reaches_every_kind(process: Process, recipe_file: Ma
     gpt2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
     for config in (gpt2, dict(TINY_MODEL)):
         recipe = load_recipe(recipe_file(model={"config": config}))
-        foundation, data = prepare_run(recipe)
-        engine = Engine(recipe, build_model(recipe, foundation), compose(recipe, 32), process)
-        batch = BatchLoader(recipe, data, foundation.tokens, 0, 1).share(plan_stages(recipe, len(data))[0], 0).micro_batches[0]
+        requirements, data = prepare_run(recipe)
+        engine = Engine(recipe, model_of(recipe, requirements), compose(recipe, 32), process)
+        batch = (
+            BatchLoader(recipe, data, requirements.tokens, 0, 1).share(plan_stages(recipe, len(data))[0], 0).micro_batches[0]
+        )
 
         def loss(seed: int, engine: Engine = engine, batch: object = batch) -> float:
             torch.manual_seed(seed)

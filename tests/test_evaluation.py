@@ -22,7 +22,6 @@ from rim_dist.data.sources import Sample
 from rim_dist.errors import DataError
 from rim_dist.evaluation.early_exit import answer_stepwise
 from rim_dist.evaluation.evaluate import block_answers, evaluation_samples, sampled_pass_at_k
-from rim_dist.evaluation.generation import Decoding, Sampling, answer_texts, generate_ids
 from rim_dist.evaluation.latency import answer_place, measure_latency
 from rim_dist.evaluation.opened import ExportedModel, open_export
 from rim_dist.evaluation.probe import Probe, chosen_blocks, exit_blocks, fit_probe, halves, judge_probe
@@ -32,7 +31,8 @@ from rim_dist.evaluation.significance import compare_paired, mcnemar
 from rim_dist.evaluation.splits import select_by_splits
 from rim_dist.evaluation.states import block_states
 from rim_dist.evaluation.sweep import sweep
-from rim_dist.memory import prompt_ids
+from rim_dist.model.generation import Decoding, Sampling, answer_texts, generate_ids
+from rim_dist.tokens import prompt_ids
 
 DECODING = Decoding(4)
 

@@ -21,7 +21,6 @@ from ranks import ROOT, environment, run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from rim_dist.checkpoint import store, verify
 from rim_dist.checkpoint.assemble import Workers
 from rim_dist.checkpoint.contents import read_contents
 from rim_dist.checkpoint.hf_export import load_module
@@ -29,8 +28,10 @@ from rim_dist.checkpoint.store import find_checkpoint
 from rim_dist.checkpoint.tensors import read_folder_index
 from rim_dist.cli import main
 from rim_dist.errors import CheckpointError
-from rim_dist.memory import prompt_ids
+from rim_dist.evaluation import verify
+from rim_dist.files import damage_of, read_manifest, record_of, write_manifest
 from rim_dist.recipe import load_recipe
+from rim_dist.tokens import prompt_ids
 
 FULL = [f"full{z}" for z in range(4)] + ["bf16-full0", "bf16-full1", "bf16-full3", "gpt2-full3"]
 LORA = [f"lora{z}" for z in range(4)] + ["bf16-lora3", "gpt2-lora3"]
@@ -131,7 +132,7 @@ def test_files_and_index(runs: Path, tmp_path: Path) -> None:
     assert all(file.stat().st_size <= 20_000 + 2_000 or len(load_file(file)) == 1 for file in files)
     config = json.loads((out / "config.json").read_text())
     assert (config["dtype"], config["architectures"]) == ("bfloat16", ["LlamaForCausalLM"])
-    assert not store.damage(out, checksums=True)
+    assert not damage_of(out, checksums=True)
     card = (out / "README.md").read_text()
     assert "are the rows 128, 129, 130 of 131 (tokenizer: 131 tokens). There are no padding rows." in card
 
@@ -283,8 +284,8 @@ def test_a_tensor_too_few_or_too_many_is_named(runs: Path, tmp_path: Path, capsy
             state = torch.load(path, weights_only=False)
         change(state)
         torch.save(state, path)
-        records = store.read_manifest(copy / "step-00000001")
-        store.write_manifest(copy / "step-00000001", {**records, f"engine/{file}": store.record_of(path)})
+        records = read_manifest(copy / "step-00000001")
+        write_manifest(copy / "step-00000001", {**records, f"engine/{file}": record_of(path)})
         assert main(["export", str(copy / "step-00000001"), str(tmp_path / "out")]) == 2
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
@@ -327,8 +328,8 @@ def test_a_shard_runs_no_code(runs: Path, tmp_path: Path, capsys: pytest.Capture
     shutil.copytree(find_checkpoint(runs / "full0"), copy)
     path = copy / "engine" / "mp_rank_00_model_states.pt"
     torch.save({"module": Evil()}, path)
-    records = store.read_manifest(copy)
-    store.write_manifest(copy, {**records, "engine/mp_rank_00_model_states.pt": store.record_of(path)})
+    records = read_manifest(copy)
+    write_manifest(copy, {**records, "engine/mp_rank_00_model_states.pt": record_of(path)})
     assert main(["export", str(copy), str(tmp_path / "out")]) == 2
     assert "not a shard that can be read" in capsys.readouterr().err
     assert not (tmp_path / "owned").exists()
@@ -366,8 +367,8 @@ def test_inspect_and_diff(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_verify_finds_what_differs(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import save_file
 
-    from rim_dist.checkpoint.verify import verify_export
     from rim_dist.errors import CheckpointError
+    from rim_dist.evaluation.verify import verify_export
 
     monkeypatch.chdir(tmp_path)
     assert main(["export", str(runs / "full1"), "out"]) == 0

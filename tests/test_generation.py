@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rim_dist.attention.registration import use_plain_attention
 from rim_dist.data.synthetic import synthetic_tokenizer
 from rim_dist.evaluation import readouts
-from rim_dist.evaluation.generation import Decoding, answer_texts, generate_ids
 from rim_dist.evaluation.readouts import readout_ids
+from rim_dist.model.generation import Decoding, answer_texts, generate_ids
 
 QUESTIONS = [[7, 3, 9], [1, 2, 3, 4, 5, 6, 7, 8], [11], [13, 14, 15]]
 
@@ -89,7 +89,8 @@ def test_some_budgets_only_and_the_model_end() -> None:
 def test_bidirectional_blocks_are_decoded_as_trained() -> None:
     """Scores under the layout that training used; they differ from a causal server's."""
     from rim_dist.attention.registration import use_rim_attention
-    from rim_dist.data.rows import Readout, Row, pack
+    from rim_dist.data.rows import pack
+    from rim_dist.data.samples import Readout, Row
 
     model = build("Llama").eval()
     question = QUESTIONS[1]
@@ -141,7 +142,7 @@ def test_a_family_without_the_mask_answers_at_every_budget(tmp_path: Any) -> Non
 
     from rim_dist.config import MemorySection
     from rim_dist.evaluation.evaluate import block_answers
-    from rim_dist.memory import add_memory_tokens, set_chat_template
+    from rim_dist.tokens import add_memory_tokens, set_chat_template
 
     names = synthetic_tokenizer()
     memory = MemorySection(blocks=2)

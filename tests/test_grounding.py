@@ -11,7 +11,8 @@ import pytest
 import torch
 from ranks import run
 
-from rim_dist.data.rows import Readout, Row, Targets, pack
+from rim_dist.data.rows import Targets, pack
+from rim_dist.data.samples import Readout, Row
 from rim_dist.training.grounding import GroundingWatch, near_guessing
 from rim_dist.training.metrics import read_metrics
 

@@ -19,16 +19,16 @@ from test_objective import ANSWER, EOS, QUESTION_IDS, SAMPLE, STEPS, recipe_of
 import rim_dist.methods
 from rim_dist.attention.registration import use_plain_attention, use_rim_attention
 from rim_dist.cli import main
-from rim_dist.data.encoding import EncodedSample
 from rim_dist.data.loader import BatchLoader, plan_stages
-from rim_dist.data.rows import Readout, Row, pack
+from rim_dist.data.rows import pack
+from rim_dist.data.samples import EncodedSample, Readout, Row
 from rim_dist.errors import ConfigError, DataError
 from rim_dist.evaluation.evaluate import evaluate_export, evaluation_samples
-from rim_dist.evaluation.generation import Decoding, generate_ids
 from rim_dist.evaluation.opened import open_export
-from rim_dist.evaluation.thinking import think_before_answers
 from rim_dist.methods import method_names, method_of
 from rim_dist.methods.base import Moment
+from rim_dist.model.generation import Decoding, generate_ids
+from rim_dist.model.thinking import think_before_answers
 from rim_dist.objective.forward import install_readout_loss, run_batch
 from rim_dist.recipe import load_recipe
 from rim_dist.training.metrics import read_metrics
@@ -149,14 +149,14 @@ def test_a_new_method_is_one_file(tmp_path: Path, recipe_file: Any, monkeypatch:
     (tmp_path / "twice.py").write_text(NEW_METHOD)
     monkeypatch.setattr(rim_dist.methods, "__path__", [*rim_dist.methods.__path__, str(tmp_path)])
     recipe = load_recipe(recipe_file(method="twice", evaluation={"max_new_tokens": 5}))
-    foundation, data = prepare_run(recipe)
-    assert foundation.tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False).count("<|mem|>") == 0
-    prompt = foundation.tokenizer.apply_chat_template(
+    requirements, data = prepare_run(recipe)
+    assert requirements.tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False).count("<|mem|>") == 0
+    prompt = requirements.tokenizer.apply_chat_template(
         [{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True
     )
     assert prompt.count("<|mem|>") == 2 * recipe.memory.blocks
     plan = plan_stages(recipe, len(data))[0]
-    share = BatchLoader(recipe, data, foundation.tokens, 0, 1).share(plan, 0)
+    share = BatchLoader(recipe, data, requirements.tokens, 0, 1).share(plan, 0)
     assert {*share.micro_batches[0].targets.block.tolist()} == {1, recipe.memory.blocks}
     assert method_of(recipe).answer_tokens == 10
     with pytest.raises(ConfigError, match="allowed: coconut, cot, direct, pause, rim, twice"):

@@ -8,12 +8,12 @@ from oracle import PlainRow, plain_row
 
 from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT
 from rim_dist.config import Recipe, StageSection
-from rim_dist.data.encoding import EncodedSample
-from rim_dist.data.rows import Readout, Row, pack
+from rim_dist.data.rows import pack
+from rim_dist.data.samples import EncodedSample, Readout, Row
 from rim_dist.methods import method_names, method_of
 from rim_dist.methods.base import Moment
+from rim_dist.methods.rim import stage1_weights, stage2_weights
 from rim_dist.objective import loss as loss_module
-from rim_dist.objective.curriculum import stage1_weights, stage2_weights
 from rim_dist.objective.loss import HeadWeights, LogitRule, ReadoutLoss, plain_cross_entropy, weighted_cross_entropy
 from rim_dist.training.schedule import learning_rate
 

@@ -20,9 +20,10 @@ from rim_dist.attention.dense import dense_mask
 from rim_dist.attention.registration import rim_attention, use_rim_attention
 from rim_dist.attention.split import split_plan
 from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT, Places, RowLayout, visible
-from rim_dist.data.rows import Batch, Readout, Row, pack
+from rim_dist.data.rows import Batch, pack
+from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ConfigError, ModelError
-from rim_dist.model import recompute_layers
+from rim_dist.model.build import recompute_layers
 from rim_dist.objective.forward import install_readout_loss, run_batch
 
 LAYERS = torch.nn.Identity()

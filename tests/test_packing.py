@@ -7,7 +7,7 @@ import random
 import pytest
 
 from rim_dist.data.packing import RowCost, pack_step
-from rim_dist.data.rows import Readout, Row
+from rim_dist.data.samples import Readout, Row
 
 
 def rows_of(seed: int, count: int) -> list[Row]:

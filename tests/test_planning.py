@@ -23,14 +23,15 @@ from ranks import ROOT, environment
 from rim_dist.attention.registration import use_rim_attention
 from rim_dist.cli import main
 from rim_dist.config import LoraSection
-from rim_dist.data.rows import Readout, Row, pack
+from rim_dist.data.rows import pack
+from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ConfigError
 from rim_dist.objective.forward import install_readout_loss, run_batch
 from rim_dist.parallel.tensor import TensorPlace, split_model
-from rim_dist.planning.commands import make_planner, parse_memory
 from rim_dist.planning.communication import Group, sent_bytes, transfer, transfers
 from rim_dist.planning.links import INTERCONNECTS
 from rim_dist.planning.memory import Buckets, Setup, estimate, layer_activations
+from rim_dist.planning.request import make_planner, parse_memory
 from rim_dist.planning.shape import FAMILIES, ModelShape, known_models, model_shape, read_shape
 from rim_dist.planning.workload import Workload
 from rim_dist.recipe import load_recipe

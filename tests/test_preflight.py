@@ -23,13 +23,14 @@ from ranks import ROOT, command, environment, free_port, run
 
 from rim_dist.data.prepared import PreparedData
 from rim_dist.errors import ModelError, TrainingError
-from rim_dist.parallel import rehearsal, rollcall
+from rim_dist.parallel import rollcall
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.mesh import Degrees, make_mesh
-from rim_dist.parallel.preflight import Preflight, first_difference, versions
 from rim_dist.parallel.zero import compose
 from rim_dist.recipe import load_recipe, validate_recipe
+from rim_dist.training import rehearsal
 from rim_dist.training.metrics import read_metrics
+from rim_dist.training.preflight import Preflight, first_difference, versions
 from rim_dist.training.trainer import prepare_run
 
 Make = Callable[..., Path]
@@ -72,7 +73,7 @@ def test_data_of_one_name_and_other_content_is_told_apart(recipe_file: Make, tmp
 def test_room_for_a_checkpoint(recipe_file: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The least a checkpoint takes is below what one takes, and refused where even that is not there."""
     recipe = load_recipe(recipe_file())
-    foundation, data = prepare_run(recipe)
+    requirements, data = prepare_run(recipe)
     run("fork", 1, ["-m", "rim_dist", "train", str(recipe_file()), "run.name=other", "--until", "stage1"])
     (checkpoint,) = (tmp_path / "runs" / "other" / "checkpoints").glob("step-00000004")
     taken = sum(p.stat().st_size for p in checkpoint.rglob("*") if p.is_file())
@@ -80,7 +81,7 @@ def test_room_for_a_checkpoint(recipe_file: Make, tmp_path: Path, monkeypatch: p
     def check(free: int) -> dict[str, Any]:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
         preflight = Preflight(recipe, Process(0, 1, 0, "cpu"))
-        preflight.compare(foundation, data.fingerprint, compose(recipe, 32))
+        preflight.compare(requirements, data.fingerprint, compose(recipe, 32))
         return preflight.report
 
     (host,) = check(taken)["hosts"].values()

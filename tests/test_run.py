@@ -230,22 +230,22 @@ def test_checkpoints_are_asked_as_they_are(trained: Path, tmp_path: Path) -> Non
 
 def test_training_and_template_ids_are_the_same(trained: Path, gsm8k: Path) -> None:
     """1,000 questions (fewer without real data): training's question and blocks = apply_chat_template's prompt."""
+    from rim_dist.checkpoint.start import requirements_of
     from rim_dist.config import ColumnsSection
     from rim_dist.data.encoding import DataReport, encode
     from rim_dist.data.sources import read_file
-    from rim_dist.model import lay_foundation
 
     recipe = load_recipe(trained / "recipe.yaml", ["data.on_bad_sample=skip", "model.config.max_position_embeddings=100000"])
-    foundation = lay_foundation(recipe)
+    requirements = requirements_of(recipe)
     rows = list(read_file(gsm8k, "gsm8k", ColumnsSection()))[:1000]
     tokenizer = AutoTokenizer.from_pretrained(trained / "hf")
     lines = {row.line: row for row in rows}
-    encoded = list(encode(recipe, rows, foundation.tokenizer, foundation.tokens, 10**6, DataReport()))
+    encoded = list(encode(recipe, rows, requirements.tokenizer, requirements.tokens, 10**6, DataReport()))
     assert len(encoded) > 0.8 * len(rows)
     for sample in encoded:
         messages = [{"role": "user", "content": lines[sample.line].question}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        assert prompt == sample.question + foundation.tokens.block * 3
+        assert prompt == sample.question + requirements.tokens.block * 3
         assert prompt.count(tokenizer.bos_token_id) == 1
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
@@ -270,15 +270,15 @@ def test_starting_from_runs_checkpoints_and_exports(trained: Path, tmp_path: Pat
 
 def test_starting_from_a_rim_model_does_not_add_its_blocks_again(trained: Path, recipe_file: Make) -> None:
     """K is the new recipe's, at every budget, and a baseline gets none, whatever the start's template appended."""
-    from rim_dist.memory import prompt_ids
-    from rim_dist.model import lay_foundation
+    from rim_dist.checkpoint.start import requirements_of
+    from rim_dist.tokens import prompt_ids
 
     model = {"config": None, "tokenizer": None, "init_from": str(trained)}
     for method, blocks in (("rim", 2), ("rim", 5), ("direct", 0)):
-        foundation = lay_foundation(load_recipe(recipe_file(method=method, model=model, memory={"blocks": blocks})))
+        requirements = requirements_of(load_recipe(recipe_file(method=method, model=model, memory={"blocks": blocks})))
         for budget, expected in ((None, blocks), (0, 0), (1, 1 if blocks else 0)):
-            (prompt,) = prompt_ids(foundation.tokenizer, ["From the hall take red."], budget)
-            assert prompt.count(foundation.tokens.end) == expected
+            (prompt,) = prompt_ids(requirements.tokenizer, ["From the hall take red."], budget)
+            assert prompt.count(requirements.tokens.end) == expected
 
 
 def test_begin_of_text_comes_once_where_the_tokenizer_adds_it(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_begin_of_text_comes_once_where_the_tokenizer_adds_it(tmp_path: Path) ->
     from rim_dist.checkpoint.hf_export import _save_tokenizer
     from rim_dist.config import MemorySection
     from rim_dist.data.synthetic import synthetic_tokenizer
-    from rim_dist.memory import add_memory_tokens, prompt_ids, set_chat_template
+    from rim_dist.tokens import add_memory_tokens, prompt_ids, set_chat_template
 
     for adds in (True, False):
         tokenizer = synthetic_tokenizer()
@@ -528,14 +528,14 @@ def test_sentencepiece_file_as_tokenizer(recipe_file: Make, tmp_path: Path, caps
     """A bare `.model` file beside other files: its own special tokens, no pad token, which generation says."""
     import sentencepiece
 
-    from rim_dist.model import lay_foundation
+    from rim_dist.checkpoint.start import requirements_of
 
     words = [p.question for p in SyntheticTask(1, 4).training(300, 0)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(words), model_prefix=str(tmp_path / "own"), vocab_size=64, hard_vocab_limit=False, minloglevel=2
     )
     path = recipe_file(model={"tokenizer": str(tmp_path / "own.model")})
-    tokenizer = lay_foundation(load_recipe(path)).tokenizer
+    tokenizer = requirements_of(load_recipe(path)).tokenizer
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", None)
     assert "the tokenizer has no pad token; generation pads with '</s>', masked" in train(path)
     assert main(["generate", str(tmp_path / "runs" / "tiny" / "hf"), words[0]]) == 0

@@ -15,11 +15,12 @@ from rim_dist.attention import split
 from rim_dist.attention.dense import dense_mask
 from rim_dist.attention.split import part_plan
 from rim_dist.attention.visibility import PADDING_SEGMENT, RowLayout
-from rim_dist.data.rows import Batch, Readout, Row, pack
+from rim_dist.data.rows import Batch, pack
+from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ConfigError
 from rim_dist.parallel.degrees import choose_mode
 from rim_dist.parallel.mesh import Coordinates, Degrees, Mesh
-from rim_dist.parallel.sequence import deal_balanced, share_row
+from rim_dist.parallel.sequence import _keys_seen, deal_balanced, share_row
 
 MODES = ("ulysses", "allgather_kv")
 
@@ -42,7 +43,7 @@ def random_row(pick: random.Random, size: int) -> Row:
 
 def costs(batch: Batch, ranks: int) -> list[int]:
     """Pairs of a query and a key it sees, by rank."""
-    seen = torch.cat([span.seen() for span in batch.layout.spans])
+    seen = torch.cat([_keys_seen(span) for span in batch.layout.spans])
     dealt = deal_balanced(seen, ranks)
     assert len({len(dealt.tokens(rank)) for rank in range(ranks)}) == 1
     return [int(seen[tokens[tokens < len(seen)]].sum()) for tokens in map(dealt.tokens, range(ranks))]

@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 from ranks import ROOT, environment, free_port
 
-from rim_dist.checkpoint.store import TrainingState, complete_checkpoints, record_of, write_manifest
+from rim_dist.checkpoint.store import TrainingState, complete_checkpoints
 from rim_dist.cli import main
 from rim_dist.cluster import nodes, starts
 from rim_dist.cluster.logs import merged
 from rim_dist.cluster.status import describe, job_state, run_status
 from rim_dist.cluster.sweep import best_run, sweep_overrides
 from rim_dist.errors import ConfigError
+from rim_dist.files import record_of, write_manifest
 from rim_dist.parallel.degrees import fit_degrees
 from rim_dist.parallel.place import Place, find_place, interface_to, own_cores
 from rim_dist.recipe import load_recipe

@@ -51,8 +51,8 @@ def measure(name: str, seed: int) -> dict[str, Any]:
     """Accuracy and latency of a run's export in this process."""
     from rim_dist.config import ColumnsSection
     from rim_dist.evaluation.evaluate import evaluate_export, evaluation_samples
-    from rim_dist.evaluation.generation import Decoding
     from rim_dist.evaluation.opened import open_export
+    from rim_dist.model.generation import Decoding
 
     export = open_export(ROOT / "runs" / name / "hf")
     samples = evaluation_samples(f"synthetic:{seed}", "auto", QUESTIONS, ColumnsSection(), export.synthetic_steps)

@@ -2,7 +2,7 @@
 
 `use_rim_attention(model, path)` selects it; the layout travels as the keyword `rim_layout` of the model's
 forward. No model code is patched: a family that does not hand the keyword to its attention is found by
-`rim_dist.attention.probe` and refused.
+`rim_dist.model.proof` and refused.
 """
 
 from __future__ import annotations

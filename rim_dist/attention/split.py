@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rim_dist.attention.dense import ScoreRule, masked_attention
-from rim_dist.attention.visibility import RowLayout, Span
+from rim_dist.attention.visibility import RowLayout
+from rim_dist.data.samples import Span
 from rim_dist.limits import CHUNK, MASK_ENTRIES
 
 Range = tuple[int, int]

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from rim_dist.data.samples import Span
+
 QUESTION, MEMORY, READOUT = 0, 1, 2
 KIND_NAMES = ("question", "memory", "readout")
 PADDING_SEGMENT = -1
@@ -27,49 +29,6 @@ class Places(NamedTuple):
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Places:
         return Places(function(self.segment), function(self.kind), function(self.block), function(self.position))
-
-
-@dataclass(frozen=True)
-class Span:
-    """One sample of a packed row: question, blocks and readouts side by side from token `start` on.
-
-    `readouts`: block and number of tokens of each readout that has tokens, blocks ascending.
-    """
-
-    start: int
-    question: int
-    blocks: int
-    block_size: int
-    readouts: tuple[tuple[int, int], ...]
-
-    @property
-    def prefix(self) -> int:
-        """Tokens of question and memory."""
-        return self.question + self.blocks * self.block_size
-
-    @property
-    def length(self) -> int:
-        return self.prefix + sum(tokens for _, tokens in self.readouts)
-
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        """What two samples share if the same attention calls serve both."""
-        return (self.question, self.blocks, self.block_size, self.readouts)
-
-    @property
-    def pairs(self) -> int:
-        """Pairs of a query and a key it sees, causal blocks."""
-        pairs = self.prefix * (self.prefix + 1) // 2
-        for block, tokens in self.readouts:
-            pairs += tokens * (self.question + block * self.block_size) + tokens * (tokens + 1) // 2
-        return pairs
-
-    def seen(self) -> torch.Tensor:
-        """Keys that each of the sample's tokens sees, causal blocks: `[length]`, adding up to `pairs`."""
-        parts = [torch.arange(1, self.prefix + 1)]
-        for block, tokens in self.readouts:
-            parts.append(self.question + block * self.block_size + torch.arange(1, tokens + 1))
-        return torch.cat(parts)
 
 
 class RowShare(Protocol):

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from rim_dist.checkpoint.store import ChecksumWriter, FileRecord
 from rim_dist.checkpoint.tensors import ModelTensor, forget_files, read_chunks, read_tensor, safetensors_header
 from rim_dist.errors import CheckpointError, ConfigError
+from rim_dist.files import ChecksumWriter, FileRecord
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -7,9 +7,9 @@ from typing import Any
 import rim_dist
 from rim_dist.checkpoint.store import TrainingState
 from rim_dist.config import Recipe
-from rim_dist.memory import MemoryTokens
 from rim_dist.methods import method_of
 from rim_dist.recipe import dump_recipe, recipe_tree
+from rim_dist.tokens import MemoryTokens
 
 _LICENCE_NOTE = "The licence of the base model and of the training data applies; this card does not grant one."
 

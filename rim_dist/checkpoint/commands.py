@@ -156,7 +156,7 @@ def export(arguments: argparse.Namespace) -> int:
     if workers.is_first:
         print(out)
         if arguments.verify:
-            from rim_dist.checkpoint.verify import verify_export
+            from rim_dist.evaluation.verify import verify_export
 
             print(verify_export(checkpoint, out).text())
     return EXIT_DONE
@@ -164,7 +164,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 def _from_hf(arguments: argparse.Namespace) -> int:
     from rim_dist.checkpoint.assemble import Workers
-    from rim_dist.checkpoint.portable import from_hf
+    from rim_dist.checkpoint.reshape import from_hf
 
     workers = Workers(_at_least_one("--processes", arguments.processes), mpi=True)
     recipe = Path(arguments.recipe) if arguments.recipe else None
@@ -177,7 +177,7 @@ def _from_hf(arguments: argparse.Namespace) -> int:
 
 def _reshape(arguments: argparse.Namespace) -> int:
     from rim_dist.checkpoint.assemble import Workers
-    from rim_dist.checkpoint.portable import reshape
+    from rim_dist.checkpoint.reshape import reshape
     from rim_dist.checkpoint.store import find_checkpoint
 
     workers = Workers(_at_least_one("--processes", arguments.processes), mpi=True)

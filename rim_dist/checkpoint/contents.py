@@ -6,21 +6,23 @@ that is missing, surplus or of another shape ends the command with its name.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
+from rim_dist.checkpoint.portable import read_portable
 from rim_dist.checkpoint.shards import ShardIndex, index_shards
 from rim_dist.checkpoint.store import ENGINE, MODEL, PORTABLE, TrainingState, read_recipe, read_state
 from rim_dist.checkpoint.tensors import LowRank, ModelTensor, StoredTensor, forget_files, rows_of
 from rim_dist.config import Recipe
 from rim_dist.errors import CheckpointError
-from rim_dist.memory import MemoryTokens, add_memory_tokens
+from rim_dist.model.skeleton import empty_module, parameter_groups, plain_name
+from rim_dist.parallel.tensor import TensorPlace, slice_of, split_model
+from rim_dist.tokens import MemoryTokens, add_memory_tokens
 
 
 @dataclass(frozen=True)
@@ -39,21 +41,8 @@ class Contents:
     embeddings: tuple[str, ...]  # the matrices that have a row a token: embedding and, if it is one of its own, head
 
 
-def empty_module(recipe: Recipe, config: Any, tokens: MemoryTokens | None) -> Any:
-    """The model of a recipe without data; with its adapters if `tokens` are given and the recipe has any."""
-    from rim_dist.model import add_adapters  # that module starts from checkpoints and so imports this one
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
-        if recipe.model.lora is not None and tokens is not None:
-            return add_adapters(model, recipe, tokens)
-    return model
-
-
 def tensor_slices(recipe: Recipe, config: Any, tokens: MemoryTokens) -> dict[str, tuple[int, int]]:
     """For each parameter of the trained module that tensor ranks share: the dimension, and the whole's entries of it."""
-    from rim_dist.parallel.tensor import TensorPlace, slice_of, split_model
-
     module = empty_module(recipe, config, tokens)
     split_model(module, TensorPlace(0, recipe.parallel.tensor))
     found = {name: slice_of(p) for name, p in module.named_parameters(remove_duplicate=False)}
@@ -104,8 +93,6 @@ def account(
 
 def optimizer_groups(module: torch.nn.Module, weight_decay: float) -> list[list[str]]:
     """Names of the trained parameters in the order the optimizer has them."""
-    from rim_dist.training.engine import parameter_groups
-
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [[names[id(p)] for p in group["params"]] for group in parameter_groups(module, weight_decay)]
 
@@ -121,8 +108,6 @@ def read_contents(checkpoint: Path) -> Contents:
         raise CheckpointError(f"{checkpoint / MODEL}: cannot be loaded ({str(error).splitlines()[0]})") from error
     tokens = add_memory_tokens(tokenizer, recipe.memory)
     if (checkpoint / PORTABLE).is_dir():
-        from rim_dist.checkpoint.portable import read_portable
-
         portable = read_portable(checkpoint / PORTABLE)
         index, adapted = portable.index, portable.names == "module"
         module = empty_module(recipe, config, tokens if adapted else None)
@@ -171,13 +156,6 @@ def _plain_tensors(where: Path, module: Any, plain: torch.nn.Module, found: dict
     if missing := sorted(set(expected) - second - set(merged)):
         raise CheckpointError(f"{where}: {len(missing)} tensors missing, first {missing[0]}")
     return merged
-
-
-def plain_name(name: str) -> str | None:
-    """The name in the plain model of a tensor of the trained module; None for an adapter's own tensors."""
-    if ".lora_" in name or ".trainable_tokens_" in name:
-        return None
-    return re.sub(r"(\.base_layer)+\.", ".", name.removeprefix("base_model.model.").replace(".token_adapter.", "."))
 
 
 def with_rows(stored: StoredTensor, rows: StoredTensor, ids: list[int]) -> tuple[StoredTensor, ...]:

@@ -15,6 +15,7 @@ from rim_dist.checkpoint.portable import is_portable
 from rim_dist.checkpoint.retention import read_scores
 from rim_dist.checkpoint.tensors import ModelTensor, read_folder_index, read_tensor
 from rim_dist.errors import CheckpointError
+from rim_dist.files import MANIFEST, damage_of
 
 
 def _resolve(path: str | Path) -> tuple[Path, bool]:
@@ -55,11 +56,11 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         "lora_rank": recipe.model.lora.rank if recipe.model.lora else None,
         "scores": read_scores(folder.parent).get(folder.name, {}),
         "bytes": _size(folder),
-        "damage": store.damage(folder, checksums=True),
+        "damage": damage_of(folder, checksums=True),
         "damaged_beside_it": {
             other.name: wrong
             for other in store.all_checkpoints(folder.parent)
-            if other != folder and (wrong := store.damage(other, checksums=False))
+            if other != folder and (wrong := damage_of(other, checksums=False))
         },
         "recipe": recipe.model_dump(mode="json"),
     }
@@ -70,8 +71,8 @@ def _inspect_hf(folder: Path) -> dict[str, Any]:
     if (folder / "rim_dist.json").is_file():
         about = json.loads((folder / "rim_dist.json").read_text(encoding="utf-8"))
     damage = ""
-    if (folder / store.MANIFEST).is_file():
-        damage = store.damage(folder, checksums=True)
+    if (folder / MANIFEST).is_file():
+        damage = damage_of(folder, checksums=True)
     parameters: int | None = None
     try:
         tensors = read_folder_index(folder)
@@ -88,7 +89,7 @@ def _inspect_hf(folder: Path) -> dict[str, Any]:
         "dtype": ", ".join(dtypes),
         "bytes": _size(folder),
         "damage": damage,
-        "checksums": (folder / store.MANIFEST).is_file(),
+        "checksums": (folder / MANIFEST).is_file(),
         "recipe": about.get("recipe"),
     }
 

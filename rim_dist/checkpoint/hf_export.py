@@ -20,19 +20,23 @@ from rim_dist.checkpoint.assemble import OutputFile, Workers, index_text, plan_f
 from rim_dist.checkpoint.card import about_export, model_card
 from rim_dist.checkpoint.contents import Contents, read_contents
 from rim_dist.checkpoint.store import find_checkpoint
-from rim_dist.checkpoint.tensors import (
-    DTYPES,
-    ModelTensor,
-    StoredTensor,
-    forget_files,
-    read_folder_index,
-    read_tensor,
-    rows_of,
-)
+from rim_dist.checkpoint.tensors import ModelTensor, StoredTensor, forget_files, read_folder_index, read_tensor, rows_of
 from rim_dist.errors import CheckpointError, ConfigError
-from rim_dist.evaluation.generation import generation_config
-from rim_dist.memory import adds_bos
+from rim_dist.files import (
+    MANIFEST,
+    ByteRange,
+    FileRecord,
+    damage_of,
+    os_errors,
+    read_manifest,
+    record_of,
+    sync_path,
+    write_manifest,
+)
 from rim_dist.messages import say
+from rim_dist.model.generation import generation_config
+from rim_dist.model.skeleton import DTYPES
+from rim_dist.tokens import adds_bos
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 ABOUT = "rim_dist.json"
@@ -65,7 +69,7 @@ def load_trained_model(checkpoint: Path) -> PreTrainedModel:
 
 def load_module(contents: Contents) -> Any:
     """The checkpoint's own module on the CPU in fp32, adapters beside their layers as in training."""
-    from rim_dist.model import add_adapters  # that module starts from checkpoints and so imports this one
+    from rim_dist.model.skeleton import add_adapters  # that module starts from checkpoints and so imports this one
 
     recipe = contents.recipe
     model = AutoModelForCausalLM.from_config(contents.config, trust_remote_code=recipe.model.trust_remote_code).float()
@@ -180,7 +184,7 @@ def _plan(contents: Contents, options: ExportOptions, lora: bool) -> _Plan:
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    with store.os_errors(folder):
+    with os_errors(folder):
         tokenizer.save_pretrained(folder)
     # transformers reads this from tokenizer.json and leaves it out; llama.cpp's converter then takes it for true.
     path = folder / "tokenizer_config.json"
@@ -194,21 +198,21 @@ def _checked_contents(checkpoint: Path, workers: Workers) -> Contents:
     except CheckpointError:
         check_intact(checkpoint, workers)  # damage says more than what cannot be read because of it
         raise
-    spans: dict[str, list[store.Span]] = {}
+    spans: dict[str, list[ByteRange]] = {}
     for stored in contents.module.values():
         for extent in stored.regions:
             name = str(Path(extent.file).relative_to(checkpoint))
             spans.setdefault(name, []).append((extent.offset, extent.offset + extent.length))
-    for shard in store.read_manifest(checkpoint):
+    for shard in read_manifest(checkpoint):
         if shard.startswith(f"{store.ENGINE}/"):
             spans.setdefault(shard, [])
     check_intact(checkpoint, workers, spans)
     return contents
 
 
-def check_intact(checkpoint: Path, workers: Workers, only: dict[str, list[store.Span]] | None = None) -> None:
+def check_intact(checkpoint: Path, workers: Workers, only: dict[str, list[ByteRange]] | None = None) -> None:
     """Raises CheckpointError on every rank unless the checksums are right: all, or of files in `only` those of the spans."""
-    wrong = workers.run(store.damage, [(checkpoint, True, i, workers.count, only) for i in range(workers.count)])
+    wrong = workers.run(damage_of, [(checkpoint, True, i, workers.count, only) for i in range(workers.count)])
     if damage := next((w for w in wrong if w), ""):
         raise CheckpointError(f"{checkpoint}: damaged: {damage}")
 
@@ -237,7 +241,7 @@ def write_folder(
 
     try:
         workers.on_first(begin)
-        records: dict[str, store.FileRecord] = {}
+        records: dict[str, FileRecord] = {}
         for name, group in files.items():
             # The rest once, beside the model's own files: every export has that group, if only an empty one.
             written = write_all(partial / name, group, workers, None if name else lambda: write_rest(partial))
@@ -248,15 +252,15 @@ def write_folder(
             for file in (p for p in partial.rglob("*") if p.is_file()):
                 name = str(file.relative_to(partial))
                 if name not in records:
-                    store.sync_path(file)
-                    records[name] = store.record_of(file)
+                    sync_path(file)
+                    records[name] = record_of(file)
             for folder in [p for p in partial.rglob("*") if p.is_dir()]:
-                store.sync_path(folder)
-            store.write_manifest(partial, records)
+                sync_path(folder)
+            write_manifest(partial, records)
             if out.exists():
                 shutil.rmtree(out)
             os.replace(partial, out)
-            store.sync_path(out.parent)
+            sync_path(out.parent)
 
         workers.on_first(finish)
     except OSError as error:
@@ -314,7 +318,7 @@ def check_export_target(out: Path) -> None:
 
 def _copy_others(source: Path, target: Path) -> None:
     """Everything of an HF folder but its weights and what an earlier export said of itself."""
-    skipped = {ABOUT, store.MANIFEST, "model.safetensors.index.json", "adapter_config.json"}
+    skipped = {ABOUT, MANIFEST, "model.safetensors.index.json", "adapter_config.json"}
     for file in source.iterdir():
         if file.is_file() and file.name not in skipped and not file.name.endswith((".safetensors", ".bin", ".pt")):
             shutil.copy(file, target / file.name)
@@ -352,7 +356,7 @@ def extract_adapter(tuned: Path, base: Path, out: Path, rank: int) -> dict[str, 
     errors: dict[str, float] = {}
 
     def write_rest(folder: Path) -> None:
-        with store.os_errors(folder):
+        with os_errors(folder):
             errors.update(extract_lora(base, tuned, folder, rank))
         _copy_others(tuned, folder)
         (folder / "config.json").unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """Checkpoints for any number of ranks: whole tensors by name, in safetensors, with the optimizer's moments or without.
 
-`reshape` makes one from a checkpoint of fixed ranks; `from-hf` from an HF folder, with a fresh optimizer. A run that goes on
-from one writes ordinary checkpoints of its own ranks.
+`checkpoint/reshape.py` makes them. A run that goes on from one writes ordinary checkpoints of its own ranks.
 
 portable/portable.safetensors (or shards and their index)   weight/NAME, exp_avg/NAME, exp_avg_sq/NAME
 portable/portable.json    whose names they are (`module`: the trained module's; `model`: the plain model's), step counts
@@ -12,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +19,11 @@ from rim_dist.checkpoint import store
 from rim_dist.checkpoint.assemble import Workers, index_text, plan_files, write_all
 from rim_dist.checkpoint.shards import MOMENTS, ShardIndex
 from rim_dist.checkpoint.store import MODEL, PORTABLE, TrainingState
-from rim_dist.checkpoint.tensors import ModelTensor, StoredTensor, forget_files, read_folder_index, read_safetensors_index
+from rim_dist.checkpoint.tensors import ModelTensor, forget_files, read_folder_index
 from rim_dist.config import Recipe
-from rim_dist.errors import CheckpointError, ConfigError
-from rim_dist.parallel.degrees import check_tensor_degree, choose_mode, head_counts
-from rim_dist.parallel.mesh import Degrees
-from rim_dist.recipe import dump_recipe, load_recipe, validate_recipe
+from rim_dist.errors import CheckpointError
+from rim_dist.files import write_atomically
+from rim_dist.recipe import dump_recipe
 
 Names = Literal["module", "model"]
 _SHARD_BYTES = 2 * 10**9
@@ -64,7 +62,7 @@ def read_portable(folder: Path) -> Portable:
     return Portable(names, index)
 
 
-def _write(
+def write_run(
     run: Path,
     recipe: Recipe,
     state: TrainingState,
@@ -106,7 +104,7 @@ def _write(
             write_model(partial / MODEL)
             named = {f"{PORTABLE}/{name}": record for name, record in records.items()}
             store.announce(partial, state, dump_recipe(recipe), named)
-            store.write_atomically(run / "recipe.yaml", dump_recipe(recipe))
+            write_atomically(run / "recipe.yaml", dump_recipe(recipe))
 
         workers.on_first(finish)
     except BaseException as error:
@@ -118,144 +116,3 @@ def _write(
     finally:
         forget_files()
     return run
-
-
-def _placed(recipe: Recipe, run: Path, degrees: Degrees, **model: Any) -> Recipe:
-    """The recipe of a run that lives in another folder and has other degrees."""
-    tree = recipe.model_dump(mode="json")
-    tree["run"] |= {"name": run.name, "output_dir": str(run.parent)}
-    tree["model"] |= model
-    tree["parallel"] |= {"tensor": degrees.tensor, "sequence": degrees.sequence}
-    return validate_recipe(tree, str(run))
-
-
-def check_degrees(recipe: Recipe, degrees: Degrees, config: Any) -> None:
-    """Refuse degrees that a run of this recipe and model could not have."""
-    for name in ("tensor", "sequence", "data"):
-        if getattr(degrees, name) < 1:
-            raise ConfigError(f"--{name}: {getattr(degrees, name)} is not allowed; allowed: 1 or more")
-    if recipe.optimizer.global_batch < degrees.data:
-        raise ConfigError(
-            f"--data: {degrees.data} ranks share a global batch of {recipe.optimizer.global_batch} samples; use fewer"
-        )
-    check_tensor_degree(degrees.tensor, config)
-    heads, kv_heads = (count // degrees.tensor for count in head_counts(config))
-    choose_mode(recipe.parallel.sequence_mode, degrees.sequence, heads, kv_heads)
-
-
-def reshape(source: Path, run: Path, degrees: Degrees, workers: Workers) -> Path:
-    """A checkpoint as one for other degrees, in a run folder of its own: weights, optimizer, stage, position.
-
-    There is no random state to carry: dropout and data order follow from seed, step and rank.
-    """
-    from transformers import AutoConfig
-
-    from rim_dist.checkpoint.contents import read_contents
-    from rim_dist.checkpoint.hf_export import check_intact
-
-    check_degrees(store.read_recipe(source), degrees, AutoConfig.from_pretrained(source / MODEL))
-    check_intact(source, workers)
-    contents = read_contents(source)
-    if contents.recipe.model.dtype == "fp16":
-        raise ConfigError(f"{source}: fp16 is not reshaped: its loss scale would start anew; use bf16")
-    trained = [name for name in contents.module if name in contents.index.steps]
-    tensors = {f"weight/{name}": ModelTensor((stored,), stored.shape) for name, stored in contents.module.items()}
-    for kind in MOMENTS:
-        moments = contents.index.moments.get(kind, {})
-        tensors |= {f"{kind}/{name}": ModelTensor((moments[name],), moments[name].shape) for name in trained}
-    plain = is_portable(source) and read_portable(source / PORTABLE).names == "model"
-    description = {"names": "model" if plain else "module", "steps": {name: contents.index.steps[name] for name in trained}}
-
-    def write_model(folder: Path) -> None:
-        shutil.copytree(source / MODEL, folder)
-        metrics = source.parent.parent / "metrics.jsonl"  # the curves go on
-        if metrics.is_file():
-            shutil.copy(metrics, run / "metrics.jsonl")
-
-    state = replace(contents.state, ranks=degrees.ranks)
-    return _write(run, _placed(contents.recipe, run, degrees), state, tensors, description, write_model, workers)
-
-
-def recipe_of_export(folder: Path) -> Recipe:
-    """The recipe in a RiM export. Raises CheckpointError if the folder is none."""
-    try:
-        about = json.loads((folder / "rim_dist.json").read_text(encoding="utf-8"))
-        return validate_recipe(about["recipe"], str(folder / "rim_dist.json"), written=True)
-    except (OSError, ValueError, KeyError):
-        raise CheckpointError(f"{folder}: not a RiM export with its recipe; give one with --recipe") from None
-
-
-def from_hf(folder: Path, run: Path, recipe_path: Path | None, stage: int | None, degrees: Degrees, workers: Workers) -> Path:
-    """An HF folder as the start of a run: its weights with memory rows, a fresh optimizer, the beginning of a stage."""
-    from transformers import AutoConfig
-
-    from rim_dist.data.loader import plan_stages
-    from rim_dist.evaluation.generation import generation_config
-    from rim_dist.model import build_model, lay_foundation
-
-    recipe = load_recipe(recipe_path) if recipe_path else recipe_of_export(folder)
-    check_degrees(recipe, degrees, AutoConfig.from_pretrained(folder))
-    recipe = _placed(recipe, run, degrees, init_from=str(folder.resolve()), config=None, tokenizer=None)
-    first = recipe.curriculum.stage1 if recipe.curriculum.stage1.enabled else recipe.curriculum.stage2
-    if stage == 2 and first is recipe.curriculum.stage1 and not first.samples:
-        raise ConfigError(
-            "--stage 2: the recipe gives stage 1 in epochs; give curriculum.stage1.samples, so that its end is known"
-        )
-    plans = [p for p in plan_stages(recipe, 1) if stage is None or p.name == f"stage{stage}"]
-    if not plans:
-        raise ConfigError(f"--stage {stage}: the recipe leaves this stage out")
-    plan = plans[0]
-    state = TrainingState(plan.name, 0, plan.first_step, plan.first_sample, 0.0, degrees.ranks)
-    foundation = lay_foundation(recipe)
-    rows = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
-    stored: dict[str, ModelTensor]
-    scratch: Path | None = None
-    if foundation.tokens.added or max(foundation.tokens.ids) >= rows or recipe.memory.initialise == "mean":
-        # A plain model: memory rows are made as training would make them.
-        scratch = run.with_name(run.name + ".rows")
-        stored = _built(build_model, recipe, foundation, scratch, workers)
-    else:
-        stored = {name: ModelTensor((t,), t.shape) for name, t in read_folder_index(folder).items()}
-    _account(folder, recipe, foundation, {name: t.parts[0] for name, t in stored.items()})
-
-    def write_model(target: Path) -> None:
-        config = AutoConfig.from_pretrained(folder)
-        config.get_text_config().vocab_size = max(rows, max(foundation.tokens.ids) + 1)
-        config.save_pretrained(target)
-        generation_config(foundation.tokenizer).save_pretrained(target)
-        with store.os_errors(target):
-            foundation.tokenizer.save_pretrained(target)
-
-    try:
-        tensors = {f"weight/{name}": tensor for name, tensor in stored.items()}
-        return _write(run, recipe, state, tensors, {"names": "model", "steps": {}}, write_model, workers)
-    finally:
-        if scratch is not None and workers.is_first:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _built(build_model: Any, recipe: Recipe, foundation: Any, scratch: Path, workers: Workers) -> dict[str, ModelTensor]:
-    """The model with its memory rows, put into a file from which it can be read as any other."""
-    from safetensors.torch import save_file
-
-    plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": None})})
-
-    def build() -> None:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        model = build_model(plain, foundation)
-        weights = {name: p.detach().contiguous() for name, p in [*model.named_parameters(), *model.named_buffers()]}
-        with store.os_errors(scratch):
-            save_file({name: weights[name] for name in weights if name in model.state_dict()}, scratch / "model.safetensors")
-
-    workers.on_first(build)
-    return {name: ModelTensor((t,), t.shape) for name, t in read_safetensors_index(scratch / "model.safetensors").items()}
-
-
-def _account(where: Path, recipe: Recipe, foundation: Any, found: dict[str, StoredTensor]) -> None:
-    from rim_dist.checkpoint.contents import account, empty_module
-
-    config = foundation.config
-    rows = max(config.get_text_config().vocab_size, max(foundation.tokens.ids) + 1)
-    config.get_text_config().vocab_size = rows
-    account(where, found, empty_module(recipe, config, None), ())

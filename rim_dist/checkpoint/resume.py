@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from rim_dist.checkpoint import store
 from rim_dist.errors import CheckpointError
+from rim_dist.files import damage_of
 from rim_dist.messages import say
 from rim_dist.parallel.launch import Process
 
@@ -24,7 +25,7 @@ def agree_on_checkpoint(checkpoints: Path, process: Process) -> Path | None:
     if several:
         dist.broadcast_object_list(names, src=0)  # one listing: a shared file system may show ranks different ones
     for name in reversed(names[0]):
-        wrong: list[Any] = [store.damage(checkpoints / name, True, process.rank, process.ranks)]
+        wrong: list[Any] = [damage_of(checkpoints / name, True, process.rank, process.ranks)]
         if several:
             mine, wrong = wrong[0], [None] * process.ranks
             dist.all_gather_object(wrong, mine)

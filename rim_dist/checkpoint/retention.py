@@ -9,6 +9,7 @@ from pathlib import Path
 from rim_dist.checkpoint import store
 from rim_dist.config import CheckpointSection
 from rim_dist.errors import CheckpointError
+from rim_dist.files import damage_of, write_atomically
 
 _SCORES = "scores.json"
 _LOWER_IS_BETTER = {"loss"}
@@ -30,7 +31,7 @@ def note_scores(checkpoints: Path, step: int, scores: dict[str, float]) -> None:
     tree = {key: value for key, value in read_scores(checkpoints).items() if key in known}
     tree[name] = {**tree.get(name, {}), **scores}
     checkpoints.mkdir(parents=True, exist_ok=True)
-    store.write_atomically(checkpoints / _SCORES, json.dumps(tree, indent=1) + "\n")
+    write_atomically(checkpoints / _SCORES, json.dumps(tree, indent=1) + "\n")
 
 
 def best_first(found: Collection[Path], metric: str) -> list[Path]:
@@ -92,7 +93,7 @@ def retain(checkpoints: Path, policy: CheckpointSection, good: Collection[Path] 
     if not doomed:
         return []
     newest_first = sorted(kept, reverse=True)
-    if not any(p in good for p in kept) and all(store.damage(p, checksums=True) for p in newest_first):
+    if not any(p in good for p in kept) and all(damage_of(p, checksums=True) for p in newest_first):
         return []
     for checkpoint in doomed:
         store.remove(checkpoint)

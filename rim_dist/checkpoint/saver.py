@@ -19,6 +19,7 @@ from rim_dist.checkpoint.snapshot import Snapshotter, size_bytes, write_files
 from rim_dist.checkpoint.store import Part, TrainingState
 from rim_dist.config import Recipe
 from rim_dist.errors import TrainingError
+from rim_dist.files import FileRecord
 from rim_dist.parallel.launch import Process
 from rim_dist.recipe import dump_recipe
 
@@ -124,7 +125,7 @@ class CheckpointSaver:
 
     def _write_part(self, partial: Path, files: dict[str, Any]) -> str:
         """Write this rank's files and tell the first rank; returns what went wrong."""
-        records: dict[str, store.FileRecord] = {}
+        records: dict[str, FileRecord] = {}
 
         def write() -> None:
             records.update(write_files(partial, files))
@@ -135,7 +136,7 @@ class CheckpointSaver:
 
     def _finish(self, state: TrainingState, partial: Path, scores: dict[str, float]) -> None:
         """First rank, when all parts are there: announce, note scores, let old ones go."""
-        records: dict[str, store.FileRecord] = {}
+        records: dict[str, FileRecord] = {}
         for rank in range(self._process.ranks):
             part = store.read_part(partial, rank)
             if part is None:

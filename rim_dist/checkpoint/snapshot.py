@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rim_dist.checkpoint.store import ChecksumWriter, FileRecord
+from rim_dist.files import ChecksumWriter, FileRecord
 
 # Pickled structure and archive headers besides the tensors: measured 12 to 30 KB a file for some hundred tensors.
 _OVERHEAD_PER_FILE_BYTES = 1 << 18

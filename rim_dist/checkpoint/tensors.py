@@ -15,7 +15,6 @@ import torch
 
 from rim_dist.errors import CheckpointError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The names of the safetensors format.
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",

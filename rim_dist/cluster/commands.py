@@ -77,7 +77,7 @@ _OPTIONS = (
 
 def _submit(arguments: argparse.Namespace) -> int:
     from rim_dist.cluster.submit import Request, parse_options, planned, render, submit
-    from rim_dist.planning.commands import parse_memory
+    from rim_dist.planning.request import parse_memory
     from rim_dist.recipe import load_recipe
     from rim_dist.training.folder import check_run_folder
 

@@ -25,9 +25,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rim_dist.checkpoint.store import complete_checkpoints, read_state, write_atomically
+from rim_dist.checkpoint.store import complete_checkpoints, read_state
 from rim_dist.config import Recipe
 from rim_dist.errors import RimError
+from rim_dist.files import write_atomically
 from rim_dist.parallel.place import host_name
 from rim_dist.recipe import dump_recipe
 from rim_dist.training.folder import check_run_folder

@@ -79,7 +79,7 @@ def _counts(options: dict[str, str]) -> tuple[int, int]:
 
 def planned(recipe: Recipe, request: Request, gpu_memory: int) -> Request:
     """The request with overrides from the planner for what the recipe leaves open. Raises ConfigError if nothing fits."""
-    from rim_dist.planning.commands import recommended_overrides
+    from rim_dist.planning.request import recommended_overrides
 
     options, _ = _template()
     options.update(parse_options(site_arguments(request.site), request.site or "site.env"))

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from rim_dist.config import Recipe
-from rim_dist.data.rows import TokenIds
+from rim_dist.data.samples import EncodedSample
 from rim_dist.data.sources import BadSample, Sample, source_name
 from rim_dist.errors import DataError
-from rim_dist.memory import MemoryTokens, prompt_ids
 from rim_dist.methods import method_of
+from rim_dist.tokens import MemoryTokens, prompt_ids
 
 _CHUNK = 512
-
-
-@dataclass(frozen=True)
-class EncodedSample:
-    """Token ids of one sample; steps and answer end with the end-of-text token. `line` is its line in the source."""
-
-    question: TokenIds
-    steps: Sequence[TokenIds]
-    answer: TokenIds
-    line: int
 
 
 @dataclass

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rim_dist.config import Recipe, StageName
-from rim_dist.data.encoding import EncodedSample
 from rim_dist.data.packing import Packing, RowCost, pack_step
 from rim_dist.data.prepared import SampleStream
-from rim_dist.data.rows import Batch, Row, pack
-from rim_dist.memory import MemoryTokens
+from rim_dist.data.rows import Batch, pack
+from rim_dist.data.samples import EncodedSample, Row
 from rim_dist.methods import method_of
 from rim_dist.methods.base import Moment
+from rim_dist.tokens import MemoryTokens
 
 
 @dataclass(frozen=True)

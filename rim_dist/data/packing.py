@@ -9,7 +9,8 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rim_dist.data.rows import Batch, Row
+from rim_dist.data.rows import Batch
+from rim_dist.data.samples import Row
 
 
 @dataclass(frozen=True)

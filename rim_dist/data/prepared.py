@@ -22,11 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 import rim_dist
 from rim_dist.config import Recipe
-from rim_dist.data.encoding import DataReport, EncodedSample, encode
+from rim_dist.data.encoding import DataReport, encode
+from rim_dist.data.samples import EncodedSample
 from rim_dist.data.sources import read_source, source_name
 from rim_dist.data.synthetic import FORMAT
 from rim_dist.errors import DataError
-from rim_dist.memory import MemoryTokens
+from rim_dist.tokens import MemoryTokens
 
 _ARRAYS = ("tokens", "segment_ends", "first_segment", "lines")
 _COMPARED_SAMPLES = 64

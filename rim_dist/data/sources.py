@@ -37,7 +37,7 @@ class BadSample:
     detail: str = ""
 
 
-Row = Sample | BadSample
+SourceRow = Sample | BadSample
 _CALCULATION = re.compile(r"<<(.*?)>>", re.DOTALL)
 
 
@@ -59,7 +59,7 @@ def answer_text(value: Any) -> str:
     return text
 
 
-def _sample(line: int, question: Any, steps: Any, answer: Any) -> Row:
+def _sample(line: int, question: Any, steps: Any, answer: Any) -> SourceRow:
     if not isinstance(question, str) or not question.strip():
         return BadSample(line, "no question")
     if steps is None:
@@ -75,7 +75,7 @@ def _sample(line: int, question: Any, steps: Any, answer: Any) -> Row:
     return Sample(question.strip(), tuple(s.strip() for s in steps if s.strip()), text, line)
 
 
-def _from_gsm8k(line: int, row: dict[str, Any]) -> Row:
+def _from_gsm8k(line: int, row: dict[str, Any]) -> SourceRow:
     solution = row.get("answer")
     if not isinstance(solution, str):
         return BadSample(line, "missing column", "answer")
@@ -85,7 +85,7 @@ def _from_gsm8k(line: int, row: dict[str, Any]) -> Row:
     return _sample(line, row.get("question"), _CALCULATION.findall(body), answer.strip().replace(",", ""))
 
 
-def _from_gsm8k_aug(line: int, text: str) -> Row:
+def _from_gsm8k_aug(line: int, text: str) -> SourceRow:
     question, bars, rest = text.partition("||")
     if not bars:
         return BadSample(line, "no || between question and steps")
@@ -95,12 +95,12 @@ def _from_gsm8k_aug(line: int, text: str) -> Row:
     return _sample(line, question, _CALCULATION.findall(body), answer.strip().replace(",", ""))
 
 
-def _from_gsm_hard(line: int, row: dict[str, Any]) -> Row:
+def _from_gsm_hard(line: int, row: dict[str, Any]) -> SourceRow:
     return _sample(line, row.get("input"), [], row.get("target"))
 
 
-def _from_columns(columns: ColumnsSection) -> Callable[[int, dict[str, Any]], Row]:
-    def convert(line: int, row: dict[str, Any]) -> Row:
+def _from_columns(columns: ColumnsSection) -> Callable[[int, dict[str, Any]], SourceRow]:
+    def convert(line: int, row: dict[str, Any]) -> SourceRow:
         for name in (columns.question, columns.answer):
             if name not in row:
                 return BadSample(line, "missing column", name)
@@ -123,7 +123,7 @@ def _text_lines(path: Path) -> Iterator[tuple[int, str | None]]:
                 yield number, text
 
 
-def _json_lines(path: Path, convert: Callable[[int, dict[str, Any]], Row]) -> Iterator[Row]:
+def _json_lines(path: Path, convert: Callable[[int, dict[str, Any]], SourceRow]) -> Iterator[SourceRow]:
     for number, text in _text_lines(path):
         if text is None:
             yield BadSample(number, "not UTF-8")
@@ -136,12 +136,12 @@ def _json_lines(path: Path, convert: Callable[[int, dict[str, Any]], Row]) -> It
         yield convert(number, row) if isinstance(row, dict) else BadSample(number, "not a JSON object")
 
 
-def _gsm8k_aug_lines(path: Path) -> Iterator[Row]:
+def _gsm8k_aug_lines(path: Path) -> Iterator[SourceRow]:
     for number, text in _text_lines(path):
         yield BadSample(number, "not UTF-8") if text is None else _from_gsm8k_aug(number, text)
 
 
-def _prosqa(path: Path) -> Iterator[Row]:
+def _prosqa(path: Path) -> Iterator[SourceRow]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -155,7 +155,7 @@ def _prosqa(path: Path) -> Iterator[Row]:
             yield BadSample(number, "not a JSON object")
 
 
-def _parquet(path: Path, convert: Callable[[int, dict[str, Any]], Row]) -> Iterator[Row]:
+def _parquet(path: Path, convert: Callable[[int, dict[str, Any]], SourceRow]) -> Iterator[SourceRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -170,7 +170,7 @@ def _parquet(path: Path, convert: Callable[[int, dict[str, Any]], Row]) -> Itera
         raise DataError(f"{path}: not a readable Parquet file ({error})") from None
 
 
-def _hub(data: DataSection) -> Iterator[Row]:
+def _hub(data: DataSection) -> Iterator[SourceRow]:
     import datasets
 
     try:
@@ -213,7 +213,7 @@ def recognise(path: Path) -> str:
     raise DataError(f"{path}: format not recognised; name it: gsm8k, gsm8k_aug, gsm_hard, prosqa, jsonl or parquet")
 
 
-def read_file(path: str | Path, file_format: str, columns: ColumnsSection) -> Iterator[Row]:
+def read_file(path: str | Path, file_format: str, columns: ColumnsSection) -> Iterator[SourceRow]:
     """Rows of a local file in one of the known formats (`recognise` names them)."""
     path = Path(path)
     if not path.is_file():
@@ -228,12 +228,12 @@ def read_file(path: str | Path, file_format: str, columns: ColumnsSection) -> It
     return _json_lines(path, converters[file_format])
 
 
-def read_source(data: DataSection, seed: int) -> Iterator[Row]:
+def read_source(data: DataSection, seed: int) -> Iterator[SourceRow]:
     """All rows of the recipe's source, `data.limit` applied. Deterministic."""
     if data.source == "synthetic":
         walks = data.synthetic
         problems = SyntheticTask(walks.min_steps, walks.max_steps, walks.step_text).training(walks.samples, seed)
-        rows: Iterator[Row] = (Sample(p.question, p.steps, p.answer, i) for i, p in enumerate(problems, 1))
+        rows: Iterator[SourceRow] = (Sample(p.question, p.steps, p.answer, i) for i, p in enumerate(problems, 1))
     elif data.source == "hub":
         rows = _hub(data)
     else:

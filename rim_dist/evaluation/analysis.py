@@ -11,13 +11,13 @@ import torch
 from rim_dist.data.sources import Sample
 from rim_dist.evaluation.attention_shares import attention_shares
 from rim_dist.evaluation.evaluate import block_answers, score
-from rim_dist.evaluation.generation import Decoding
 from rim_dist.evaluation.opened import ExportedModel, open_checkpoint
 from rim_dist.evaluation.patching import exchange_blocks
 from rim_dist.evaluation.pca import Components, principal_components, variance_shares
 from rim_dist.evaluation.probe import right_answers
 from rim_dist.evaluation.states import block_states
-from rim_dist.memory import prompt_ids
+from rim_dist.model.generation import Decoding
+from rim_dist.tokens import prompt_ids
 
 MOST_PANELS = 8
 

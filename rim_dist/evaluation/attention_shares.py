@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rim_dist.attention.registration import use_plain_attention
 from rim_dist.errors import ModelError
-from rim_dist.evaluation.generation import check_prompts, generation_config, model_positions
 from rim_dist.evaluation.readouts import prefix_places
+from rim_dist.model.generation import check_prompts, generation_config, model_positions
 
 _BATCH = 4  # all layers' attention weights of a batch are in memory at once
 

@@ -13,8 +13,8 @@ from rim_dist.errors import EXIT_DONE, ConfigError
 
 if TYPE_CHECKING:
     from rim_dist.data.sources import Sample
-    from rim_dist.evaluation.generation import Decoding
     from rim_dist.evaluation.opened import ExportedModel
+    from rim_dist.model.generation import Decoding
 
 Command = Callable[..., argparse.ArgumentParser]
 _MODEL = "an exported folder, any HF causal LM folder, a checkpoint, or a run (its newest checkpoint)"
@@ -147,16 +147,6 @@ def add_evaluation_commands(command: Command) -> None:
         help="they are checkpoints of one run: choose by 20 %% of the questions, score on the rest, over 16 random splits",
     )
 
-    report = command(
-        "report",
-        _report,
-        "Runs side by side on one self-contained HTML page, and as Markdown.",
-        "rim-dist report runs/demo runs/demo-direct --output comparison/",
-        "rim-dist report runs/demo evaluated/llama --output comparison/",
-    )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or one that evaluate, sweep or analyse wrote")
-    report.add_argument("--output", metavar="DIR", default="report", help="write report.html and report.md here (report)")
-
 
 def _blocks(given: int | None, trained: int) -> int:
     """The block budget of a command: the trained one unless given. Raises ConfigError if it makes no sense."""
@@ -188,8 +178,8 @@ def _questions(
 
 
 def _decoding(arguments: argparse.Namespace, export: ExportedModel, batch: int | None = None) -> Decoding:
-    from rim_dist.evaluation.generation import Decoding
     from rim_dist.methods import method_class
+    from rim_dist.model.generation import Decoding
 
     limit = arguments.max_new_tokens or 32 * method_class(export.method).answer_factor
     return Decoding(limit, batch or arguments.batch, stop=tuple(arguments.stop))
@@ -214,8 +204,8 @@ def _write_json(path: Path, tree: dict[str, Any]) -> None:
 
 def _generate(arguments: argparse.Namespace) -> int:
     from rim_dist.evaluation.evaluate import block_answers
-    from rim_dist.evaluation.generation import Decoding, answer_questions
     from rim_dist.evaluation.opened import open_export
+    from rim_dist.model.generation import Decoding, answer_questions
 
     _at_least_one(arguments, "max-new-tokens")
     export = open_export(arguments.model)
@@ -241,10 +231,10 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from rim_dist.evaluation.evaluate import evaluate_export, write_evaluation
-    from rim_dist.evaluation.generation import Sampling
     from rim_dist.evaluation.latency import device_name
     from rim_dist.evaluation.opened import open_export
     from rim_dist.evaluation.table import print_evaluation
+    from rim_dist.model.generation import Sampling
 
     _at_least_one(arguments, "samples", "batch", "timed", "timed-batch", "sampled", "max-new-tokens")
     if arguments.temperature <= 0:
@@ -269,11 +259,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _latency(arguments: argparse.Namespace) -> int:
-    from rim_dist.evaluation.generation import Decoding
     from rim_dist.evaluation.latency import Candidate, device_name, time_side_by_side
     from rim_dist.evaluation.opened import open_export
     from rim_dist.evaluation.table import print_latency
-    from rim_dist.memory import prompt_ids
+    from rim_dist.model.generation import Decoding
+    from rim_dist.tokens import prompt_ids
 
     _at_least_one(arguments, "timed", "timed-batch", "max-new-tokens")
     output = _output(arguments.output) if arguments.output else None
@@ -381,14 +371,4 @@ def _compare(arguments: argparse.Namespace) -> int:
     else:
         pairs = [(i, j) for i in range(len(folders)) for j in range(i + 1, len(folders))]
         print_comparisons([(folders[i], folders[j], compare_paired(correct[i], correct[j])) for i, j in pairs])
-    return EXIT_DONE
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from rim_dist.report.build import build_report, write_report
-    from rim_dist.report.collect import collect_all
-
-    report = build_report(collect_all(arguments.runs))
-    write_report(report, Path(arguments.output))
-    print(f"{Path(arguments.output) / 'report.html'}")
     return EXIT_DONE

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from rim_dist.evaluation.generation import Decoding, check_prompts, generation_config, model_positions, stopped
 from rim_dist.evaluation.latency import synchronise
 from rim_dist.evaluation.probe import Probe
+from rim_dist.model.generation import Decoding, check_prompts, generation_config, model_positions, stopped
 
 
 @dataclass(frozen=True)

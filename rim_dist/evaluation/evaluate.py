@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rim_dist.attention.probe import probe_family
 from rim_dist.config import ColumnsSection, Recipe
 from rim_dist.data.sources import BadSample, Sample, read_file, recognise
 from rim_dist.data.synthetic import SyntheticTask
 from rim_dist.errors import DataError, ModelError
-from rim_dist.evaluation.generation import Decoding, Sampling, answer_questions, answer_texts, generate_ids
 from rim_dist.evaluation.latency import Candidate, time_side_by_side
 from rim_dist.evaluation.opened import ExportedModel
 from rim_dist.evaluation.readouts import readout_ids
 from rim_dist.evaluation.rules import RULES
 from rim_dist.evaluation.scoring import extract_answer, majority_answer, pass_at_k, same_answer
-from rim_dist.memory import prompt_ids
+from rim_dist.model.generation import Decoding, Sampling, answer_questions, answer_texts, generate_ids
+from rim_dist.model.proof import probe_family
+from rim_dist.tokens import prompt_ids
 from rim_dist.unwrap import bare_model
 
 _TAKES_MASK = "_rim_dist_takes_mask"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
-from rim_dist.evaluation.generation import Decoding, generate_ids
+from rim_dist.model.generation import Decoding, generate_ids
 
 WARM_UP = 3
 _ANSWER = re.compile(r"#+[^#]*$")

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from rim_dist.errors import CheckpointError
-from rim_dist.evaluation.generation import padding_note
-from rim_dist.evaluation.thinking import think_before_answers
-from rim_dist.memory import add_memory_tokens, prompt_ids
 from rim_dist.messages import say
 from rim_dist.methods import method_names, method_of
+from rim_dist.model.generation import padding_note
+from rim_dist.model.thinking import think_before_answers
+from rim_dist.tokens import add_memory_tokens, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def open_checkpoint(checkpoint: Path) -> ExportedModel:
     # Those rooms build on this one.
     from rim_dist.checkpoint.hf_export import load_trained_model
     from rim_dist.checkpoint.store import MODEL, read_recipe
-    from rim_dist.checkpoint.tensors import DTYPES
+    from rim_dist.model.skeleton import DTYPES
 
     recipe = read_recipe(checkpoint)
     if not recipe.exportable:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from rim_dist.evaluation.generation import Decoding, answer_texts, check_prompts, generation_config, model_positions
 from rim_dist.evaluation.scoring import extract_answer, same_answer
+from rim_dist.model.generation import Decoding, answer_texts, check_prompts, generation_config, model_positions
 
 Pieces = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values `[prompts, heads, tokens, head_dim]` of every layer
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rim_dist.attention.registration import use_plain_attention, use_rim_attention
 from rim_dist.attention.visibility import MEMORY, PADDING_SEGMENT, QUESTION, READOUT, Places, RowLayout
-from rim_dist.evaluation.generation import Decoding, check_prompts, generation_config, model_positions, stopped
+from rim_dist.model.generation import Decoding, check_prompts, generation_config, model_positions, stopped
 from rim_dist.unwrap import bare_model
 
 

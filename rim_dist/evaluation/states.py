@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rim_dist.evaluation.generation import check_prompts, generation_config, model_positions
 from rim_dist.evaluation.readouts import prefix_places
+from rim_dist.model.generation import check_prompts, generation_config, model_positions
 
 
 def block_states(

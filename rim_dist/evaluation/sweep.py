@@ -13,13 +13,13 @@ from rim_dist.data.sources import Sample
 from rim_dist.errors import DataError
 from rim_dist.evaluation.early_exit import SteppedAnswer, answer_stepwise
 from rim_dist.evaluation.evaluate import block_answers, score
-from rim_dist.evaluation.generation import Decoding, answer_texts
 from rim_dist.evaluation.latency import WARM_UP, Candidate, spread, time_side_by_side
 from rim_dist.evaluation.opened import ExportedModel
 from rim_dist.evaluation.probe import Probe, fit_probe, halves, judge_probe, right_answers
 from rim_dist.evaluation.scoring import extract_answer, same_answer
 from rim_dist.evaluation.states import block_states
-from rim_dist.memory import prompt_ids
+from rim_dist.model.generation import Decoding, answer_texts
+from rim_dist.tokens import prompt_ids
 
 
 def answered(

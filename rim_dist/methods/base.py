@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from rim_dist.config import STAGE_NAMES, Recipe, StageName
-
-if TYPE_CHECKING:
-    from rim_dist.data.encoding import EncodedSample
-    from rim_dist.data.rows import Row, TokenIds
+from rim_dist.data.samples import EncodedSample, Readout, Row, TokenIds
 
 
 @dataclass(frozen=True)
@@ -93,8 +90,6 @@ class Method:
         The target of the first `step_blocks` blocks is a step, not the answer. `thoughts`: the row's one block has so many
         continuous thoughts instead of memory tokens.
         """
-        from rim_dist.data.rows import Readout, Row
-
         # A readout of weight 0 has no part in the loss: leaving it out changes nothing but the work.
         kept = tuple(Readout(block, target, weight, block <= step_blocks) for block, target, weight in readouts if weight)
         size = (self.recipe.memory.tokens_per_block if thoughts is None else thoughts) + 2

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from rim_dist.data.samples import EncodedSample, Row
 from rim_dist.methods.base import Method, Moment
-
-if TYPE_CHECKING:
-    from rim_dist.data.encoding import EncodedSample
-    from rim_dist.data.rows import Row
 
 
 class Pause(Method):

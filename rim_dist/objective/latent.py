@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from rim_dist.attention.visibility import PADDING_SEGMENT, QUESTION, Places, RowLayout, Span
+from rim_dist.attention.visibility import PADDING_SEGMENT, QUESTION, Places, RowLayout
+from rim_dist.data.samples import Span
 
 
 def _plain_places(position: torch.Tensor) -> Places:

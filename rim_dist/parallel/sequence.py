@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from rim_dist.attention.dense import ScoreRule
-from rim_dist.attention.visibility import PADDING_SEGMENT, QUESTION, Places, RowLayout, Span
+from rim_dist.attention.visibility import PADDING_SEGMENT, QUESTION, Places, RowLayout
 from rim_dist.data.rows import Batch, Targets
+from rim_dist.data.samples import Span
 from rim_dist.parallel.collectives import exchange, gather_parts
 from rim_dist.parallel.degrees import Mode
 from rim_dist.parallel.mesh import Mesh
@@ -90,7 +91,7 @@ def share_row(batch: Batch, mesh: Mesh, mode: Mode) -> Batch:
     ranks = mesh.degrees.sequence
     if ranks == 1:
         return batch
-    seen = torch.cat([span.seen() for span in batch.layout.spans])
+    seen = torch.cat([_keys_seen(span) for span in batch.layout.spans])
     deal = deal_contiguous(len(seen), ranks) if mode == "ulysses" else deal_balanced(seen, ranks)
     ids, layout = _padded(batch, ranks * deal.own)
     mine = deal.tokens(mesh.place.sequence)
@@ -103,6 +104,14 @@ def share_row(batch: Batch, mesh: Mesh, mode: Mode) -> Batch:
         share = Gathered(place, mesh.sequence_group, ranks)
         local = replace(layout, queries=own, share=share, chunks=deal.ranges(mesh.place.sequence), attended=set(), cache={})
     return Batch(ids[:, mine], local, _own_targets(batch.targets, place, mesh.place.sequence, deal.own), batch.order)
+
+
+def _keys_seen(span: Span) -> torch.Tensor:
+    """Keys that each of a sample's tokens sees, causal blocks: `[span.length]`, adding up to `span.pairs`."""
+    parts = [torch.arange(1, span.prefix + 1)]
+    for block, tokens in span.readouts:
+        parts.append(span.question + block * span.block_size + torch.arange(1, tokens + 1))
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)

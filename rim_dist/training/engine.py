@@ -20,7 +20,8 @@ from rim_dist.config import OptimizerSection, Recipe
 from rim_dist.data.packing import RowCost
 from rim_dist.data.rows import Batch
 from rim_dist.errors import CheckpointError
-from rim_dist.model import set_dropout
+from rim_dist.model.build import set_dropout
+from rim_dist.model.skeleton import parameter_groups
 from rim_dist.objective.forward import run_batch
 from rim_dist.objective.loss import ReadoutLoss
 from rim_dist.parallel.collectives import all_reduce
@@ -54,18 +55,6 @@ def restricted_loading() -> Iterator[None]:
             del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
         else:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters; weight decay on matrices only."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not weight_decay:
-        return [{"params": trainable, "weight_decay": 0.0}]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(model: nn.Module, section: OptimizerSection, offload: bool) -> torch.optim.Optimizer:

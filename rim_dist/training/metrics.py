@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rim_dist.checkpoint.store import write_atomically
 from rim_dist.config import LoggingSection
 from rim_dist.errors import ConfigError
+from rim_dist.files import write_atomically
 
 Metrics = dict[str, Any]
 

@@ -21,34 +21,36 @@ from rim_dist.checkpoint.portable import is_portable, starts_fresh
 from rim_dist.checkpoint.resume import agree_on_checkpoint
 from rim_dist.checkpoint.retention import note_scores
 from rim_dist.checkpoint.saver import CheckpointSaver
+from rim_dist.checkpoint.start import model_of, requirements_of
 from rim_dist.checkpoint.store import TrainingState
-from rim_dist.checkpoint.tensors import DTYPES
 from rim_dist.config import Recipe, StageName
-from rim_dist.data.encoding import EncodedSample
 from rim_dist.data.loader import BatchLoader, RankShare, StagePlan, plan_stages
 from rim_dist.data.prepared import SampleStream, StreamedData, prepare
 from rim_dist.data.rows import Batch
+from rim_dist.data.samples import EncodedSample
 from rim_dist.data.sources import Sample, source_name
 from rim_dist.errors import CheckpointError, ConfigError, Stopped, TrainingError
 from rim_dist.evaluation.evaluate import block_answers, recipe_samples, score, write_evaluation
-from rim_dist.evaluation.generation import Decoding, check_prompts, generation_config, padding_note
-from rim_dist.memory import prompt_ids
+from rim_dist.files import os_errors, write_atomically
 from rim_dist.messages import say
 from rim_dist.methods import method_of
-from rim_dist.model import Foundation, build_model, lay_foundation
+from rim_dist.model.generation import Decoding, check_prompts, generation_config, padding_note
+from rim_dist.model.requirements import Requirements
+from rim_dist.model.skeleton import DTYPES
 from rim_dist.objective.loss import ReadoutLoss
 from rim_dist.parallel.degrees import fit_degrees
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.mesh import describe, make_mesh
-from rim_dist.parallel.preflight import Preflight
 from rim_dist.parallel.zero import compose, partitioner
 from rim_dist.recipe import dump_recipe
+from rim_dist.tokens import prompt_ids
 from rim_dist.training.engine import Engine
 from rim_dist.training.folder import check_run_folder
 from rim_dist.training.grounding import GroundingWatch, near_guessing, not_learned
 from rim_dist.training.hardware import peak_memory_bytes, peak_operations
 from rim_dist.training.heartbeat import beat
 from rim_dist.training.metrics import Metrics, MetricsLog, draw_curves, read_metrics
+from rim_dist.training.preflight import Preflight
 from rim_dist.training.progress import ProgressReport
 from rim_dist.training.schedule import learning_rate
 from rim_dist.training.signals import StopRequest
@@ -76,30 +78,30 @@ def _by_block(sums: list[float], counts: list[float]) -> tuple[list[float | None
     return [s / c if c else None for s, c in pairs], [int(c) for _, c in pairs]
 
 
-def open_data(recipe: Recipe, foundation: Foundation) -> SampleStream:
+def open_data(recipe: Recipe, requirements: Requirements) -> SampleStream:
     """The run's data: prepared (cached on disk) or streamed."""
     if recipe.data.streaming:
-        return StreamedData(recipe, foundation.tokenizer, foundation.tokens, foundation.positions)
+        return StreamedData(recipe, requirements.tokenizer, requirements.tokens, requirements.positions)
     folder = Path(recipe.data.cache_dir) if recipe.data.cache_dir else recipe.folder / "data"
-    return prepare(recipe, foundation.tokenizer, foundation.tokens, foundation.positions, folder)
+    return prepare(recipe, requirements.tokenizer, requirements.tokens, requirements.positions, folder)
 
 
 class Trainer:
     """Owns the loop. Everything that needs other ranks happens in the same order on every rank."""
 
-    def __init__(self, recipe: Recipe, process: Process, foundation: Foundation, data: SampleStream) -> None:
+    def __init__(self, recipe: Recipe, process: Process, requirements: Requirements, data: SampleStream) -> None:
         degrees = fit_degrees(recipe, process.ranks)
         if recipe.model.dtype == "fp16" and process.device == "cpu":
             raise ConfigError("model.dtype: fp16 needs a GPU; on a CPU use fp32 or bf16")
         if recipe.parallel.zero_plus_plus and process.device == "cpu":
             raise ConfigError("parallel.zero_plus_plus: true needs GPUs: its kernels are CUDA's")
-        self._recipe, self._process, self._foundation, self._data = recipe, process, foundation, data
-        self._ds_config = compose(recipe, foundation.hidden_size, process.hosts.count(process.hosts[process.rank]))
+        self._recipe, self._process, self._foundation, self._data = recipe, process, requirements, data
+        self._ds_config = compose(recipe, requirements.hidden_size, process.hosts.count(process.hosts[process.rank]))
         if process.is_first and process.ranks > 1:
             say(describe(degrees, process.hosts))
         self._preflight = Preflight(recipe, process) if recipe.parallel.preflight else None
         if self._preflight is not None:
-            self._preflight.compare(foundation, data.fingerprint, self._ds_config)
+            self._preflight.compare(requirements, data.fingerprint, self._ds_config)
         self._mesh = make_mesh(degrees, process.rank, process.device.partition(":")[0])
         self._folder = recipe.folder
         self._checkpoints = recipe.folder / "checkpoints"
@@ -127,7 +129,7 @@ class Trainer:
         if self._process.is_first:
             self._write_run_folder()
         partition = partitioner(self._ds_config, self._mesh, DTYPES[self._recipe.model.dtype])
-        model = build_model(self._recipe, self._foundation, resume, self._mesh, partition)
+        model = model_of(self._recipe, self._foundation, resume, self._mesh, partition)
         self._engine = Engine(self._recipe, model, self._ds_config, self._process, self._mesh, self._foundation.sequence_mode)
         state = TrainingState(self._plans[0].name, 0, 0, 0, 0.0, self._process.ranks)
         if resume is not None:
@@ -350,7 +352,7 @@ class Trainer:
         def write_model(folder: Path) -> None:
             bare_model(self._engine.module).config.save_pretrained(folder)
             generation_config(self._foundation.tokenizer).save_pretrained(folder)
-            with store.os_errors(folder):
+            with os_errors(folder):
                 self._foundation.tokenizer.save_pretrained(folder)
 
         scores = {"loss": self._last_loss, **(self._scores if self._scored_step == state.step else {})}
@@ -362,10 +364,10 @@ class Trainer:
 
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            store.write_atomically(self._folder / "ds_config.json", json.dumps(self._ds_config, indent=1) + "\n")
-            store.write_atomically(self._folder / "recipe.yaml", dump_recipe(self._recipe))
+            write_atomically(self._folder / "ds_config.json", json.dumps(self._ds_config, indent=1) + "\n")
+            write_atomically(self._folder / "recipe.yaml", dump_recipe(self._recipe))
             plan = {"total_steps": self._total_steps, "stages": [asdict(plan) for plan in self._plans]}
-            store.write_atomically(self._folder / "plan.json", json.dumps(plan, indent=1) + "\n")
+            write_atomically(self._folder / "plan.json", json.dumps(plan, indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"{self._folder}: cannot be written ({error.strerror or error})") from None
 
@@ -478,11 +480,11 @@ class Trainer:
             say(self._last_word)
 
 
-def prepare_run(recipe: Recipe) -> tuple[Foundation, SampleStream]:
+def prepare_run(recipe: Recipe) -> tuple[Requirements, SampleStream]:
     """All checks and the data of a run, before any process group or weight exists."""
     check_run_folder(recipe)
     compose(recipe, 1)
-    foundation = lay_foundation(recipe)
+    requirements = requirements_of(recipe)
     questions = [sample.question for sample in recipe_samples(recipe)]
-    check_prompts(prompt_ids(foundation.tokenizer, questions), foundation.positions)
-    return foundation, open_data(recipe, foundation)
+    check_prompts(prompt_ids(requirements.tokenizer, questions), requirements.positions)
+    return requirements, open_data(recipe, requirements)

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from parallel_matrix import LAYOUTS, Case, Difference, case_recipe
 
+from rim_dist.checkpoint.start import model_of
 from rim_dist.data.loader import BatchLoader, plan_stages
-from rim_dist.model import build_model
 from rim_dist.parallel.degrees import fit_degrees
 from rim_dist.parallel.launch import Process, join, leave
 from rim_dist.parallel.mesh import Mesh, make_mesh
@@ -46,13 +46,13 @@ def run_case(case: Case, folder: Path, process: Process) -> Difference:
 
     recipe = case_recipe(case, folder)
     reference: dict[str, Any] = torch.load(folder / f"{case.reference}.pt", weights_only=True)
-    foundation, data = prepare_run(recipe)
+    requirements, data = prepare_run(recipe)
     mesh = make_mesh(fit_degrees(recipe, process.ranks), process.rank, "cpu")
-    ds_config = compose(recipe, foundation.hidden_size)
-    model = build_model(recipe, foundation, None, mesh, partitioner(ds_config, mesh, torch.float32))
-    engine = Engine(recipe, model, ds_config, process, mesh, foundation.sequence_mode)
+    ds_config = compose(recipe, requirements.hidden_size)
+    model = model_of(recipe, requirements, None, mesh, partitioner(ds_config, mesh, torch.float32))
+    engine = Engine(recipe, model, ds_config, process, mesh, requirements.sequence_mode)
     engine.begin_stage(0.0)
-    loader = BatchLoader(recipe, data, foundation.tokens, mesh.place.data, mesh.degrees.data, engine.row_cost)
+    loader = BatchLoader(recipe, data, requirements.tokens, mesh.place.data, mesh.degrees.data, engine.row_cost)
     (plan,) = plan_stages(recipe, len(data))
     loss_off = norm_off = gradient_off = 0.0
     for step in range(plan.steps):

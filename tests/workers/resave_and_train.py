@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from rim_dist.checkpoint import store
 from rim_dist.checkpoint.snapshot import write_files
-from rim_dist.checkpoint.tensors import DTYPES
-from rim_dist.model import build_model
+from rim_dist.checkpoint.start import model_of
+from rim_dist.model.skeleton import DTYPES
 from rim_dist.parallel.degrees import fit_degrees
 from rim_dist.parallel.launch import Process, join, leave
 from rim_dist.parallel.mesh import make_mesh
@@ -27,12 +27,12 @@ from rim_dist.unwrap import bare_model
 
 def resave(run: Path, process: Process) -> None:
     recipe = load_recipe(run / "recipe.yaml")
-    foundation, _ = prepare_run(recipe)
+    requirements, _ = prepare_run(recipe)
     source = store.find_checkpoint(run)
     mesh = make_mesh(fit_degrees(recipe, process.ranks), process.rank, "cpu")
-    ds_config = compose(recipe, foundation.hidden_size)
-    model = build_model(recipe, foundation, source, mesh, partitioner(ds_config, mesh, DTYPES[recipe.model.dtype]))
-    engine = Engine(recipe, model, ds_config, process, mesh, foundation.sequence_mode)
+    ds_config = compose(recipe, requirements.hidden_size)
+    model = model_of(recipe, requirements, source, mesh, partitioner(ds_config, mesh, DTYPES[recipe.model.dtype]))
+    engine = Engine(recipe, model, ds_config, process, mesh, requirements.sequence_mode)
     engine.load(source)
     state = replace(store.read_state(source), ranks=process.ranks)
     partial = store.partial_folder(run / "resaved", state.step)
@@ -44,7 +44,7 @@ def resave(run: Path, process: Process) -> None:
     dist.barrier()
     if process.is_first:
         bare_model(engine.module).config.save_pretrained(partial / store.MODEL)
-        foundation.tokenizer.save_pretrained(partial / store.MODEL)
+        requirements.tokenizer.save_pretrained(partial / store.MODEL)
         parts = [store.read_part(partial, rank) for rank in range(process.ranks)]
         store.announce(partial, state, dump_recipe(recipe), {k: v for part in parts if part for k, v in part.records.items()})
     dist.barrier()
@@ -55,6 +55,6 @@ if __name__ == "__main__":
     for path in (Path(a) for a in sys.argv[1:] if not a.startswith("--")):
         resave(path, process)
         recipe = load_recipe(path / "recipe.yaml")
-        foundation, data = prepare_run(recipe)
-        Trainer(recipe, process, foundation, data).run()
+        requirements, data = prepare_run(recipe)
+        Trainer(recipe, process, requirements, data).run()
     leave()

@@ -15,6 +15,6 @@ if __name__ == "__main__":
     process = join(120)
     for path in (a for a in sys.argv[1:] if not a.startswith("--")):  # the deepspeed launcher adds --local_rank
         recipe = load_recipe(path)
-        foundation, data = prepare_run(recipe)
-        Trainer(recipe, process, foundation, data).run()
+        requirements, data = prepare_run(recipe)
+        Trainer(recipe, process, requirements, data).run()
     leave()

@@ -26,12 +26,14 @@ import rim_dist
 from rim_dist.checkpoint import store
 from rim_dist.config import Recipe
 from rim_dist.errors import TrainingError
+from rim_dist.files import write_atomically
 from rim_dist.messages import say
-from rim_dist.model import Foundation, skeleton
+from rim_dist.model.requirements import Requirements
+from rim_dist.model.skeleton import skeleton
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.mesh import Mesh
-from rim_dist.parallel.rehearsal import rehearse
 from rim_dist.training.hardware import free_memory_bytes, this_device
+from rim_dist.training.rehearsal import rehearse
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 _STATE_BYTES = 12  # of a trained parameter in a checkpoint: fp32 value and two moments
@@ -97,7 +99,7 @@ class Preflight:
 
     # ---- what ranks are and have ---------------------------------------------------------------------------
 
-    def compare(self, foundation: Foundation, fingerprint: str, ds_config: dict[str, Any]) -> None:
+    def compare(self, requirements: Requirements, fingerprint: str, ds_config: dict[str, Any]) -> None:
         """Versions, recipe, DeepSpeed configuration, data and devices must fit together, and a checkpoint on the disk.
 
         Needs no collective, so that it comes before the groups of the mesh. Raises TrainingError.
@@ -108,7 +110,7 @@ class Preflight:
             "versions": versions(),
             **recipe.model_dump(mode="json", exclude={"data": {"cache_dir"}}),  # that may be each node's own disk
             "deepspeed": ds_config,
-            "attention": foundation.attention.path,
+            "attention": requirements.attention.path,
             "data fingerprint": fingerprint,
             "device": process.device.partition(":")[0],
         }
@@ -119,7 +121,7 @@ class Preflight:
         }
         with self._check("the comparison of the ranks"):
             if (roll_call := process.roll_call) is None:
-                verdict = self._note_hosts([own]) or self._lacking_room(foundation)
+                verdict = self._note_hosts([own]) or self._lacking_room(requirements)
             else:
                 verdict = ""
                 gathered = [json.loads(text) for text in roll_call.gather(json.dumps([must_agree, own]))]
@@ -127,7 +129,7 @@ class Preflight:
                     verdict = (
                         first_difference([fact[0] for fact in gathered], roll_call.name)
                         or self._note_hosts([fact[1] for fact in gathered])
-                        or self._lacking_room(foundation)
+                        or self._lacking_room(requirements)
                     )
                 verdict = roll_call.from_first(verdict)
         if verdict:
@@ -151,12 +153,12 @@ class Preflight:
         self.report["hosts"] = hosts
         return ""
 
-    def _lacking_room(self, foundation: Foundation) -> str:
+    def _lacking_room(self, requirements: Requirements) -> str:
         """Says so if a host's disk clearly cannot take its part of a checkpoint."""
         complete = store.complete_checkpoints(self._recipe.folder / "checkpoints")
         if complete and store.read_state(complete[-1]).finished:
             return ""
-        model = skeleton(self._recipe, foundation)
+        model = skeleton(self._recipe, requirements.config, requirements.tokens)
         needed = _STATE_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
         for host, entry in self.report["hosts"].items():
             count, free = len(entry["ranks"]), entry["disk_free_bytes"]
@@ -209,22 +211,23 @@ class Preflight:
             self.say(f"{kind} ({links[kind]['ranks']} ranks): {'; '.join(shown)}")
         self.report["links"] = links
 
-    def rehearse(self, foundation: Foundation, mesh: Mesh) -> None:
+    def rehearse(self, requirements: Requirements, mesh: Mesh) -> None:
         """A tiny model of the family, split as the run's will be, against itself whole. Raises ModelError."""
         if mesh.degrees.tensor == mesh.degrees.sequence == 1:
             return
         with self._check("the rehearsal with a tiny model"):
             found = rehearse(
-                foundation.config,
+                requirements.config,
                 mesh,
-                foundation.sequence_mode,
-                foundation.attention.path,
+                requirements.sequence_mode,
+                requirements.attention.path,
                 self._process.device,
                 self._recipe.model.trust_remote_code,
             )
         self.report["rehearsal"] = {"loss_difference": found.loss, "gradient_difference": found.gradient}
         self.say(
-            f"a tiny {foundation.config.model_type} split over tensor {mesh.degrees.tensor} x sequence {mesh.degrees.sequence} "
+            f"a tiny {requirements.config.model_type} split over tensor {mesh.degrees.tensor} x "
+            f"sequence {mesh.degrees.sequence} "
             f"computes what it does whole (loss {found.loss:.0e}, gradients {found.gradient:.0e})"
         )
 
@@ -240,7 +243,7 @@ class Preflight:
             f"{self._seconds:.2f} s in all"
         )
         if self._process.is_first:
-            store.write_atomically(self._path, json.dumps(self.report, indent=1) + "\n")
+            write_atomically(self._path, json.dumps(self.report, indent=1) + "\n")
 
 
 def _gib(size: float) -> str:

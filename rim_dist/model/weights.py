@@ -8,23 +8,19 @@ draws them. All ranks get what one process would get.
 from __future__ import annotations
 
 import math
-import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rim_dist.checkpoint.assemble import tensor_values
-from rim_dist.checkpoint.contents import plain_name
-from rim_dist.checkpoint.tensors import ModelTensor, read_folder_index
 from rim_dist.errors import CheckpointError, ModelError
-from rim_dist.memory import MemoryTokens
+from rim_dist.model.skeleton import plain_name
 from rim_dist.parallel.tensor import mark_slice, slice_of, whole_shape
+from rim_dist.tokens import MemoryTokens
 from rim_dist.unwrap import bare_model, base_layer
 
 _BASE = ".base_layer.weight"
@@ -34,65 +30,6 @@ class WeightSource(Protocol):
     """Whole tensors of the plain model by name, in fp32; None for a name it does not have."""
 
     def __call__(self, name: str) -> torch.Tensor | None: ...
-
-
-@dataclass(frozen=True)
-class StoredWeights:
-    """Tensors that lie in files."""
-
-    tensors: Mapping[str, ModelTensor]
-
-    def __call__(self, name: str) -> torch.Tensor | None:
-        if name not in self.tensors:
-            return None
-        tensor = self.tensors[name]
-        values = torch.empty(math.prod(tensor.shape), dtype=torch.float32)
-        start = 0
-        for chunk in tensor_values(tensor, torch.float32):
-            values[start : start + chunk.numel()] = chunk
-            start += chunk.numel()
-        return values.reshape(tensor.shape)
-
-
-@dataclass(frozen=True)
-class LoadedWeights:
-    """Tensors that are in memory."""
-
-    tensors: Mapping[str, torch.Tensor]
-
-    def __call__(self, name: str) -> torch.Tensor | None:
-        return self.tensors[name].detach().float() if name in self.tensors else None
-
-
-def folder_weights(folder: Path, model: PreTrainedModel) -> StoredWeights | None:
-    """The safetensors files of an HF folder, if they hold the tensors of this class by the names it gives them.
-
-    None for other files (.bin, GGUF), and for families that transformers converts while it loads them.
-    """
-    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        return None
-    stored = read_folder_index(folder)
-    prefix = f"{model.base_model_prefix}."
-    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in _second_names(model)}
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"inv_freq$", r"masked_bias$", r"attn\.bias$"]
-    found: dict[str, ModelTensor] = {}
-    used: set[str] = set()
-    for name in expected:
-        place = next((n for n in (name, name.removeprefix(prefix)) if n in stored), None)
-        if place is None:
-            return None
-        found[name] = ModelTensor((stored[place],), stored[place].shape)
-        used.add(place)
-    second = _second_names(model)
-    left = [n for n in stored if n not in used and n not in second and not any(re.search(p, n) for p in ignored)]
-    return None if left else StoredWeights(found)
-
-
-def _second_names(model: nn.Module) -> set[str]:
-    """Names of tied parameters beside their first."""
-    first = {id(p) for p in model.parameters()}
-    named = [name for name, _ in model.named_parameters()]
-    return {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in first} - set(named)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from rim_dist.errors import DataError
-from rim_dist.memory import prompt_ids
+from rim_dist.tokens import prompt_ids
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from rim_dist.checkpoint.contents import read_contents
 from rim_dist.checkpoint.hf_export import ABOUT, ADAPTER, load_module
 from rim_dist.errors import CheckpointError, RimError
 from rim_dist.evaluation.evaluate import recipe_samples
-from rim_dist.evaluation.generation import model_positions
-from rim_dist.memory import prompt_ids
 from rim_dist.methods import method_of
+from rim_dist.model.generation import model_positions
+from rim_dist.tokens import prompt_ids
 
 # Rounding of weights to the export's dtype, and another order of additions, as a share of the largest logit.
 _TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}

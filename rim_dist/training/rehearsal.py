@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rim_dist.attention.probe import tiny_config, tiny_model, tiny_row
 from rim_dist.attention.registration import Path, use_rim_attention
 from rim_dist.data.rows import Batch, pack
 from rim_dist.errors import ModelError
+from rim_dist.model.proof import tiny_config, tiny_model, tiny_row
 from rim_dist.objective.forward import install_readout_loss, run_batch
 from rim_dist.parallel.collectives import all_reduce
 from rim_dist.parallel.degrees import Mode

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rim_dist.attention.registration import use_plain_attention, use_rim_attention
-from rim_dist.data.rows import Readout, Row, pack
+from rim_dist.data.rows import pack
+from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ModelError
 from rim_dist.objective.forward import install_readout_loss, run_batch
 

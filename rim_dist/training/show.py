@@ -11,14 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from rim_dist.attention.visibility import KIND_NAMES, MEMORY
+from rim_dist.checkpoint.start import requirements_of
 from rim_dist.config import Recipe
 from rim_dist.data.encoding import DataReport
 from rim_dist.data.loader import BatchLoader, StagePlan, plan_stages
 from rim_dist.data.packing import RowCost, pack_step
 from rim_dist.data.prepared import PreparedData, SampleStream, StreamedData, prepare
-from rim_dist.data.rows import Row, pack
+from rim_dist.data.rows import pack
+from rim_dist.data.samples import Row
 from rim_dist.data.sources import source_name
-from rim_dist.model import Foundation, lay_foundation
+from rim_dist.model.requirements import Requirements
 
 _STREAM_LOOK = 1000
 _STEPS_LOOK = 20
@@ -26,9 +28,9 @@ _STEPS_LOOK = 20
 
 def show_data(recipe: Recipe, samples: int) -> None:
     """Print counts, step histogram and lengths of a recipe's data, and `samples` samples of each stage row by row."""
-    foundation = lay_foundation(recipe)
+    requirements = requirements_of(recipe)
     console = Console(highlight=False, soft_wrap=True)
-    arguments = (recipe, foundation.tokenizer, foundation.tokens, foundation.positions)
+    arguments = (recipe, requirements.tokenizer, requirements.tokens, requirements.positions)
     with tempfile.TemporaryDirectory() as scratch:
         data: SampleStream
         if recipe.data.streaming:
@@ -39,7 +41,7 @@ def show_data(recipe: Recipe, samples: int) -> None:
             folder = Path(recipe.data.cache_dir) if recipe.data.cache_dir else Path(scratch)
             data = prepare(*arguments, folder)
         _print_report(console, recipe, data.report)
-        loader = BatchLoader(recipe, data, foundation.tokens, 0, 1)
+        loader = BatchLoader(recipe, data, requirements.tokens, 0, 1)
         for plan in plan_stages(recipe, len(data)):
             if isinstance(data, PreparedData):
                 _print_lengths(console, plan.name, [len(loader.row(plan, 0, data[i])) for i in range(min(len(data), 2000))])
@@ -50,7 +52,7 @@ def show_data(recipe: Recipe, samples: int) -> None:
                 when = f", from step {step + 1}" if len(starts) > 1 else ""
                 for number, sample in enumerate(data.samples(plan.first_sample, plan.first_sample + samples), 1):
                     title = f"{plan.name}{when}, sample {number} ({source_name(recipe.data)}:{sample.line})"
-                    _print_row(console, foundation, loader.row(plan, step, sample), title)
+                    _print_row(console, requirements, loader.row(plan, step, sample), title)
 
 
 def _print_report(console: Console, recipe: Recipe, report: DataReport) -> None:
@@ -93,20 +95,20 @@ def _print_packing(console: Console, recipe: Recipe, loader: BatchLoader, plan: 
         )
 
 
-def _print_row(console: Console, foundation: Foundation, row: Row, title: str) -> None:
+def _print_row(console: Console, requirements: Requirements, row: Row, title: str) -> None:
     table = Table(title=title)
     for name in ("#", "token", "kind", "block", "position", "target", "weight"):
         table.add_column(name, justify="left" if name in ("token", "kind", "target") else "right")
 
     def text(token: int) -> str:
-        return repr(foundation.tokenizer.decode([token]))[1:-1]
+        return repr(requirements.tokenizer.decode([token]))[1:-1]
 
-    batch = pack([row], foundation.tokens.block)
+    batch = pack([row], requirements.tokens.block)
     columns, labels, weights = (t.tolist() for t in (batch.targets.column, batch.targets.label, batch.targets.weight))
     targets = {column: (text(label), f"{weight:.3f}") for column, label, weight in zip(columns, labels, weights, strict=True)}
     places = zip(*(t[0].tolist() for t in batch.layout.queries), strict=True)
     for i, (token, (_, kind, block, position)) in enumerate(zip(batch.input_ids[0].tolist(), places, strict=True)):
-        thought = row.latent and kind == MEMORY and token == foundation.tokens.memory
+        thought = row.latent and kind == MEMORY and token == requirements.tokens.memory
         name = "thought" if thought else KIND_NAMES[kind]
         table.add_row(str(i), text(token), name, str(block or ""), str(position), *targets.get(i, ("", "")))
     console.print(table)

@@ -1,0 +1,104 @@
+"""Building what is trained: this rank's slice of the model, with memory rows, adapters and the RiM attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint as recompute
+from transformers import PreTrainedModel
+
+from rim_dist.attention.registration import use_rim_attention
+from rim_dist.config import Recipe
+from rim_dist.methods import method_of
+from rim_dist.model.requirements import Requirements
+from rim_dist.model.skeleton import DTYPES, skeleton
+from rim_dist.model.thinking import think_before_answers
+from rim_dist.model.weights import Filling, MemoryRows, WeightSource, broadcast_buffers, fill
+from rim_dist.objective.forward import install_readout_loss
+from rim_dist.parallel.mesh import Coordinates, Mesh
+from rim_dist.parallel.tensor import TensorPlace, split_model, sum_shared_gradients
+from rim_dist.unwrap import bare_model
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a model's values come from: `source` (None: drawn), whose `names` it goes by, and what becomes of the memory rows
+    (`MemorySection.initialise`)."""
+
+    source: WeightSource | None
+    names: str
+    memory_rows: str
+
+
+def build_model(
+    recipe: Recipe,
+    requirements: Requirements,
+    weights: Weights,
+    mesh: Mesh | None = None,
+    partition: Callable[[list[torch.nn.Parameter]], None] | None = None,
+) -> PreTrainedModel:
+    """The model with memory rows (and adapters), the RiM attention selected, all dropouts 0: this rank's slice of it.
+
+    From the seed and the weights alone: every rank gets what one process would. `partition`: spreads parameters over ranks
+    (ZeRO-3) while the model is built. fp32, or the run's precision if it is partitioned.
+    """
+    mesh = mesh or Mesh.alone()
+    section = recipe.model
+    model: Any = skeleton(recipe, requirements.config, requirements.tokens)
+    bare = bare_model(model)
+    if mesh.degrees.tensor > 1:
+        split_model(model, TensorPlace(mesh.place.tensor, mesh.degrees.tensor, mesh.tensor_group))
+    use_rim_attention(bare, requirements.attention.path)
+    dtype = DTYPES[section.dtype] if partition is not None else torch.float32
+    memory = MemoryRows(requirements.tokens, weights.memory_rows, recipe.run.seed)
+    reads = partition is None or mesh.shard == 0
+    fill(model, Filling(weights.source, memory, recipe.run.seed, weights.names, reads, partition, dtype))
+    if partition is not None and mesh.degrees.shards > 1:
+        broadcast_buffers(model, functools.partial(_send_from_first, mesh=mesh))
+    model.train()
+    set_dropout(model, 0.0)
+    sum_shared_gradients(model)
+    if section.activation_checkpointing:
+        recompute_layers(bare, section.activation_offload)
+        if section.lora is not None:
+            model.enable_input_require_grads()
+    install_readout_loss(bare)
+    if thoughts := method_of(recipe).thoughts:
+        think_before_answers(bare, thoughts, requirements.tokens.ids)
+    return model
+
+
+def _send_from_first(tensor: torch.Tensor, mesh: Mesh) -> None:
+    first = mesh.degrees.rank_of(Coordinates(0, 0, mesh.place.tensor))
+    torch.distributed.broadcast(tensor, first, group=mesh.shard_group)
+
+
+def recompute_layers(model: PreTrainedModel, offload: bool) -> None:
+    """Activation checkpointing: keep each layer's input only (`offload`: in CPU memory) and run the layer again in backward."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if offload:
+        model._set_gradient_checkpointing(True, _offloaded_checkpoint)
+
+
+def _offloaded_checkpoint(layer: Any, hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+    """Recompute a layer in the backward pass from its input, which waits in CPU memory until then."""
+    device = hidden.device
+
+    def run(kept: torch.Tensor) -> Any:
+        return layer(kept.to(device, non_blocking=True), *arguments, **keywords)
+
+    return recompute(run, hidden.cpu(), use_reentrant=False)
+
+
+def set_dropout(model: torch.nn.Module, probability: float) -> None:
+    """Set every dropout of a model: nn.Dropout modules and attention dropouts kept as numbers."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = probability
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, probability)

@@ -1,0 +1,156 @@
+"""Tokenizer, configuration and attention of a run, and everything refused before it costs anything; builds no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from rim_dist.attention.choice import PathChoice, choose_path
+from rim_dist.config import STAGE_NAMES, Recipe
+from rim_dist.data.synthetic import sentencepiece_tokenizer, synthetic_tokenizer
+from rim_dist.errors import ConfigError, ModelError, RimError, first_line
+from rim_dist.methods import method_of
+from rim_dist.methods.base import Method
+from rim_dist.model.generation import model_positions
+from rim_dist.model.proof import probe_family, probe_thoughts
+from rim_dist.model.skeleton import skeleton
+from rim_dist.parallel.degrees import Mode, check_tensor_degree, choose_mode, head_counts
+from rim_dist.parallel.tensor import TensorPlace, split_model
+from rim_dist.tokens import MemoryTokens, add_memory_tokens, set_chat_template
+
+
+@dataclass
+class Requirements:
+    """What a run needs before any weight exists: tokenizer, configuration, and what was chosen for them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tokens: MemoryTokens
+    config: PretrainedConfig
+    source: Path | str | None  # where weights come from; None: from scratch
+    checkpoint: Path | None  # a rim_dist checkpoint to take weights from, instead of an HF folder
+    attention: PathChoice
+    sequence_mode: Mode  # how ranks of a sequence group share a row
+
+    @property
+    def positions(self) -> int:
+        """Longest sequence the model takes (`model_positions`)."""
+        return model_positions(self.config)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.get_text_config().hidden_size)
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A tokenizer from an HF folder, a hub id, a SentencePiece `.model` file, or `synthetic`."""
+    if name == "synthetic":
+        return synthetic_tokenizer()
+    try:
+        if name.endswith(".model"):
+            if not Path(name).is_file():
+                raise ModelError(f"model.tokenizer: {name}: no such file")
+            return sentencepiece_tokenizer(Path(name).read_bytes())
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except RimError:
+        raise
+    except Exception as error:
+        raise ModelError(f"model.tokenizer: {name!r} cannot be loaded ({first_line(error)})") from error
+
+
+def _scratch_config(recipe: Recipe, vocabulary: int) -> PretrainedConfig:
+    fields = dict(recipe.model.config or {})
+    model_type = fields.pop("model_type")
+    try:
+        known = set(AutoConfig.for_model(model_type).to_dict())
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ConfigError(f"model.config: {model_type} has no field {', '.join(unknown)}")
+        return AutoConfig.for_model(model_type, **{"vocab_size": vocabulary, **fields})
+    except RimError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"model.config: {first_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run's weights come from: an HF folder or hub id (None: from scratch), or a checkpoint's model folder.
+
+    `checkpoint`: the rim_dist checkpoint that has the weights, instead of an HF folder.
+    """
+
+    source: Path | str | None = None
+    checkpoint: Path | None = None
+
+
+def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
+    """Tokenizer and model configuration with all their checks; builds no weights.
+
+    Raises ModelError or ConfigError: unknown model, no end-of-text token, a family that cannot take the RiM mask,
+    blocks beyond the model's positions.
+    """
+    section = recipe.model
+    source = start.source
+    tokenizer = load_tokenizer(section.tokenizer or str(source), section.revision, section.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ModelError("model.tokenizer: the tokenizer has no end-of-text token, so no answer could ever end")
+    tokens = add_memory_tokens(tokenizer, recipe.memory)
+    method = method_of(recipe)
+    set_chat_template(tokenizer, recipe.memory, method.prompt_blocks)
+    if source is None:
+        config = _scratch_config(recipe, len(tokenizer))
+    else:
+        try:
+            config = AutoConfig.from_pretrained(source, revision=section.revision, trust_remote_code=section.trust_remote_code)
+        except Exception as error:
+            raise ModelError(f"model.init_from: {section.init_from!r} cannot be loaded ({first_line(error)})") from error
+    check_tensor_degree(recipe.parallel.tensor, config)
+    heads, kv_heads = (count // recipe.parallel.tensor for count in head_counts(config))
+    mode = choose_mode(recipe.parallel.sequence_mode, recipe.parallel.sequence, heads, kv_heads)
+    requirements = Requirements(tokenizer, tokens, config, source, start.checkpoint, _attention(recipe, config), mode)
+    _check_positions(method, requirements)
+    probe_family(config, section.trust_remote_code)
+    if method.thoughts:
+        probe_thoughts(config, section.trust_remote_code)
+    if recipe.parallel.tensor > 1:
+        split_model(skeleton(recipe, config, tokens), TensorPlace(0, recipe.parallel.tensor))  # refused here, if at all
+    return requirements
+
+
+def _attention(recipe: Recipe, config: PretrainedConfig) -> PathChoice:
+    stages = [recipe.curriculum.stage(name) for name in STAGE_NAMES]
+    return choose_path(
+        recipe.model.attention,
+        "cuda" if torch.cuda.is_available() else "cpu",
+        config,
+        max(stage.dropout for stage in stages if stage.enabled),
+        recipe.memory.inside_block == "bidirectional",
+        recipe.optimizer.micro_batch_tokens,
+    )
+
+
+def _check_positions(method: Method, requirements: Requirements) -> None:
+    size = len(requirements.tokens.block)
+    blocks = method.prompt_blocks
+    if blocks * size >= requirements.positions:
+        raise ConfigError(
+            f"memory.blocks: {blocks} blocks of {size} tokens need {blocks * size} positions; the model has "
+            f"{requirements.positions}, so at most {(requirements.positions - 1) // size} blocks fit"
+        )
+
+
+def fetch_weights(recipe: Recipe, requirements: Requirements) -> None:
+    """Bring the model's weights onto this machine if they are on the hub; nothing to do for a folder or from scratch."""
+    if requirements.source is None or Path(requirements.source).exists():
+        return
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(
+            str(requirements.source), revision=recipe.model.revision, ignore_patterns=["*.pth", "*.bin", "*.gguf", "*.onnx"]
+        )
+    except Exception as error:
+        raise ModelError(f"model.init_from: {requirements.source} cannot be fetched ({first_line(error)})") from error
