@@ -120,7 +120,7 @@ def test_stop_texts() -> None:
     size = len(names("a door")["input_ids"])
     whole = readout_ids(model, names, prompts, size, [1, 2], Decoding(8))[0]
     text = names.decode(whole[1], skip_special_tokens=True)
-    word = text.split()[2]
+    word = text[len(text) // 2 :][:3]  # whatever a random model says
     decoding = Decoding(8, stop=(word,))
     cut = readout_ids(model, names, prompts, size, [1, 2], decoding)[0]
     plain = generate_ids(model, names, prompts, decoding)[0]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import rim_dist
 from rim_dist.checkpoint.store import TrainingState
 from rim_dist.config import Recipe
+from rim_dist.errors import CheckpointError
 from rim_dist.methods import method_of
-from rim_dist.recipe import dump_recipe, recipe_tree
+from rim_dist.recipe import dump_recipe, recipe_tree, validate_recipe
 from rim_dist.tokens import MemoryTokens
 
+ABOUT = "rim_dist.json"
 _LICENCE_NOTE = "The licence of the base model and of the training data applies; this card does not grant one."
 
 
@@ -37,6 +41,15 @@ def about_export(
         "vocabulary": vocabulary,
         "recipe": recipe_tree(recipe),
     }
+
+
+def recipe_of_export(folder: Path) -> Recipe:
+    """The recipe in a RiM export. Raises CheckpointError if the folder is none."""
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        return validate_recipe(about["recipe"], str(folder / ABOUT), written=True)
+    except (OSError, ValueError, KeyError):
+        raise CheckpointError(f"{folder}: not a RiM export with its recipe; give one with --recipe") from None
 
 
 def _rows_note(recipe: Recipe, about: dict[str, Any]) -> str:

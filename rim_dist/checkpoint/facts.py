@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rim_dist.checkpoint import store
+from rim_dist.checkpoint.card import ABOUT, recipe_of_export
 from rim_dist.checkpoint.contents import read_contents
 from rim_dist.checkpoint.portable import is_portable
 from rim_dist.checkpoint.retention import read_scores
@@ -128,11 +129,8 @@ def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def _configuration(folder: Path, plain: bool) -> dict[str, Any]:
     place = folder if plain else folder / store.MODEL
     flat = {f"config.{k}": v for k, v in _flat(json.loads((place / "config.json").read_text(encoding="utf-8")))}
-    if plain and (folder / "rim_dist.json").is_file():
-        recipe = json.loads((folder / "rim_dist.json").read_text(encoding="utf-8"))["recipe"]
-    else:
-        recipe = None if plain else store.read_recipe(folder).model_dump(mode="json")
-    return flat | {f"recipe.{k}": v for k, v in _flat(recipe or {})}
+    recipe = (recipe_of_export(folder) if (folder / ABOUT).is_file() else None) if plain else store.read_recipe(folder)
+    return flat | {f"recipe.{k}": v for k, v in _flat(recipe.model_dump(mode="json") if recipe else {})}
 
 
 def _tensors(folder: Path, plain: bool) -> dict[str, ModelTensor]:

@@ -17,7 +17,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from rim_dist.checkpoint import store
 from rim_dist.checkpoint.adapters import adapter_config, adapter_tensors, extract_lora, merged_tensors
 from rim_dist.checkpoint.assemble import OutputFile, Workers, index_text, plan_files, write_all
-from rim_dist.checkpoint.card import about_export, model_card
+from rim_dist.checkpoint.card import ABOUT, about_export, model_card
 from rim_dist.checkpoint.contents import Contents, read_contents
 from rim_dist.checkpoint.store import find_checkpoint
 from rim_dist.checkpoint.tensors import ModelTensor, StoredTensor, forget_files, read_folder_index, read_tensor, rows_of
@@ -39,7 +39,6 @@ from rim_dist.model.skeleton import DTYPES
 from rim_dist.tokens import adds_bos
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-ABOUT = "rim_dist.json"
 ADAPTER = "adapter"
 
 

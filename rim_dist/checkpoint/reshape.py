@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import AutoConfig
 
 from rim_dist.checkpoint import store
 from rim_dist.checkpoint.assemble import Workers
+from rim_dist.checkpoint.card import recipe_of_export
 from rim_dist.checkpoint.contents import account, read_contents
 from rim_dist.checkpoint.hf_export import check_intact
 from rim_dist.checkpoint.portable import is_portable, read_portable, write_run
@@ -22,7 +22,7 @@ from rim_dist.checkpoint.store import MODEL, PORTABLE, TrainingState
 from rim_dist.checkpoint.tensors import ModelTensor, StoredTensor, read_folder_index, read_safetensors_index
 from rim_dist.config import Recipe
 from rim_dist.data.loader import plan_stages
-from rim_dist.errors import CheckpointError, ConfigError
+from rim_dist.errors import ConfigError
 from rim_dist.files import os_errors
 from rim_dist.model.generation import generation_config
 from rim_dist.model.requirements import Requirements
@@ -81,15 +81,6 @@ def reshape(source: Path, run: Path, degrees: Degrees, workers: Workers) -> Path
 
     state = replace(contents.state, ranks=degrees.ranks)
     return write_run(run, _placed(contents.recipe, run, degrees), state, tensors, description, write_model, workers)
-
-
-def recipe_of_export(folder: Path) -> Recipe:
-    """The recipe in a RiM export. Raises CheckpointError if the folder is none."""
-    try:
-        about = json.loads((folder / "rim_dist.json").read_text(encoding="utf-8"))
-        return validate_recipe(about["recipe"], str(folder / "rim_dist.json"), written=True)
-    except (OSError, ValueError, KeyError):
-        raise CheckpointError(f"{folder}: not a RiM export with its recipe; give one with --recipe") from None
 
 
 def from_hf(folder: Path, run: Path, recipe_path: Path | None, stage: int | None, degrees: Degrees, workers: Workers) -> Path:
