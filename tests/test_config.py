@@ -262,3 +262,10 @@ def test_model_from_scratch_needs_a_tokenizer(tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "r.yaml", {"method": "rim", "model": {"config": {"model_type": "llama"}}})
     with pytest.raises(ConfigError, match="a model from scratch needs tokenizer"):
         load_recipe(path)
+
+
+def test_recipe_of_the_readme() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    recipe = validate_recipe(yaml.safe_load(text), "README.md")
+    assert (recipe.data.source, recipe.evaluation.data) == ("jsonl", "held_out.jsonl")
+    assert len(text.splitlines()) <= 10
