@@ -24,7 +24,8 @@ from lm_eval.api.metrics import exact_match_fn
 from lm_eval.filters import build_filter_ensemble
 
 from rim_dist.config import ColumnsSection
-from rim_dist.data.sources import BadSample, read_file
+from rim_dist.data.samples import BadSample
+from rim_dist.data.sources import read_file
 from rim_dist.evaluation.rules import RULES
 from rim_dist.evaluation.scoring import extract_answer, same_answer
 

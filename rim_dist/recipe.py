@@ -17,11 +17,20 @@ import yaml
 from pydantic import ValidationError
 
 from rim_dist.config import Recipe, Section
+from rim_dist.data.formats import format_names, format_of
 from rim_dist.errors import ConfigError
 from rim_dist.methods import method_names, method_of
 
 # Version of the recipes that rim_dist itself writes, into runs, checkpoints and exports (`format`).
 FORMAT = 2
+
+
+# Fields that name a file of a room, or one of the words before them.
+CHOICES: dict[str, Callable[[], list[str]]] = {
+    "method": method_names,
+    "data.source": lambda: ["synthetic", "hub", *format_names()],
+    "evaluation.format": lambda: ["auto", *format_names()],
+}
 
 
 def _walks_of_rooms(tree: dict[str, Any]) -> None:
@@ -130,23 +139,43 @@ def validate_recipe(tree: Any, origin: str, written: bool = False) -> Recipe:
     if not isinstance(tree, dict):
         raise ConfigError(f"{origin}: a recipe is a mapping of sections, not {type(tree).__name__}")
     tree = _upgraded(tree, origin, written)
-    lines = set()
+    lines = _wrong_choices(tree)
     recipe = None
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = {_describe(e) for e in error.errors()}
-    name = tree.get("method", "rim")
-    if isinstance(name, str) and name not in method_names():
-        lines.add(f"method: {name!r} is not allowed; allowed: {', '.join(method_names())}")
-    elif recipe is not None:
+        lines |= {_describe(e) for e in error.errors()}
+    if recipe is not None and not lines:
         try:
-            method_of(recipe).check()
+            _check_choices(recipe)
         except ValueError as error:
             lines.add(str(error))
     if recipe is None or lines:
         raise ConfigError("\n".join(f"{origin}: {line}" for line in sorted(lines)))
     return recipe
+
+
+def _wrong_choices(tree: dict[str, Any]) -> set[str]:
+    """A line for each name in a recipe that none of the files of its room has."""
+    lines = set()
+    for field, names in CHOICES.items():
+        *parents, leaf = field.split(".")
+        node: Any = tree
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        value = node.get(leaf) if isinstance(node, dict) else None
+        if isinstance(value, str) and value not in names():
+            lines.add(f"{field}: {value!r} is not allowed; allowed: {', '.join(names())}")
+    return lines
+
+
+def _check_choices(recipe: Recipe) -> None:
+    """Raise ValueError if the recipe is not one for its method or its format."""
+    method_of(recipe).check()
+    source = recipe.data.source
+    if recipe.data.streaming and source != "hub" and (source == "synthetic" or not format_of(source).streams):
+        streamed = [name for name in format_names() if format_of(name).streams]
+        raise ValueError(f"data: streaming is for hub, {', '.join(streamed)}, not {source}")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), written: bool = False) -> Recipe:

@@ -11,14 +11,18 @@ import pytest
 from conftest import FIXTURE_ROWS
 from forked import PROCESSES
 
+import rim_dist.data.formats
 from rim_dist.checkpoint.start import requirements_of
 from rim_dist.cli import main
 from rim_dist.config import ColumnsSection
+from rim_dist.data.formats import recognise
+from rim_dist.data.formats.base import answer_text
 from rim_dist.data.loader import BatchLoader, plan_stages
 from rim_dist.data.prepared import PreparedData, StreamedData, prepare
-from rim_dist.data.sources import BadSample, Sample, answer_text, read_file, read_source, recognise
+from rim_dist.data.samples import BadSample, Sample
+from rim_dist.data.sources import read_file, read_source
 from rim_dist.data.synthetic import SyntheticTask, house_map, walk
-from rim_dist.errors import DataError
+from rim_dist.errors import ConfigError, DataError
 from rim_dist.model.requirements import Requirements
 from rim_dist.recipe import load_recipe
 
@@ -119,12 +123,68 @@ def test_formats_are_recognised(tmp_path: Path) -> None:
     for name, (file, text) in texts.items():
         (tmp_path / file).write_text(text)
         assert recognise(tmp_path / file) == name
+    (tmp_path / "x.parquet").touch()
     assert recognise(tmp_path / "x.parquet") == "parquet"
     (tmp_path / "e.txt").write_text("\n")
     (tmp_path / "u.txt").write_text("hello")
     for file, message in (("e.txt", "empty"), ("u.txt", "not recognised"), ("none", "no such file")):
         with pytest.raises(DataError, match=message):
             recognise(tmp_path / file)
+
+
+NEW_FORMAT = '''
+from rim_dist.data.formats.base import Format, sample_of, text_lines
+from rim_dist.data.samples import BadSample
+
+
+class Tabs(Format):
+    """Lines of question, steps and answer between tabs."""
+
+    precedence = 9
+
+    def recognises(self, path, line):
+        return line is not None and line.count("\\t") > 1
+
+    def read(self, path, columns):
+        for number, text in text_lines(path):
+            question, *steps, answer = text.split("\\t")
+            yield sample_of(number, question, steps, answer) if answer else BadSample(number, "no answer")
+
+
+FORMAT = Tabs()
+'''
+
+
+def test_a_new_format_is_one_file(
+    tmp_path: Path, recipe_file: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file in `rim_dist/data/formats` is enough: for recipes, their check, data, evaluation, commands and the reference."""
+    from asked import write_model
+
+    import config_reference
+
+    (tmp_path / "tabs.py").write_text(NEW_FORMAT)
+    monkeypatch.setattr(rim_dist.data.formats, "__path__", [*rim_dist.data.formats.__path__, str(tmp_path)])
+    file = tmp_path / "walks.txt"
+    walks = list(SyntheticTask(2, 3).training(20, 0))
+    file.write_text("".join("\t".join((p.question, *p.steps, p.answer)) + "\n" for p in walks) + "q\ts\t\n")
+    assert recognise(file) == "tabs"
+    path = recipe_file(data={"source": "tabs", "path": str(file), "on_bad_sample": "skip"}, evaluation={"data": str(file)})
+    rows = list(read_source(load_recipe(path).data, 0))
+    assert rows[:20] == [Sample(p.question, p.steps, p.answer, i) for i, p in enumerate(walks, 1)]
+    assert rows[20] == BadSample(21, "no answer")
+    assert main(["data", str(path)]) == 0
+    assert "21 rows, 20 used, 1 left out" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"data\.source: 'tab' is not allowed; allowed: synthetic, hub, .*prosqa, tabs"):
+        load_recipe(path, ["data.source=tab"])
+    with pytest.raises(ConfigError, match="streaming is for hub, jsonl, parquet, not tabs"):
+        load_recipe(path, ["data.streaming=true"])
+    with pytest.raises(ConfigError, match=r"evaluation\.format: 'tab' is not allowed; allowed: auto, "):
+        load_recipe(path, ["evaluation.format=tab"])
+    model = write_model(tmp_path / "hf")
+    asked = ["evaluate", str(model), str(file), "--samples", "5", "--timed", "1", "--max-new-tokens", "4"]
+    assert main([*asked, "--format", "tabs"]) == main(asked) == 0
+    assert "- `tabs`: Lines of question, steps and answer between tabs." in config_reference.reference()
 
 
 def test_answers_as_text() -> None:

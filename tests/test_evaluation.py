@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from rim_dist.cli import main
 from rim_dist.config import ColumnsSection
-from rim_dist.data.sources import Sample
+from rim_dist.data.samples import Sample
 from rim_dist.errors import DataError
 from rim_dist.evaluation.early_exit import answer_stepwise
 from rim_dist.evaluation.evaluate import block_answers, evaluation_samples, sampled_pass_at_k
@@ -353,6 +353,33 @@ def test_evaluate_and_sweep_commands(
     assert set(load_file(sweep_out / "probe.safetensors")) == {"mean", "scale", "weight"}
     assert main(["sweep", model, "synthetic", *short, "--samples", "8", "--output", str(sweep_out)]) == 0
     assert "no probe: " in capsys.readouterr().out
+
+
+def test_columns_of_a_file(folder: Path, questions_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a model was trained on can be asked without naming its columns again; another file's are named."""
+    rows = [json.loads(line) for line in questions_file.read_text().splitlines()[:6]]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps({"prompt": r["question"], "result": r["answer"]}) + "\n" for r in rows))
+    asked = [str(file), "--timed", "1", "--max-new-tokens", "4"]
+    assert main(["evaluate", str(folder), *asked]) == 2
+    assert f"{file}:1: missing column (question)" in capsys.readouterr().err
+    named = ["--column", "question=prompt", "--column", "answer=result"]
+    assert main(["evaluate", str(folder), *asked, *named, "--output", str(tmp_path / "a")]) == 0
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    about = json.loads((own / "rim_dist.json").read_text())
+    about["recipe"] = {"data": {"columns": {"question": "prompt", "steps": None, "answer": "result"}}}
+    (own / "rim_dist.json").write_text(json.dumps(about))
+    assert main(["evaluate", str(own), *asked, "--output", str(tmp_path / "b")]) == 0
+    first, second = (json.loads((tmp_path / x / "evaluation.json").read_text()) for x in "ab")
+    assert first["questions"] == second["questions"] == 6
+    assert first["per_block"] == second["per_block"]
+    capsys.readouterr()
+    for wrong in ("prompt", "text=prompt", "question="):
+        assert main(["evaluate", str(folder), *asked, "--column", wrong]) == 2
+        assert f"--column: {wrong!r} is not allowed; write FIELD=NAME with one of question, steps, answer" in (
+            capsys.readouterr().err
+        )
 
 
 def test_latency_command(folder: Path, questions_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

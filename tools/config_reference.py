@@ -15,8 +15,9 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from rim_dist.config import Recipe, Section
-from rim_dist.recipe import nested_section
+from rim_dist.config import DataSection, Recipe, Section
+from rim_dist.data.formats import format_names, format_of
+from rim_dist.recipe import CHOICES, nested_section
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
@@ -68,6 +69,8 @@ def type_cell(name: str, field: FieldInfo) -> str:
     if (section := nested_section(field.annotation)) is not None:
         optional = " or null" if section is not field.annotation else ""
         return f"[section](#{anchor(name)}){optional}"
+    if name in CHOICES:
+        return ", ".join(f"`{choice}`" for choice in CHOICES[name]())
     text = readable_type(field.annotation)
     limits = bounds(field)
     if limits and " or null" in text:
@@ -121,6 +124,8 @@ def reference() -> str:
         table = [row(name, key, field) for key, field in section.model_fields.items()]
         head = f"## {name}" if name else "## The recipe"
         lines = [head, "", explanation(section), "", "| field | type | default | meaning |", "|---|---|---|---|", *table]
+        if section is DataSection:
+            lines += ["", *(f"- `{name}`: {format_of(name).description()}" for name in format_names())]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 

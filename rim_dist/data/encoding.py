@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from rim_dist.config import Recipe
-from rim_dist.data.samples import EncodedSample
-from rim_dist.data.sources import BadSample, Sample, source_name
+from rim_dist.data.samples import BadSample, EncodedSample, Sample
+from rim_dist.data.sources import source_name
 from rim_dist.errors import DataError
 from rim_dist.methods import method_of
 from rim_dist.tokens import MemoryTokens, prompt_ids

@@ -1,4 +1,4 @@
-"""What a sample is on its way: encoded, laid out as a row, and where the row's tokens stand. Knows no torch."""
+"""What a sample is on its way: text, encoded, laid out as a row, and where the row's tokens stand. Knows no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,28 @@ from typing import Any
 import numpy
 
 TokenIds = Sequence[int] | numpy.ndarray
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question, the true intermediate steps and the final answer, all text."""
+
+    question: str
+    steps: tuple[str, ...]
+    answer: str
+    line: int
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A row that cannot be used: its line (from 1) and why."""
+
+    line: int
+    reason: str
+    detail: str = ""
+
+
+SourceRow = Sample | BadSample
 
 
 @dataclass(frozen=True)

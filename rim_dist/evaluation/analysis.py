@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rim_dist.data.sources import Sample
+from rim_dist.data.samples import Sample
 from rim_dist.evaluation.attention_shares import attention_shares
 from rim_dist.evaluation.evaluate import block_answers, score
 from rim_dist.evaluation.opened import ExportedModel, open_checkpoint

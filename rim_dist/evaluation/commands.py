@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rim_dist.data.formats import format_names
 from rim_dist.errors import EXIT_DONE, ConfigError
 
 if TYPE_CHECKING:
-    from rim_dist.data.sources import Sample
+    from rim_dist.data.samples import Sample
     from rim_dist.evaluation.opened import ExportedModel
     from rim_dist.model.generation import Decoding
 
@@ -32,8 +33,15 @@ def _format_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--format",
         default="auto",
-        choices=["auto", "gsm8k", "gsm8k_aug", "gsm_hard", "prosqa", "jsonl", "parquet"],
+        choices=["auto", *format_names()],
         help="format of the file (auto)",
+    )
+    sub.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="FIELD=NAME",
+        help="column of the question, the steps or the answer, as in question=prompt (default: as the model was trained)",
     )
 
 
@@ -169,12 +177,24 @@ def _at_least_one(arguments: argparse.Namespace, *names: str) -> None:
 def _questions(
     arguments: argparse.Namespace, export: ExportedModel, data: str | None = None, count: int | None = None
 ) -> list[Sample]:
-    from rim_dist.config import ColumnsSection
     from rim_dist.evaluation.evaluate import evaluation_samples
 
+    columns = export.columns.model_copy(update=_columns(arguments.column))
     return evaluation_samples(
-        data or arguments.data, arguments.format, count or arguments.samples, ColumnsSection(), export.synthetic_steps
+        data or arguments.data, arguments.format, count or arguments.samples, columns, export.synthetic_steps
     )
+
+
+def _columns(given: list[str]) -> dict[str, str]:
+    """`--column FIELD=NAME` as fields of `data.columns`. Raises ConfigError for another field."""
+    fields = ("question", "steps", "answer")
+    columns = {}
+    for text in given:
+        field, equals, name = text.partition("=")
+        if not equals or field not in fields or not name:
+            raise ConfigError(f"--column: {text!r} is not allowed; write FIELD=NAME with one of {', '.join(fields)}")
+        columns[field] = name
+    return columns
 
 
 def _decoding(arguments: argparse.Namespace, export: ExportedModel, batch: int | None = None) -> Decoding:

@@ -13,7 +13,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rim_dist.config import ColumnsSection, Recipe
-from rim_dist.data.sources import BadSample, Sample, read_file, recognise
+from rim_dist.data.formats import recognise
+from rim_dist.data.samples import BadSample, Sample
+from rim_dist.data.sources import read_file
 from rim_dist.data.synthetic import SyntheticTask
 from rim_dist.errors import DataError, ModelError
 from rim_dist.evaluation.latency import Candidate, time_side_by_side

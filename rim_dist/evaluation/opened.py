@@ -10,23 +10,31 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from rim_dist.checkpoint.hf_export import load_trained_model
+from rim_dist.checkpoint.store import MODEL, find_checkpoint, read_recipe
+from rim_dist.config import ColumnsSection
 from rim_dist.errors import CheckpointError
 from rim_dist.messages import say
 from rim_dist.methods import method_names, method_of
 from rim_dist.model.generation import padding_note
+from rim_dist.model.skeleton import DTYPES
 from rim_dist.model.thinking import think_before_answers
 from rim_dist.tokens import add_memory_tokens, prompt_ids
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A model on its device, ready to answer: `blocks` memory blocks come with every prompt (0: none)."""
+    """A model on its device, ready to answer: `blocks` memory blocks come with every prompt (0: none).
+
+    `columns`: of the data that it was trained on, as far as that is known; so questions can come from a file like it.
+    """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     blocks: int
     method: str
     synthetic_steps: int
+    columns: ColumnsSection
 
     def block_size(self) -> int:
         """Tokens of a memory block, begin and end included; 0 without blocks."""
@@ -45,19 +53,12 @@ def open_export(folder: str | Path) -> ExportedModel:
     if (folder / "config.json").is_file():
         return _open_hf(folder)
     if (folder / "checkpoints").is_dir() or (folder / "state.json").is_file():
-        from rim_dist.checkpoint.store import find_checkpoint
-
         return open_checkpoint(find_checkpoint(folder))
     raise CheckpointError(f"{folder}: not an HF model folder (no config.json); `rim-dist export` makes one")
 
 
 def open_checkpoint(checkpoint: Path) -> ExportedModel:
     """The model of a checkpoint, LoRA merged, in the precision that its export would have. Raises CheckpointError."""
-    # Those rooms build on this one.
-    from rim_dist.checkpoint.hf_export import load_trained_model
-    from rim_dist.checkpoint.store import MODEL, read_recipe
-    from rim_dist.model.skeleton import DTYPES
-
     recipe = read_recipe(checkpoint)
     if not recipe.exportable:
         raise CheckpointError(
@@ -69,7 +70,7 @@ def open_checkpoint(checkpoint: Path) -> ExportedModel:
     method = method_of(recipe)
     if method.thoughts:
         think_before_answers(model, method.thoughts, add_memory_tokens(tokenizer, recipe.memory).ids)
-    return _opened(model, tokenizer, method.prompt_blocks, recipe.method, recipe.data.synthetic.max_steps)
+    return _opened(model, tokenizer, method.prompt_blocks, recipe.method, recipe.data.synthetic.max_steps, recipe.data.columns)
 
 
 def _open_hf(folder: Path) -> ExportedModel:
@@ -80,6 +81,7 @@ def _open_hf(folder: Path) -> ExportedModel:
         method = about.get("method", "direct")
         if method not in method_names():
             raise ValueError(f"its method {method} is not known here")
+        columns = ColumnsSection.model_validate(about.get("recipe", {}).get("data", {}).get("columns", {}))
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     except Exception as error:
@@ -88,12 +90,14 @@ def _open_hf(folder: Path) -> ExportedModel:
         raise CheckpointError(f"{folder}: its tokenizer has no chat template, so it is not known how to ask it a question")
     if thoughts := about.get("thoughts", 0):
         think_before_answers(model, thoughts, about["memory_token_ids"])
-    return _opened(model, tokenizer, about.get("blocks", 0), method, about.get("synthetic_steps", 5))
+    return _opened(model, tokenizer, about.get("blocks", 0), method, about.get("synthetic_steps", 5), columns)
 
 
-def _opened(model: Any, tokenizer: PreTrainedTokenizerBase, blocks: int, method: str, synthetic_steps: int) -> ExportedModel:
+def _opened(
+    model: Any, tokenizer: PreTrainedTokenizerBase, blocks: int, method: str, synthetic_steps: int, columns: ColumnsSection
+) -> ExportedModel:
     if note := padding_note(tokenizer):
         say(note)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    return ExportedModel(model, tokenizer, blocks, method, synthetic_steps)
+    return ExportedModel(model, tokenizer, blocks, method, synthetic_steps, columns)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rim_dist.data.sources import Sample
+from rim_dist.data.samples import Sample
 from rim_dist.errors import DataError
 from rim_dist.evaluation.early_exit import SteppedAnswer, answer_stepwise
 from rim_dist.evaluation.evaluate import block_answers, score

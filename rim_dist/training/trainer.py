@@ -27,8 +27,8 @@ from rim_dist.config import Recipe, StageName
 from rim_dist.data.loader import BatchLoader, RankShare, StagePlan, plan_stages
 from rim_dist.data.prepared import SampleStream, StreamedData, prepare
 from rim_dist.data.rows import Batch
-from rim_dist.data.samples import EncodedSample
-from rim_dist.data.sources import Sample, source_name
+from rim_dist.data.samples import EncodedSample, Sample
+from rim_dist.data.sources import source_name
 from rim_dist.errors import CheckpointError, ConfigError, Stopped, TrainingError
 from rim_dist.evaluation.evaluate import block_answers, recipe_samples, score, write_evaluation
 from rim_dist.files import os_errors, write_atomically

@@ -12,7 +12,9 @@ from typing import Any
 import datasets
 
 from rim_dist.config import ColumnsSection
-from rim_dist.data.sources import BadSample, read_file, recognise
+from rim_dist.data.formats import recognise
+from rim_dist.data.samples import BadSample
+from rim_dist.data.sources import read_file
 from rim_dist.errors import DataError
 from rim_dist.evaluation.scoring import extract_answer, same_answer
 

@@ -1,0 +1,143 @@
+"""What a format has to say, and what formats share."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rim_dist.config import ColumnsSection
+from rim_dist.data.samples import BadSample, Sample, SourceRow
+
+_CALCULATION = re.compile(r"<<(.*?)>>", re.DOTALL)
+
+
+class Format:
+    """How a file's rows become samples. The first line of a format's docstring describes it to users."""
+
+    # Files with one of these endings are not text.
+    binary_endings: ClassVar[tuple[str, ...]] = ()
+    # Who is asked first whether a file is theirs; the more special format.
+    precedence: ClassVar[int] = 0
+    # Whether rows can be read as a stream (`data.streaming`).
+    streams: ClassVar[bool] = False
+
+    @classmethod
+    def description(cls) -> str:
+        return (cls.__doc__ or "").strip().splitlines()[0]
+
+    def recognises(self, path: Path, line: str | None) -> bool:
+        """Whether a file is in this format, by its name and its first line (None: the file is binary)."""
+        raise NotImplementedError
+
+    def read(self, path: Path, columns: ColumnsSection) -> Iterator[SourceRow]:
+        """All rows of a file, each a sample or what is wrong with it. Raises DataError if the file is not in this format."""
+        raise NotImplementedError
+
+
+class JsonFormat(Format):
+    """A JSON object a line."""
+
+    def convert(self, line: int, row: dict[str, Any], columns: ColumnsSection) -> SourceRow:
+        raise NotImplementedError
+
+    def recognises(self, path: Path, line: str | None) -> bool:  # noqa: ARG002 - the content says enough
+        row = json_object(line)
+        return row is not None and self.fits(row)
+
+    def fits(self, row: dict[str, Any]) -> bool:
+        """Whether the first row is one of this format's."""
+        raise NotImplementedError
+
+    def read(self, path: Path, columns: ColumnsSection) -> Iterator[SourceRow]:
+        for number, text in text_lines(path):
+            if text is None:
+                yield BadSample(number, "not UTF-8")
+                continue
+            try:
+                row = json.loads(text)
+            except json.JSONDecodeError as error:
+                yield BadSample(number, "not valid JSON", f"{error.msg} at column {error.colno}")
+                continue
+            yield self.convert(number, row, columns) if isinstance(row, dict) else BadSample(number, "not a JSON object")
+
+
+def json_object(line: str | None) -> dict[str, Any] | None:
+    """The object in a line of JSON; None if there is none."""
+    try:
+        row = json.loads(line or "")
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def first_line(path: Path) -> str | None:
+    """The first line with text in it; None if there is none."""
+    return next((text for _, text in text_lines(path) if text is not None), None)
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str | None]]:
+    """Lines with their number from 1; None for a line that is not UTF-8. Blank lines are left out."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                text = raw.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError:
+                yield number, None
+                continue
+            if text.strip():
+                yield number, text
+
+
+def answer_text(value: Any) -> str:
+    """An answer as text: numbers without a trailing `.0`. Raises ValueError with the reason if it cannot be one."""
+    if isinstance(value, bool) or value is None:
+        raise ValueError("no answer")
+    if isinstance(value, int | float):
+        if not math.isfinite(value):
+            raise ValueError("non-finite answer")
+        return str(int(value)) if float(value).is_integer() else repr(value)
+    if not isinstance(value, str):
+        raise ValueError(f"answer is {type(value).__name__}, not text or number")
+    text = value.strip()
+    if not text:
+        raise ValueError("no answer")
+    if text.lower().lstrip("+-") in ("nan", "inf", "infinity"):
+        raise ValueError("non-finite answer")
+    return text
+
+
+def sample_of(line: int, question: Any, steps: Any, answer: Any) -> SourceRow:
+    if not isinstance(question, str) or not question.strip():
+        return BadSample(line, "no question")
+    if steps is None:
+        steps = []
+    if isinstance(steps, str):
+        steps = steps.splitlines()
+    if not isinstance(steps, list | tuple) or not all(isinstance(step, str) for step in steps):
+        return BadSample(line, "steps are not a list of texts")
+    try:
+        text = answer_text(answer)
+    except ValueError as error:
+        return BadSample(line, str(error))
+    return Sample(question.strip(), tuple(s.strip() for s in steps if s.strip()), text, line)
+
+
+def from_gsm8k(line: int, question: Any, solution: str) -> SourceRow:
+    """A sample from GSM8K's way to write solutions: equations in `<<..>>`, the answer after `####`."""
+    body, marker, answer = solution.rpartition("####")
+    if not marker:
+        return BadSample(line, "no answer", "no #### in the solution")
+    return sample_of(line, question, _CALCULATION.findall(body), answer.strip().replace(",", ""))
+
+
+def from_columns(line: int, row: dict[str, Any], columns: ColumnsSection) -> SourceRow:
+    """A sample from named columns."""
+    for name in (columns.question, columns.answer):
+        if name not in row:
+            return BadSample(line, "missing column", name)
+    steps = row.get(columns.steps) if columns.steps else None
+    return sample_of(line, row[columns.question], steps, row[columns.answer])
