@@ -87,7 +87,10 @@ def side_by_side(candidates: dict[str, Callable[[], Any]], rounds: int, warmup: 
 
 def machine() -> dict[str, str]:
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        except FileNotFoundError:  # a machine without git measures as well
+            return ""
 
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
