@@ -214,6 +214,15 @@ def test_verification_fails_where_it_should(runs: Path, tmp_path: Path, monkeypa
         verify.verify_export(checkpoint, out)
 
 
+def test_verification_asks_with_blocks_where_the_method_has_any(runs: Path, tmp_path: Path) -> None:
+    """Pause tokens have blocks as RiM has: a KeyError otherwise."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(find_checkpoint(runs / "full1"), checkpoint)
+    recipe = checkpoint / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("method: rim\n", "method: pause\n"))
+    assert list(verify.verify_export(checkpoint, runs / "full1" / "hf").by_blocks) == [1, 2, 3]
+
+
 def test_a_failed_export_leaves_nothing(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -396,7 +396,7 @@ def test_fields_the_recipe_sets_stay() -> None:
 def test_other_methods(tmp_path: Path) -> None:
     assert planner("method=direct").row == Workload(128, 0, 2, 16)
     assert planner("method=pause").row.one_readout
-    assert planner("method=cot").row.target == 14 * 16
+    assert planner("method=cot").row.target == 13 * 15 + 16  # end-of-text once, at the end of the chain
     with pytest.raises(ConfigError, match="method: coconut cannot be planned"):
         planner("method=coconut")
 

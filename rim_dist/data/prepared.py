@@ -135,6 +135,12 @@ class StreamedData:
             epoch += 1
 
 
+# Fields of every recipe. What of them decides a token or a rejected row is named in `fingerprint`.
+_COMMON = frozenset(
+    "method run model memory data curriculum optimizer parallel checkpoint evaluation logging".split()  # noqa: SIM905
+)
+
+
 def _digest_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -158,7 +164,8 @@ def fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: i
             recipe.curriculum.stage1.targets,
         ],
         "stage2": recipe.curriculum.stage2.enabled,
-        "coconut": recipe.coconut.model_dump(mode="json"),
+        # Sections that are a method's own: what they say may decide which rows fit.
+        "own": {name: getattr(recipe, name).model_dump(mode="json") for name in set(type(recipe).model_fields) - _COMMON},
         "positions": positions,
         "micro_batch_tokens": recipe.optimizer.micro_batch_tokens,
         "template": tokenizer.chat_template,

@@ -84,7 +84,7 @@ def verify_export(checkpoint: Path, out: Path) -> Verification:
     for k in blocks:
         prompts = prompt_ids(contents.tokenizer, questions, k if with_blocks else None)
         for i, prompt in enumerate(prompts):
-            key = f"{i}/{k if recipe.method == 'rim' else None}"
+            key = f"{i}/{k if with_blocks else None}"
             if found[f"ids/{key}"].tolist() != prompt:
                 raise CheckpointError(f"{out}: its chat template renders question {i + 1} with {k} blocks to other tokens")
             with torch.no_grad():

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 
 from rim_dist.attention.choice import choose_path
 from rim_dist.config import STAGE_NAMES, LoraSection, Recipe
+from rim_dist.data.samples import EncodedSample
 from rim_dist.errors import ConfigError
+from rim_dist.methods import method_of
 from rim_dist.parallel.degrees import check_tensor_degree, choose_mode, fit_degrees
 from rim_dist.parallel.zero import compose
 from rim_dist.planning.communication import Transfer, seconds, transfers
@@ -368,19 +370,22 @@ class Planner:
 
 
 def _longest_row(recipe: Recipe, rows: Rows) -> Workload:
-    """The longest row that a sample becomes in any stage. Raises ConfigError for a method that is no row of blocks."""
-    one, two = recipe.curriculum.stage1, recipe.curriculum.stage2
-    memory, blocks = recipe.memory.tokens_per_block, recipe.memory.blocks
-    if recipe.method == "rim":
-        steps = one.max_steps + (one.targets == "same_step")
-        blocks = max(steps if one.enabled else 0, blocks if two.enabled else 0)
-        return Workload(rows.question, blocks, memory, rows.target)
-    if recipe.method == "pause":
-        return Workload(rows.question, blocks, memory, rows.target, one_readout=True)
-    if recipe.method in ("direct", "cot"):
-        chain = one.max_steps + 1 if recipe.method == "cot" else 1
-        return Workload(rows.question, 0, memory, rows.target * chain)
-    raise ConfigError(f"method: {recipe.method} cannot be planned; allowed: rim, pause, direct, cot")
+    """The longest row that a sample of the given lengths becomes in any stage, as the recipe's method makes it.
+
+    Raises ConfigError for rows of continuous thoughts.
+    """
+    target = [0] * rows.target
+    sample = EncodedSample([0] * rows.question, [target] * recipe.curriculum.stage1.max_steps, target, 0)
+    longest = max(method_of(recipe).longest_rows(sample), key=len)
+    if longest.latent:
+        raise ConfigError(f"method: {recipe.method} cannot be planned: its rows hold continuous thoughts")
+    return Workload(
+        rows.question,
+        longest.blocks,
+        recipe.memory.tokens_per_block,
+        max(len(readout.target) for readout in longest.readouts),
+        one_readout=longest.blocks > 0 and len(longest.readouts) == 1,
+    )
 
 
 def _divisors(number: int) -> list[int]:

@@ -15,6 +15,7 @@ from rim_dist.evaluation.scoring import number
 from rim_dist.evaluation.significance import compare_paired
 from rim_dist.evaluation.splits import SPLITS, select_by_splits
 from rim_dist.evaluation.table import comparison_cells, milliseconds, percent
+from rim_dist.methods import method_class, method_names
 from rim_dist.report.collect import Evaluated, Pictured, RunFacts, differences
 from rim_dist.report.document import Example, Examples, Paragraph, Part, Picture, Report, Section, Table
 from rim_dist.report.figures import draw_blocks, draw_latency, draw_training
@@ -79,7 +80,8 @@ def _runs(runs: Sequence[RunFacts]) -> list[Part]:
         memory, model = run.recipe.get("memory", {}), run.recipe.get("model", {})
         method = run.recipe.get("method", "")
         row = [run.name, method, str(model.get("init_from") or "from scratch")]
-        row.append(f"{memory.get('blocks')} x {memory.get('tokens_per_block')}" if method in ("rim", "pause") else "")
+        with_blocks = method in method_names() and method_class(method).uses_blocks
+        row.append(f"{memory.get('blocks')} x {memory.get('tokens_per_block')}" if with_blocks else "")
         if train := run.lines("train"):
             last = train[-1]
             row += [_number(last["samples"]), _number(last["step"]), f"{last['loss']:.4f}"]
