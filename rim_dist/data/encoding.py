@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +14,7 @@ from rim_dist.data.samples import BadSample, EncodedSample, Sample
 from rim_dist.data.sources import source_name
 from rim_dist.errors import DataError
 from rim_dist.methods import method_of
+from rim_dist.methods.base import Method
 from rim_dist.tokens import MemoryTokens, prompt_ids
 
 _CHUNK = 512
@@ -69,8 +70,7 @@ def encode(
     `positions` is the longest sequence the model takes. Raises DataError, with file and line, at the first bad row if
     `data.on_bad_sample` is `refuse`. Samples with too many steps follow `curriculum.stage1.longer`.
     """
-    name = source_name(recipe.data)
-    stage1, method = recipe.curriculum.stage1, method_of(recipe)
+    name, method = source_name(recipe.data), method_of(recipe)
 
     def reject(bad: BadSample) -> None:
         if recipe.data.on_bad_sample == "refuse":
@@ -87,35 +87,50 @@ def encode(
         for row in chunk:
             if isinstance(row, BadSample):
                 reject(row)
-            elif len(row.steps) > stage1.max_steps and stage1.longer == "skip":
-                report.skip(BadSample(row.line, f"more than curriculum.stage1.max_steps={stage1.max_steps} steps"), name)
+            elif (bad := _too_many_steps(recipe, row)) is not None:
+                report.skip(bad, name)
             else:
                 good.append(row)
-        questions = prompt_ids(tokenizer, [s.question for s in good], blocks=0)
-        targets = [
-            [*(recipe.data.step_format.format(step=t) for t in s.steps), recipe.data.answer_format.format(answer=s.answer)]
-            for s in good
-        ]
-        texts = [text for sample_targets in targets for text in sample_targets]
-        encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-        for sample, question, sample_targets in zip(good, questions, targets, strict=True):
-            *steps, answer = [[*next(encoded), tokenizer.eos_token_id] for _ in sample_targets]
-            if len(steps) > stage1.max_steps:
-                steps = steps[: stage1.max_steps]
-                report.truncated += 1
-            if any(i in tokens.ids for ids in (question, *steps, answer) for i in ids):
-                reject(BadSample(sample.line, "the text contains a memory token"))
-                continue
-            encoded_sample = EncodedSample(question, steps, answer, sample.line)
-            longest_rows = list(method.longest_rows(encoded_sample))
-            limit = min(positions, recipe.data.max_tokens or positions)
-            if (longest := max(row.longest_sequence for row in longest_rows)) > limit:
-                reject(BadSample(sample.line, f"longer than {limit} tokens", f"{longest} tokens"))
-                continue
-            budget = recipe.optimizer.micro_batch_tokens
-            if (packed := max(map(len, longest_rows))) > budget:
-                reject(BadSample(sample.line, f"its row is above optimizer.micro_batch_tokens={budget}", f"{packed} tokens"))
+        for sample in _tokenised(recipe, good, tokenizer):
+            kept = replace(sample, steps=sample.steps[: recipe.curriculum.stage1.max_steps])
+            report.truncated += len(kept.steps) < len(sample.steps)
+            if (bad := _unusable(recipe, method, kept, tokens, positions)) is not None:
+                reject(bad)
                 continue
             report.used += 1
-            report.steps[len(steps)] += 1
-            yield encoded_sample
+            report.steps[len(kept.steps)] += 1
+            yield kept
+
+
+def _too_many_steps(recipe: Recipe, sample: Sample) -> BadSample | None:
+    """Why a sample is left out for its steps, in any recipe; None if it is not."""
+    stage1 = recipe.curriculum.stage1
+    if len(sample.steps) <= stage1.max_steps or stage1.longer != "skip":
+        return None
+    return BadSample(sample.line, f"more than curriculum.stage1.max_steps={stage1.max_steps} steps")
+
+
+def _tokenised(recipe: Recipe, samples: list[Sample], tokenizer: PreTrainedTokenizerBase) -> Iterator[EncodedSample]:
+    """Token ids of all samples, tokenised together; steps and answer end with the end-of-text token."""
+    step, answer = recipe.data.step_format, recipe.data.answer_format
+    questions = prompt_ids(tokenizer, [s.question for s in samples], blocks=0)
+    targets = [[*(step.format(step=text) for text in s.steps), answer.format(answer=s.answer)] for s in samples]
+    texts = [text for sample_targets in targets for text in sample_targets]
+    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    for sample, question, sample_targets in zip(samples, questions, targets, strict=True):
+        *steps, last = [[*next(encoded), tokenizer.eos_token_id] for _ in sample_targets]
+        yield EncodedSample(question, steps, last, sample.line)
+
+
+def _unusable(recipe: Recipe, method: Method, sample: EncodedSample, tokens: MemoryTokens, positions: int) -> BadSample | None:
+    """What stands against an encoded sample; None if nothing does."""
+    if any(i in tokens.ids for ids in (sample.question, *sample.steps, sample.answer) for i in ids):
+        return BadSample(sample.line, "the text contains a memory token")
+    longest_rows = list(method.longest_rows(sample))
+    limit = min(positions, recipe.data.max_tokens or positions)
+    if (longest := max(row.longest_sequence for row in longest_rows)) > limit:
+        return BadSample(sample.line, f"longer than {limit} tokens", f"{longest} tokens")
+    budget = recipe.optimizer.micro_batch_tokens
+    if (packed := max(map(len, longest_rows))) > budget:
+        return BadSample(sample.line, f"its row is above optimizer.micro_batch_tokens={budget}", f"{packed} tokens")
+    return None

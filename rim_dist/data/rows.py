@@ -8,15 +8,15 @@ one at its predecessor. The loss never shifts.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 
 from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT, Places, RowLayout
-from rim_dist.data.samples import Row, Span
+from rim_dist.data.samples import Readout, Row, Span, TokenIds
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,26 @@ class Batch:
 
 
 @functools.cache
-def _memory(block_ids: tuple[int, ...], blocks: int, size: int) -> numpy.ndarray:
-    block = [block_ids[0], *[block_ids[1]] * (size - 2), block_ids[-1]]
-    return numpy.tile(numpy.array(block, dtype=numpy.int64), blocks)
+def _block(block_ids: tuple[int, ...], size: int) -> numpy.ndarray:
+    return numpy.array([block_ids[0], *[block_ids[1]] * (size - 2), block_ids[-1]], dtype=numpy.int64)
+
+
+class _Piece(NamedTuple):
+    """A question, a block, or the tokens of a readout: what stands side by side in a packed row."""
+
+    tokens: TokenIds
+    kind: int
+    block: int
+    position: int  # of the first token
+    segment: int
+
+
+class _TargetRun(NamedTuple):
+    """A readout's labels: the column that predicts the first of them, and that of its first own token."""
+
+    readout: Readout
+    anchor: int
+    column: int
 
 
 def pack(rows: Sequence[Row], block_ids: Sequence[int], bidirectional: bool = False, thoughts: int | None = None) -> Batch:
@@ -95,80 +112,71 @@ def pack(rows: Sequence[Row], block_ids: Sequence[int], bidirectional: bool = Fa
     Position ids of readout k start at q + k (M + 2), where the text would stand if nothing followed block k. `block_ids`: one
     block of the method's own size. `thoughts`: see `Batch`.
     """
-    ids = tuple(block_ids)
-    tokens: list[Any] = []
-    labels: list[Any] = []
-    # A piece is a question, a block or a readout: its kind, block, first position, length and sample.
-    kinds: list[int] = []
-    blocks: list[int] = []
-    positions: list[int] = []
-    lengths: list[int] = []
-    segments: list[int] = []
+    pieces: list[_Piece] = []
+    targets: list[_TargetRun] = []
     spans: list[Span] = []
-    # A target is a readout: the column that predicts its first token, the first column of its own, its length.
-    anchors: list[int] = []
-    columns: list[int] = []
-    counts: list[int] = []
-    target_blocks: list[int] = []
-    weights: list[float] = []
-    steps: list[bool] = []
-    start = 0
     placed = sorted(((row.span(), number) for number, row in enumerate(rows)), key=lambda pair: (pair[0].shape, pair[1]))
+    start = 0
     for segment, (span, number) in enumerate(placed):
-        row = rows[number]
-        question, size = span.question, span.block_size
         spans.append(replace(span, start=start))
-        tokens += (row.question, _memory(ids, row.blocks, size))
-        kinds += [QUESTION, *[MEMORY] * row.blocks]
-        blocks += range(row.blocks + 1)
-        positions += [0, *range(question, question + row.blocks * size, size)]
-        lengths += [question, *[size] * row.blocks]
-        column = start + span.prefix
-        for readout in row.readouts:
-            count = len(readout.target)
-            end = question + readout.block * size
-            tokens.append(readout.target[:-1])
-            kinds.append(READOUT)
-            blocks.append(readout.block)
-            positions.append(end)
-            lengths.append(count - 1)
-            labels.append(readout.target)
-            anchors.append(start + end - 1)
-            columns.append(column)
-            counts.append(count)
-            target_blocks.append(readout.block)
-            weights.append(readout.weight)
-            steps.append(readout.is_step)
-            column += count - 1
-        segments += [segment] * (1 + row.blocks + len(row.readouts))
-        start = column
-
-    def spread(values: list[int], times: numpy.ndarray) -> torch.Tensor:
-        return torch.from_numpy(numpy.repeat(numpy.array(values, dtype=numpy.int64), times))
-
-    times = numpy.array(lengths, dtype=numpy.int64)
-    firsts = numpy.cumsum(times) - times
-    offsets = numpy.array(positions, dtype=numpy.int64) - firsts
-    position = torch.from_numpy(numpy.arange(start) + numpy.repeat(offsets, times))
-    segment_of, kind_of, block_of = (spread(values, times).unsqueeze(0) for values in (segments, kinds, blocks))
-    places = Places(segment_of, kind_of, block_of, position.unsqueeze(0))
-
-    repeats = numpy.array(counts, dtype=numpy.int64)
-    target_firsts = numpy.cumsum(repeats) - repeats
-    # Target j of a readout is predicted one column before the column of its j-th own token; the first at the anchor.
-    column_of = numpy.arange(int(repeats.sum())) + numpy.repeat(
-        numpy.array(columns, dtype=numpy.int64) - 1 - target_firsts, repeats
-    )
-    column_of[target_firsts] = anchors
-    opens_step = torch.zeros(len(column_of), dtype=torch.bool)
-    opens_step[target_firsts] = torch.tensor(steps, dtype=torch.bool)
-    targets = Targets(
-        torch.from_numpy(column_of),
-        torch.from_numpy(numpy.concatenate(labels).astype(numpy.int64)),
-        torch.from_numpy(numpy.repeat(numpy.array(weights, dtype=numpy.float32), repeats)),
-        spread(target_blocks, repeats),
-        opens_step,
-    )
-    input_ids = torch.from_numpy(numpy.concatenate(tokens).astype(numpy.int64)).unsqueeze(0)
+        pieces += _pieces_of(rows[number], segment, tuple(block_ids))
+        targets += _targets_of(rows[number], start)
+        start += span.length
+    input_ids = torch.from_numpy(numpy.concatenate([piece.tokens for piece in pieces]).astype(numpy.int64)).unsqueeze(0)
+    places = _places(pieces)
     layout = RowLayout(places, places, tuple(spans), bidirectional)
-    return Batch(input_ids, layout, targets, tuple(number for _, number in placed), thoughts)
+    return Batch(input_ids, layout, _all_targets(targets), tuple(number for _, number in placed), thoughts)
+
+
+def _pieces_of(row: Row, segment: int, block_ids: tuple[int, ...]) -> list[_Piece]:
+    question, size = len(row.question), row.block_size
+    pieces = [_Piece(row.question, QUESTION, 0, 0, segment)]
+    block = _block(block_ids, size)
+    pieces += [_Piece(block, MEMORY, k + 1, question + k * size, segment) for k in range(row.blocks)]
+    pieces += [_Piece(r.target[:-1], READOUT, r.block, question + r.block * size, segment) for r in row.readouts]
+    return pieces
+
+
+def _targets_of(row: Row, start: int) -> list[_TargetRun]:
+    """`start`: column of the row's first token."""
+    column = start + len(row.question) + row.blocks * row.block_size
+    runs = []
+    for readout in row.readouts:
+        runs.append(_TargetRun(readout, start + len(row.question) + readout.block * row.block_size - 1, column))
+        column += len(readout.target) - 1
+    return runs
+
+
+def _places(pieces: Sequence[_Piece]) -> Places:
+    lengths = numpy.array([len(piece.tokens) for piece in pieces], dtype=numpy.int64)
+    firsts = numpy.cumsum(lengths) - lengths
+
+    def spread(values: Iterable[int]) -> torch.Tensor:
+        return torch.from_numpy(numpy.repeat(numpy.array(list(values), dtype=numpy.int64), lengths)).unsqueeze(0)
+
+    offsets = spread(piece.position for piece in pieces) - spread(firsts)
+    position = offsets + torch.arange(int(lengths.sum())).unsqueeze(0)
+    return Places(spread(p.segment for p in pieces), spread(p.kind for p in pieces), spread(p.block for p in pieces), position)
+
+
+def _all_targets(runs: Sequence[_TargetRun]) -> Targets:
+    counts = numpy.array([len(run.readout.target) for run in runs], dtype=numpy.int64)
+    firsts = numpy.cumsum(counts) - counts
+
+    def spread(values: Iterable[Any], dtype: Any) -> numpy.ndarray:
+        return numpy.repeat(numpy.array(list(values), dtype=dtype), counts)
+
+    # Target j of a readout is predicted one column before the column of its j-th own token; the first at the anchor.
+    column = (
+        numpy.arange(int(counts.sum())) + spread((run.column for run in runs), numpy.int64) - 1 - numpy.repeat(firsts, counts)
+    )
+    column[firsts] = [run.anchor for run in runs]
+    opens_step = numpy.zeros(len(column), dtype=bool)
+    opens_step[firsts] = [run.readout.is_step for run in runs]
+    return Targets(
+        torch.from_numpy(column),
+        torch.from_numpy(numpy.concatenate([run.readout.target for run in runs]).astype(numpy.int64)),
+        torch.from_numpy(spread((run.readout.weight for run in runs), numpy.float32)),
+        torch.from_numpy(spread((run.readout.block for run in runs), numpy.int64)),
+        torch.from_numpy(opens_step),
+    )

@@ -172,23 +172,37 @@ def host_bytes(shape: ModelShape, setup: Setup, load: Workload, weights: Weights
 
 def layer_activations(shape: ModelShape, setup: Setup, tokens: int, row_tokens: int) -> int:
     """Bytes that the backward pass of one layer needs, for `tokens` on this rank of a packed row of `row_tokens`."""
-    b, t = setup.entry, setup.tensor
-    full = setup.lora is None
-    linears = shape.linears
+    total = _norm_activations(shape, setup, tokens) + _attention_activations(shape, setup, tokens, row_tokens)
+    total += _mlp_activations(shape, setup, tokens)
+    if setup.lora is not None:
+        total += _adapter_activations(shape, setup, setup.lora, tokens)
+    if setup.dropout and not shape.family.rotary:  # GPT-2's dropouts after attention and MLP
+        total += 2 * tokens * shape.hidden * _mask_entry(setup)
+    return total
 
-    def kept(linear: Linear) -> bool:
-        """Whether the input of a matrix is kept: its gradient, or that of its adapter, needs it."""
-        return full or (setup.lora is not None and adapted(linear, setup.lora, shape.layers))
 
-    h, q, kv, i = shape.hidden, shape.query_width // t, shape.kv_width // t, shape.intermediate // t
-    heads = shape.heads // t
-    attention_in = [n for n in linears if n.split == "column" and "attn" in n.name]
-    mlp_in = [n for n in linears if n.split == "column" and "mlp" in n.name]
-    (attention_out,) = (n for n in linears if n.split == "row" and "attn" in n.name)
-    (mlp_out,) = (n for n in linears if n.split == "row" and "mlp" in n.name)
+def _keeps_input(shape: ModelShape, setup: Setup, linear: Linear) -> bool:
+    """Whether the input of a matrix is kept: its gradient, or that of its adapter, needs it."""
+    return setup.lora is None or adapted(linear, setup.lora, shape.layers)
+
+
+def _linears(shape: ModelShape, split: str, part: str) -> list[Linear]:
+    """The layer's matrices that are split by `column` or `row`, of its `attn` or `mlp`."""
+    return [linear for linear in shape.linears if linear.split == split and part in linear.name]
+
+
+def _norm_activations(shape: ModelShape, setup: Setup, tokens: int) -> int:
+    """Both norms, and what they give to the matrices after them."""
     total = 0
-    for consumers in (attention_in, mlp_in):
-        total += _norm(shape, setup, tokens, h) + (tokens * h * b if any(map(kept, consumers)) else 0)
+    for part in ("attn", "mlp"):
+        kept = any(_keeps_input(shape, setup, linear) for linear in _linears(shape, "column", part))
+        total += _norm(shape, setup, tokens, shape.hidden) + (tokens * shape.hidden * setup.entry if kept else 0)
+    return total
+
+
+def _attention_activations(shape: ModelShape, setup: Setup, tokens: int, row_tokens: int) -> int:
+    b, t = setup.entry, setup.tensor
+    q, kv, heads = shape.query_width // t, shape.kv_width // t, shape.heads // t
     # Queries and keys after rotation, and values, go into the attention, which keeps them with its output and log-sum-exp.
     kv_tokens, kv_width = tokens, kv
     if setup.sequence > 1 and setup.sequence_mode == "allgather_kv":
@@ -196,29 +210,36 @@ def layer_activations(shape: ModelShape, setup: Setup, tokens: int, row_tokens: 
     elif setup.sequence > 1:
         # Fewer KV heads than ranks are repeated: every rank has at least one of the whole row.
         kv_width = shape.head_dim * math.lcm(shape.kv_heads // t, setup.sequence)
-    total += b * (tokens * q + 2 * kv_tokens * kv_width) + b * tokens * q + 4 * tokens * heads
+    total = b * (tokens * q + 2 * kv_tokens * kv_width) + b * tokens * q + 4 * tokens * heads
     if shape.family.query_norm:
         total += _norm(shape, setup, tokens, q) + _norm(shape, setup, tokens, kv)
         total += 4 * tokens * (heads + shape.kv_heads // t - 2)  # a statistic a head, not one a token
     # The split path joins the outputs of its calls into a row of their own, an all-to-all brings it back as one; otherwise the
     # next matrix's input is the kernel's output.
     exchanged = setup.sequence > 1 and setup.sequence_mode == "ulysses"
-    if kept(attention_out) and (setup.attention == "split" or exchanged):
+    (output,) = _linears(shape, "row", "attn")
+    if _keeps_input(shape, setup, output) and (setup.attention == "split" or exchanged):
         total += b * tokens * q
+    return total
+
+
+def _mlp_activations(shape: ModelShape, setup: Setup, tokens: int) -> int:
     # act(gate) * up keeps gate, act(gate) and up; gelu keeps its input; the last matrix its own.
     inside = 3 if shape.family.gated else 1
     if shape.activation == "gelu_new":
         inside += 3  # written out in tensor operations: the cube's base, tanh and both factors of a product
-    total += b * tokens * i * (inside + int(kept(mlp_out)))
-    if setup.lora is not None:
-        for linear in linears:
-            if adapted(linear, setup.lora, shape.layers):
-                total += b * tokens * setup.lora.rank
-                if setup.dropout:  # each adapter drops its own input: the result and the mask
-                    width = linear.inputs // (t if linear.split == "row" else 1)
-                    total += tokens * width * (b + _mask_entry(setup))
-    if setup.dropout and not shape.family.rotary:  # GPT-2's dropouts after attention and MLP
-        total += 2 * tokens * h * _mask_entry(setup)
+    (output,) = _linears(shape, "row", "mlp")
+    return setup.entry * tokens * (shape.intermediate // setup.tensor) * (inside + int(_keeps_input(shape, setup, output)))
+
+
+def _adapter_activations(shape: ModelShape, setup: Setup, lora: LoraSection, tokens: int) -> int:
+    total = 0
+    for linear in shape.linears:
+        if adapted(linear, lora, shape.layers):
+            total += setup.entry * tokens * lora.rank
+            if setup.dropout:  # each adapter drops its own input: the result and the mask
+                width = linear.inputs // (setup.tensor if linear.split == "row" else 1)
+                total += tokens * width * (setup.entry + _mask_entry(setup))
     return total
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -223,44 +223,80 @@ class Trainer:
         batch = max(share.micro_batches, key=lambda batch: batch.tokens)
         part = self._engine.own_part(batch.without_weight())
         losses = self._engine.forward_backward(part, 1.0, last=False).token_losses
-        tokens, total, count = self._sum([float(part.tokens), float(losses.sum()), float(len(losses))])
+        sums = self._sum({"tokens": part.tokens, "loss": float(losses.sum()), "targets": len(losses)})
         seconds = time.perf_counter() - started
-        preflight.finish(int(tokens), seconds, total / count if count else None, peak_memory_bytes())
+        loss = float(sums["loss"] / sums["targets"]) if sums["targets"] else None
+        preflight.finish(int(sums["tokens"]), seconds, loss, peak_memory_bytes())
         return seconds
 
     def _step(self, share: RankShare, plan: StagePlan, step: int) -> tuple[TrainingState, Metrics, bool]:
-        stage = self._recipe.curriculum.stage(plan.name)
         batch_samples = min(self._recipe.optimizer.global_batch, plan.samples - step * self._recipe.optimizer.global_batch)
-        # The weight of the whole step is known before the first forward; the wish to stop travels with it. A row's weight is
-        # that of its sequence group.
+        divisor, stop = self._before_step(share, batch_samples)
+        self._seed(plan.first_step + step)
+        sums = self._forward_backward(share, plan, step, divisor)
+        rate = learning_rate(self._recipe.curriculum.stage(plan.name), step, plan.steps)
+        norm = self._engine.step(rate)
+        self._operations += float(sums["operations"])
+        state = self._state_after(plan, step + 1)
+        token_losses, tokens, step_losses, steps = sums["by_block"][:, 1:].tolist()
+        first_losses, readouts = _by_block(step_losses, steps)
+        line: Metrics = {
+            "kind": "train",
+            "stage": plan.name,
+            "step": state.step,
+            "samples": state.samples,
+            "loss": self._last_loss,
+            "block_loss": _by_block(token_losses, tokens)[0],
+            "step_loss": first_losses,
+            "step_readouts": readouts,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "batch_samples": batch_samples,
+            "tokens": int(sums["tokens"]),
+            "packing_efficiency": share.packing.efficiency,
+            "packing_balance": share.packing.balance,
+            "operations": self._operations,
+        }
+        return state, line, stop
+
+    def _before_step(self, share: RankShare, batch_samples: int) -> tuple[float, bool]:
+        """What the step's loss is divided by, and whether to stop after it, in one reduction before the first forward."""
+        # A row's weight is that of its sequence group.
         weight = share.weight / self._mesh.degrees.sequence
-        known = self._sum([weight], [float(self._stop.requested), float(self._saver.failed)])
-        if known[2]:
+        known = self._sum({"weight": weight}, stop=self._stop.requested, failed=self._saver.failed)
+        if known["failed"]:
             self._saver.wait()  # raises what went wrong in the background, on every rank
-        divisor = known[0] if self._recipe.curriculum.normalisation == "weight" else float(batch_samples)
-        # Dropout depends on the seed, the step and the rank alone: there is no random state to save. Tensor ranks run the same
-        # tokens and must drop the same of them.
-        entropy = numpy.random.SeedSequence([self._recipe.run.seed, plan.first_step + step, self._mesh.shard])
+        divisor = float(known["weight"]) if self._recipe.curriculum.normalisation == "weight" else float(batch_samples)
+        return divisor, bool(known["stop"])
+
+    def _seed(self, step: int) -> None:
+        """Dropout depends on the seed, the step and the rank alone: there is no random state to save. Tensor ranks run the same
+        tokens and must drop the same of them."""
+        entropy = numpy.random.SeedSequence([self._recipe.run.seed, step, self._mesh.shard])
         torch.manual_seed(int(entropy.generate_state(1, numpy.uint64)[0] >> 1))
-        last = len(share.micro_batches) - 1
-        operations = self._engine.operations
+
+    def _forward_backward(self, share: RankShare, plan: StagePlan, step: int, divisor: float) -> dict[str, numpy.ndarray]:
+        """All micro-batches of a step; sums over all ranks by name. Raises TrainingError if the loss is not finite."""
+        last, operations = len(share.micro_batches) - 1, self._engine.operations
         parts = [self._engine.own_part(batch) for batch in share.micro_batches]
         losses = [self._engine.forward_backward(part, 1.0 / divisor, last=number == last) for number, part in enumerate(parts)]
         # Read back once a step: a read a micro-batch would hold the device up.
-        values = torch.stack([loss.weighted_sum for loss in losses]).double().tolist()
-        by_block = torch.stack([loss.by_block for loss in losses]).double().sum(0)
-        tokens = float(sum(part.tokens for part in parts))
-        totals = self._sum([sum(values), tokens, self._engine.operations - operations, *by_block.flatten().tolist()])
-        loss_value = self._last_loss = totals[0] / divisor
-        if not math.isfinite(loss_value):
+        sums = self._sum(
+            {
+                "loss": sum(torch.stack([loss.weighted_sum for loss in losses]).double().tolist()),
+                "tokens": sum(part.tokens for part in parts),
+                "operations": self._engine.operations - operations,
+                "by_block": torch.stack([loss.by_block for loss in losses]).double().sum(0).cpu().numpy(),
+            }
+        )
+        self._last_loss = float(sums["loss"]) / divisor
+        if not math.isfinite(self._last_loss):
             self._refuse_loss(plan, step, parts, share.samples, losses)
-        rate = learning_rate(stage, step, plan.steps)
-        norm = self._engine.step(rate)
-        self._operations += totals[2]
-        sums, counts, step_sums, step_counts = numpy.reshape(totals[3:], by_block.shape)[:, 1:].tolist()
-        step_losses, step_readouts = _by_block(step_sums, step_counts)
-        done = step + 1
-        state = TrainingState(
+        return sums
+
+    def _state_after(self, plan: StagePlan, done: int) -> TrainingState:
+        """The state after `done` optimizer steps of a stage."""
+        return TrainingState(
             plan.name,
             done,
             plan.first_step + done,
@@ -269,24 +305,6 @@ class Trainer:
             self._process.ranks,
             finished=plan is self._plans[-1] and done == plan.steps,
         )
-        line: Metrics = {
-            "kind": "train",
-            "stage": plan.name,
-            "step": state.step,
-            "samples": state.samples,
-            "loss": loss_value,
-            "block_loss": _by_block(sums, counts)[0],
-            "step_loss": step_losses,
-            "step_readouts": step_readouts,
-            "learning_rate": rate,
-            "grad_norm": norm,
-            "batch_samples": batch_samples,
-            "tokens": int(totals[1]),
-            "packing_efficiency": share.packing.efficiency,
-            "packing_balance": share.packing.balance,
-            "operations": self._operations,
-        }
-        return state, line, known[1] > 0
 
     def _complete(self, line: Metrics, seconds: float) -> None:
         operations = line["operations"] - self._logged_operations
@@ -298,14 +316,19 @@ class Trainer:
         if self._peak:
             line["mfu"] = operations / seconds / (self._peak * self._process.ranks)
 
-    def _sum(self, values: list[float], flags: Sequence[float] = ()) -> list[float]:
-        """Sum of each value over all ranks that have parts of it (tensor ranks have the same), and of each flag over all."""
+    def _sum(self, values: Mapping[str, Any], **flags: bool) -> dict[str, numpy.ndarray]:
+        """Sums by name in one reduction: of values over all ranks that have parts of them (tensor ranks have the same), of
+        flags over all ranks. Shapes stay as they are."""
+        if self._process.ranks > 1 and not self._mesh.counts:
+            values = {name: numpy.zeros_like(value, dtype=numpy.float64) for name, value in values.items()}
+        arrays = {name: numpy.asarray(value, dtype=numpy.float64) for name, value in {**values, **flags}.items()}
         if self._process.ranks == 1:
-            return [*values, *flags]
-        mine = values if self._mesh.counts else [0.0] * len(values)
-        tensor = torch.tensor([*mine, *flags], dtype=torch.float64, device=self._process.device)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
+            return arrays
+        flat = torch.from_numpy(numpy.concatenate([array.ravel() for array in arrays.values()])).to(self._process.device)
+        dist.all_reduce(flat)
+        ends = numpy.cumsum([array.size for array in arrays.values()])[:-1]
+        parts = numpy.split(flat.cpu().numpy(), ends)
+        return {name: part.reshape(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
 
     def _refuse_loss(
         self, plan: StagePlan, step: int, parts: list[Batch], packed: list[list[EncodedSample]], losses: list[ReadoutLoss]
