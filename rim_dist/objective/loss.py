@@ -135,6 +135,67 @@ def _fused_kernel(hidden: torch.Tensor, head: HeadWeights, rule: LogitRule, targ
     )
 
 
+class _Gradients:
+    """Gradients of hidden states, head, its bias and the rows that stand in for rows of it, summed chunk by chunk.
+
+    `wanted`: for which of the four; without supervised positions there are still gradients, of value 0: under ZeRO every rank
+    takes part.
+    """
+
+    def __init__(
+        self,
+        wanted: list[bool],
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        head: HeadWeights,
+    ) -> None:
+        self._hidden, self._weight, self._bias, self._rows = hidden, weight, bias, rows
+        self._which, self._at = head.rows_here(hidden.device)
+        self._d_hidden, self._d_weight, self._d_bias, self._d_rows = (
+            torch.zeros_like(t) if need and t is not None else None
+            for need, t in zip(wanted, (hidden, weight, bias, rows), strict=True)
+        )
+
+    def logits(self, some: slice, rule: LogitRule) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of a chunk, and the slope of the softcap if there is one."""
+        h, bias = self._hidden[some], self._bias
+        logits = F.linear(h, self._weight, bias)
+        if self._rows is not None:
+            logits[:, self._at] = F.linear(h, self._rows[self._which], None if bias is None else bias[self._at])
+        if rule.scale != 1:
+            logits *= rule.scale
+        if rule.softcap is None:
+            return logits, None
+        logits = logits.div_(rule.softcap).tanh_()
+        slope = 1 - logits.float().square()
+        logits *= rule.softcap
+        return logits, slope
+
+    def add(self, some: slice, d_logits: torch.Tensor) -> None:
+        """Take in a chunk by the gradient of its logits."""
+        h, rows, which, at = self._hidden[some], self._rows, self._which, self._at
+        if self._d_hidden is not None:
+            torch.mm(d_logits, self._weight, out=self._d_hidden[some])
+            if rows is not None:
+                self._d_hidden[some] += d_logits[:, at] @ (rows[which] - self._weight[at])
+        if self._d_weight is not None:
+            own = d_logits if rows is None else d_logits.index_fill(1, at, 0)
+            self._d_weight.addmm_(own.T, h)
+        if self._d_bias is not None:
+            self._d_bias += d_logits.sum(dim=0)
+        if self._d_rows is not None:
+            self._d_rows[which] += d_logits[:, at].T @ h
+
+    def summed(self, group: Any) -> tuple[torch.Tensor | None, ...]:
+        """All four; what tensor ranks have parts of is added up over the group."""
+        for shared in (self._d_hidden, self._d_rows):
+            if shared is not None:
+                all_reduce(shared, group)
+        return self._d_hidden, self._d_weight, self._d_bias, self._d_rows
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Forward computes the gradients as well; backward only hands them on."""
 
@@ -152,30 +213,15 @@ class _ChunkedLoss(torch.autograd.Function):
         with_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = [with_gradient and need for need in ctx.needs_input_grad[:4]]
-        # Without supervised positions there are still gradients, of value 0: under ZeRO every rank takes part.
-        d_hidden, d_weight, d_bias, d_rows = (
-            torch.zeros_like(t) if need and t is not None else None
-            for need, t in zip(wanted, (hidden, weight, bias, rows), strict=True)
-        )
-        vocabulary = head.vocabulary
-        group = None if vocabulary is None else vocabulary.group
-        which, at = head.rows_here(hidden.device)
-        count, columns = hidden.shape[0], weight.shape[0]
+        gradients = _Gradients(wanted, hidden, weight, bias, rows, head)
+        group = None if head.vocabulary is None else head.vocabulary.group
+        count = hidden.shape[0]
         losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
-        size = max(1, LOGITS_ENTRIES // columns)
+        size = max(1, LOGITS_ENTRIES // weight.shape[0])
         for start in range(0, count, size):
             some = slice(start, min(start + size, count))
-            h, label = hidden[some], targets.label[some]
-            logits = F.linear(h, weight, bias)
-            if rows is not None:
-                logits[:, at] = F.linear(h, rows[which], None if bias is None else bias[at])
-            if rule.scale != 1:
-                logits *= rule.scale
-            if rule.softcap is not None:
-                logits = logits.div_(rule.softcap).tanh_()
-                slope = 1 - logits.float().square()
-                logits *= rule.softcap
-            log_p, label, here = _log_softmax(logits.float(), label, vocabulary)
+            logits, slope = gradients.logits(some, rule)
+            log_p, label, here = _log_softmax(logits.float(), targets.label[some], head.vocabulary)
             del logits
             losses[some] = -all_reduce(torch.where(here, log_p.gather(1, label[:, None]).squeeze(1), 0.0), group)
             if not any(wanted):
@@ -184,26 +230,10 @@ class _ChunkedLoss(torch.autograd.Function):
             d_logits = log_p.exp_()
             d_logits.scatter_add_(1, label[:, None], -here[:, None].to(d_logits.dtype))
             d_logits *= (targets.weight[some, None] * (gradient_scale * rule.scale)).to(d_logits.dtype)
-            if rule.softcap is not None:
+            if slope is not None:
                 d_logits *= slope
-            d_logits = d_logits.to(hidden.dtype)
-            if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[some])
-                if rows is not None:
-                    d_hidden[some] += d_logits[:, at] @ (rows[which] - weight[at])
-            if d_weight is not None:
-                if rows is not None:
-                    d_weight.addmm_(d_logits.index_fill(1, at, 0).T, h)
-                else:
-                    d_weight.addmm_(d_logits.T, h)
-            if d_bias is not None:
-                d_bias += d_logits.sum(dim=0)
-            if d_rows is not None:
-                d_rows[which] += d_logits[:, at].T @ h
-        for shared in (d_hidden, d_rows):
-            if shared is not None:
-                all_reduce(shared, group)
-        ctx.gradients, ctx.gradient_scale = (d_hidden, d_weight, d_bias, d_rows), gradient_scale
+            gradients.add(some, d_logits.to(hidden.dtype))
+        ctx.gradients, ctx.gradient_scale = gradients.summed(group), gradient_scale
         ctx.mark_non_differentiable(losses)
         return (losses * targets.weight).sum(), losses
 
