@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -128,6 +129,24 @@ def os_errors(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) or number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def room_for(needed: int, folder: Path) -> str:
+    """How much of so many bytes the disk of a folder has: `it takes ..., ... are free`, and what is missing if it is."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    text = f"it takes {mib(needed)}, {mib(free)} are free" if needed else f"{mib(free)} are free"
+    return f"{text}, {mib(needed - free)} are missing" if needed > free else text
+
+
+def require_room(needed: int, folder: Path, what: Path) -> None:
+    """Raise CheckpointError, naming what is to be written, if the disk of a folder has not so many bytes free."""
+    if needed > shutil.disk_usage(folder).free:
+        raise CheckpointError(f"{what}: cannot be written: {room_for(needed, folder)}")
 
 
 def write_atomically(path: Path, text: str) -> None:

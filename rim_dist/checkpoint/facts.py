@@ -16,7 +16,7 @@ from rim_dist.checkpoint.portable import is_portable
 from rim_dist.checkpoint.retention import read_scores
 from rim_dist.checkpoint.tensors import ModelTensor, read_folder_index, read_tensor
 from rim_dist.errors import CheckpointError
-from rim_dist.files import MANIFEST, damage_of
+from rim_dist.files import MANIFEST, damage_of, mib
 
 
 def _resolve(path: str | Path) -> tuple[Path, bool]:
@@ -104,7 +104,7 @@ def describe(facts: dict[str, Any]) -> str:
         if key in ("recipe", "damage") or value is None or value == {}:
             continue
         if key == "bytes":
-            lines.append(f"size: {value / 2**20:,.1f} MiB")
+            lines.append(f"size: {mib(value)}")
         elif key == "damaged_beside_it":
             lines += [f"damaged beside it: {name}: {wrong}" for name, wrong in value.items()]
         elif isinstance(value, dict):

@@ -30,6 +30,7 @@ from rim_dist.files import (
     os_errors,
     read_manifest,
     record_of,
+    require_room,
     sync_path,
     write_manifest,
 )
@@ -231,12 +232,7 @@ def write_folder(
         for name in files:
             (partial / name).mkdir(parents=True, exist_ok=True)
         needed = sum(file.data_bytes for group in files.values() for file in group)
-        free = shutil.disk_usage(partial).free
-        if needed > free:
-            raise CheckpointError(
-                f"{out}: cannot be written: it takes {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} are free, "
-                f"{(needed - free) / 2**20:,.1f} MiB are missing"
-            )
+        require_room(needed, partial, out)
 
     try:
         workers.on_first(begin)

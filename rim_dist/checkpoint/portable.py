@@ -22,7 +22,7 @@ from rim_dist.checkpoint.store import MODEL, PORTABLE, TrainingState
 from rim_dist.checkpoint.tensors import ModelTensor, forget_files, read_folder_index
 from rim_dist.config import Recipe
 from rim_dist.errors import CheckpointError
-from rim_dist.files import write_atomically
+from rim_dist.files import require_room, write_atomically
 from rim_dist.recipe import dump_recipe
 
 Names = Literal["module", "model"]
@@ -83,12 +83,7 @@ def write_run(
             raise CheckpointError(f"{run}: already holds something; choose another folder")
         begun = True
         checkpoints.mkdir(parents=True, exist_ok=True)
-        needed, free = sum(file.data_bytes for file in files), shutil.disk_usage(checkpoints).free
-        if needed > free:
-            raise CheckpointError(
-                f"{run}: cannot be written: it takes {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} are free, "
-                f"{(needed - free) / 2**20:,.1f} MiB are missing"
-            )
+        require_room(sum(file.data_bytes for file in files), checkpoints, run)
         store.start_writing(checkpoints, state.step)
         (partial / PORTABLE).mkdir()
 

@@ -19,7 +19,7 @@ from rim_dist.checkpoint.snapshot import Snapshotter, size_bytes, write_files
 from rim_dist.checkpoint.store import Part, TrainingState
 from rim_dist.config import Recipe
 from rim_dist.errors import TrainingError
-from rim_dist.files import FileRecord
+from rim_dist.files import FileRecord, room_for
 from rim_dist.parallel.launch import Process
 from rim_dist.recipe import dump_recipe
 
@@ -30,10 +30,6 @@ _POLL_SECONDS = 0.02
 
 def _describe(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error).splitlines()[0]
-
-
-def _mib(size: float) -> str:
-    return f"{size / 2**20:,.1f} MiB"
 
 
 @dataclass
@@ -210,11 +206,7 @@ class CheckpointSaver:
             store.discard(self._checkpoints, step)
             earlier = store.complete_checkpoints(self._checkpoints)
             kept = f"{earlier[-1].name} is kept" if earlier else "there is no earlier one"
-            existing = next(p for p in (self._checkpoints, *self._checkpoints.parents) if p.exists())
-            free = shutil.disk_usage(existing).free
-            space = f"; it takes {_mib(needed)}, {_mib(free)} are free" if needed else f"; {_mib(free)} are free"
-            if needed > free:
-                space += f", {_mib(needed - free)} are missing"
+            space = f"; {room_for(needed, self._checkpoints)}"
             whose = next((f" on rank {rank}" for rank, e in enumerate(errors) if e and rank), "")
             why = next(e for e in errors if e)
             message = (

@@ -88,12 +88,6 @@ def find_checkpoint(path: str | Path) -> Path:
     return run_checkpoints(path)[-1]
 
 
-def require_intact(checkpoint: Path) -> None:
-    """Raises CheckpointError unless every file has the contents of the manifest."""
-    if wrong := damage_of(checkpoint, checksums=True):
-        raise CheckpointError(f"{checkpoint}: damaged: {wrong}")
-
-
 def read_state(checkpoint: Path) -> TrainingState:
     """The training state of a checkpoint. Raises CheckpointError if it cannot be read, or is of a newer format."""
     try:

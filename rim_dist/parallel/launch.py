@@ -87,12 +87,6 @@ def _started_by_mpi() -> bool:
     return any(name in environment for name in _MPI_VARIABLES)
 
 
-def started_by_launcher() -> bool:
-    """Whether a launcher (deepspeed, torchrun, mpirun, srun) started this process."""
-    names = ("RANK", "SLURM_STEP_NUM_TASKS", *_MPI_VARIABLES)
-    return any(name in os.environ for name in names)
-
-
 def join(timeout_seconds: float) -> Process:
     """Initialise torch.distributed through DeepSpeed for any launcher, also for a single process.
 
