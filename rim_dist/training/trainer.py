@@ -95,7 +95,7 @@ class Trainer:
             raise ConfigError("model.dtype: fp16 needs a GPU; on a CPU use fp32 or bf16")
         if recipe.parallel.zero_plus_plus and process.device == "cpu":
             raise ConfigError("parallel.zero_plus_plus: true needs GPUs: its kernels are CUDA's")
-        self._recipe, self._process, self._foundation, self._data = recipe, process, requirements, data
+        self._recipe, self._process, self._requirements, self._data = recipe, process, requirements, data
         self._ds_config = compose(recipe, requirements.hidden_size, process.hosts.count(process.hosts[process.rank]))
         if process.is_first and process.ranks > 1:
             say(describe(degrees, process.hosts))
@@ -124,13 +124,13 @@ class Trainer:
         """
         if self._preflight is not None:
             self._preflight.try_links(self._mesh)
-            self._preflight.rehearse(self._foundation, self._mesh)
+            self._preflight.rehearse(self._requirements, self._mesh)
         resume = self._find_resume()
         if self._process.is_first:
             self._write_run_folder()
         partition = partitioner(self._ds_config, self._mesh, DTYPES[self._recipe.model.dtype])
-        model = model_of(self._recipe, self._foundation, resume, self._mesh, partition)
-        self._engine = Engine(self._recipe, model, self._ds_config, self._process, self._mesh, self._foundation.sequence_mode)
+        model = model_of(self._recipe, self._requirements, resume, self._mesh, partition)
+        self._engine = Engine(self._recipe, model, self._ds_config, self._process, self._mesh, self._requirements.sequence_mode)
         state = TrainingState(self._plans[0].name, 0, 0, 0, 0.0, self._process.ranks)
         if resume is not None:
             state = self._load(resume)
@@ -175,7 +175,7 @@ class Trainer:
         stage = self._recipe.curriculum.stage(plan.name)
         mesh = self._mesh
         loader = BatchLoader(
-            self._recipe, self._data, self._foundation.tokens, mesh.place.data, mesh.degrees.data, self._engine.row_cost
+            self._recipe, self._data, self._requirements.tokens, mesh.place.data, mesh.degrees.data, self._engine.row_cost
         )
         first = state.step - plan.first_step
         if first == 0:
@@ -374,9 +374,9 @@ class Trainer:
 
         def write_model(folder: Path) -> None:
             bare_model(self._engine.module).config.save_pretrained(folder)
-            generation_config(self._foundation.tokenizer).save_pretrained(folder)
+            generation_config(self._requirements.tokenizer).save_pretrained(folder)
             with os_errors(folder):
-                self._foundation.tokenizer.save_pretrained(folder)
+                self._requirements.tokenizer.save_pretrained(folder)
 
         scores = {"loss": self._last_loss, **(self._scores if self._scored_step == state.step else {})}
         self._saver.save(state, self._engine.capture, write_model, scores)
@@ -411,8 +411,8 @@ class Trainer:
         use_plain_attention(bare_model(model))
         bidirectional = recipe.memory.inside_block == "bidirectional"
         questions = [s.question for s in asked]
-        texts = block_answers(model, self._foundation.tokenizer, questions, method.prompt_blocks, decoding, bidirectional)
-        use_rim_attention(bare_model(model), self._foundation.attention.path)
+        texts = block_answers(model, self._requirements.tokenizer, questions, method.prompt_blocks, decoding, bidirectional)
+        use_rim_attention(bare_model(model), self._requirements.attention.path)
         gathered: list[Any] = [None] * process.ranks
         dist.all_gather_object(gathered, list(zip(mine, texts, strict=False)) if mesh.counts else [])
         beat(f"evaluation after step {state.step}")
@@ -461,9 +461,9 @@ class Trainer:
         self._progress.say(
             f"{self._recipe.run.name}: method {self._recipe.method}, {stages}; ZeRO-{self._recipe.parallel.zero_stage} on "
             f"{self._process.ranks} rank(s) of {self._process.device.partition(':')[0]}, {self._recipe.model.dtype}; "
-            f"attention {self._foundation.attention.path} ({self._foundation.attention.reason})"
+            f"attention {self._requirements.attention.path} ({self._requirements.attention.reason})"
         )
-        if self._questions and (note := padding_note(self._foundation.tokenizer)):
+        if self._questions and (note := padding_note(self._requirements.tokenizer)):
             self._progress.say(note)
         if resume is not None:
             self._progress.say(f"resumed from {resume} ({state.stage}, step {state.step})")
