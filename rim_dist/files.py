@@ -211,7 +211,7 @@ def damage_of(
 ) -> str:
     """What is wrong with a folder that has a manifest; empty if nothing.
 
-    Sizes are compared for every file. `checksums`: contents too, dealt over `ranks`; of the files in `only` the spans given.
+    Sizes are compared for every file. `checksums`: contents too, divided among `ranks`; of the files in `only` the spans given.
     """
     try:
         records = read_manifest(folder)

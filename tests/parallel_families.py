@@ -74,7 +74,7 @@ def measure(family: str, way: str, path: str, bidirectional: bool = False, seed:
     model = build(family).train()
     try:
         if mesh.degrees.tensor > 1:
-            split_model(model, TensorPlace(mesh.place.tensor, mesh.degrees.tensor, mesh.tensor_group))
+            split_model(model, TensorPlace(mesh.coordinates.tensor, mesh.degrees.tensor, mesh.tensor_group))
     except ModelError as error:
         return {"refused": str(error)}
     sum_shared_gradients(model)
@@ -148,7 +148,7 @@ def vocabulary_loss(way: str, size: int, targets: int, options: Sequence[str]) -
         some, labels, torch.rand(targets, generator=generator), torch.zeros_like(some), torch.zeros_like(some).bool()
     )
 
-    split = Slice(0, -(-size // ranks), size, mesh.place.tensor)
+    split = Slice(0, -(-size // ranks), size, mesh.coordinates.tensor)
     vocabulary = Vocabulary(split.start, split.size, split.real, size, mesh.tensor_group)
 
     def part(tensor: torch.Tensor) -> torch.Tensor:

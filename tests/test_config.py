@@ -56,7 +56,7 @@ def test_overrides_are_typed(recipe_file: Make) -> None:
         ("data.answer_format=x", "must contain {answer}"),
         ("curriculum.stage1.epochs=1", "samples or epochs, not both"),
         ("parallel.offload=true", "offload needs zero_stage 3"),
-        ("parallel.tensor=2", "1 ranks cannot be dealt out: parallel.tensor 2 x parallel.sequence 1 takes 2"),
+        ("parallel.tensor=2", "1 ranks cannot be divided: parallel.tensor 2 x parallel.sequence 1 takes 2"),
         ("model.init_from=x", "exactly one of init_from"),
         ("run.name=a/b", "run.name: 'a/b' is not allowed"),
         ("model.attention=flash", "model.attention: 'flash' is not allowed; .*dense.*split"),

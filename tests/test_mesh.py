@@ -19,7 +19,7 @@ MESHES = [Degrees(*d) for d in ((1, 1, 1), (2, 1, 1), (1, 3, 2), (2, 2, 2), (4, 
 
 @pytest.mark.parametrize("degrees", MESHES, ids=str)
 def test_every_rank_has_one_place(degrees: Degrees) -> None:
-    places = [degrees.place(rank) for rank in range(degrees.ranks)]
+    places = [degrees.coordinates(rank) for rank in range(degrees.ranks)]
     assert [degrees.rank_of(place) for place in places] == list(range(degrees.ranks))
     assert len(set(places)) == degrees.ranks == degrees.tensor * degrees.shards
     assert places == sorted(places)  # tensor innermost, then sequence, then data
@@ -27,8 +27,8 @@ def test_every_rank_has_one_place(degrees: Degrees) -> None:
         groups = groups_of(degrees, kind)
         assert sorted(rank for group in groups for rank in group) == list(range(degrees.ranks))
         for group in groups:
-            assert [getattr(degrees.place(rank), kind) for rank in group] == list(range(getattr(degrees, kind)))
-            assert len({degrees.place(rank)._replace(**{kind: 0}) for rank in group}) == 1
+            assert [getattr(degrees.coordinates(rank), kind) for rank in group] == list(range(getattr(degrees, kind)))
+            assert len({degrees.coordinates(rank)._replace(**{kind: 0}) for rank in group}) == 1
 
 
 def test_neighbours_share_matrices() -> None:
@@ -36,13 +36,13 @@ def test_neighbours_share_matrices() -> None:
     assert groups_of(degrees, "tensor")[:2] == [[0, 1], [2, 3]]
     assert groups_of(degrees, "sequence")[:2] == [[0, 2, 4], [1, 3, 5]]
     assert groups_of(degrees, "data")[:2] == [[0, 6], [1, 7]]
-    assert degrees.place(9) == Coordinates(data=1, sequence=1, tensor=1)
+    assert degrees.coordinates(9) == Coordinates(data=1, sequence=1, tensor=1)
 
 
 @pytest.mark.parametrize("degrees", MESHES, ids=str)
 def test_what_counts_once_and_what_draws_alike(degrees: Degrees) -> None:
     """Tensor ranks have the same number among the shards, others different ones; one of them counts."""
-    meshes = [Mesh(degrees, rank, degrees.place(rank)) for rank in range(degrees.ranks)]
+    meshes = [Mesh(degrees, rank, degrees.coordinates(rank)) for rank in range(degrees.ranks)]
     for group in groups_of(degrees, "tensor"):
         assert len({meshes[rank].shard for rank in group}) == 1
         assert [meshes[rank].counts for rank in group] == [True] + [False] * (degrees.tensor - 1)
@@ -89,7 +89,7 @@ def test_tensor_groups_over_nodes_are_warned_of(degrees: Degrees, nodes: list[st
 )
 def test_ranks_that_cannot_be_dealt_out(recipe_file: Make, tensor: int, sequence: int, ranks: int, message: str) -> None:
     recipe = load_recipe(recipe_file(parallel={"tensor": tensor, "sequence": sequence}))
-    with pytest.raises(ConfigError, match=f"^{ranks} ranks cannot be dealt out: .*({message})$"):
+    with pytest.raises(ConfigError, match=f"^{ranks} ranks cannot be divided: .*({message})$"):
         fit_degrees(recipe, ranks)
 
 

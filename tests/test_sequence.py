@@ -20,7 +20,7 @@ from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ConfigError
 from rim_dist.parallel.degrees import choose_mode
 from rim_dist.parallel.mesh import Coordinates, Degrees, Mesh
-from rim_dist.parallel.sequence import _keys_seen, deal_balanced, share_row
+from rim_dist.parallel.sequence import _keys_seen, divide_balanced, share_row
 
 MODES = ("ulysses", "allgather_kv")
 
@@ -44,7 +44,7 @@ def random_row(pick: random.Random, size: int) -> Row:
 def costs(batch: Batch, ranks: int) -> list[int]:
     """Pairs of a query and a key it sees, by rank."""
     seen = torch.cat([_keys_seen(span) for span in batch.layout.spans])
-    dealt = deal_balanced(seen, ranks)
+    dealt = divide_balanced(seen, ranks)
     assert len({len(dealt.tokens(rank)) for rank in range(ranks)}) == 1
     return [int(seen[tokens[tokens < len(seen)]].sum()) for tokens in map(dealt.tokens, range(ranks))]
 

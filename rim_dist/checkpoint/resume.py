@@ -17,7 +17,7 @@ from rim_dist.parallel.launch import Process
 def agree_on_checkpoint(checkpoints: Path, process: Process) -> Path | None:
     """The newest intact checkpoint, the same on every rank; None if there is none at all. Collective.
 
-    Sizes and checksums are compared with the manifest, the files dealt over the ranks. Raises CheckpointError on every
+    Sizes and checksums are compared with the manifest, the files divided among the ranks. Raises CheckpointError on every
     rank if there are checkpoints and none is intact.
     """
     several = process.ranks > 1

@@ -1,4 +1,4 @@
-"""Global batches: a fixed list of samples, dealt to ranks and cut into micro-batches.
+"""Global batches: a fixed list of samples, divided among ranks and cut into micro-batches.
 
 Which samples an optimizer step sees depends on the seed and the step alone. How they are spread over ranks and
 micro-batches changes nothing but rounding, since the loss is divided once by the weight of the whole step.

@@ -40,8 +40,8 @@ class Packing:
 def pack_step(rows: Sequence[Row], ranks: int, budget: int, cost: Callable[[Row], float]) -> Packing:
     """Spread the rows of an optimizer step over as few rounds of micro-batches as their tokens allow.
 
-    Rows are placed dearest first into the cheapest micro-batch that has room; micro-batches of like cost run at the same time.
-    Deterministic. Raises ValueError for a row above the budget.
+    Rows are placed, the most expensive first, into the cheapest micro-batch that has room; micro-batches of like cost run at
+    the same time. Deterministic. Raises ValueError for a row above the budget.
     """
     lengths, costs = [len(row) for row in rows], [cost(row) for row in rows]
     if max(lengths) > budget:

@@ -91,7 +91,7 @@ def fit_probe(states: torch.Tensor, right: torch.Tensor) -> Probe:
 
 
 def halves(questions: int, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Questions dealt at random into those a probe learns from and those it is judged on."""
+    """Questions split at random into those a probe learns from and those it is judged on."""
     order = torch.randperm(questions, generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(order[: questions // 2]), sorted(order[questions // 2 :])
 

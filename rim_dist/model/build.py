@@ -26,7 +26,7 @@ from rim_dist.unwrap import bare_model
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a model's values come from: `source` (None: drawn), whose `names` it goes by, and what becomes of the memory rows
+    """Where a model's values come from: `source` (None: drawn), the `names` it knows tensors by, and how the memory rows start
     (`MemorySection.initialise`)."""
 
     source: WeightSource | None
@@ -51,7 +51,7 @@ def build_model(
     model: Any = skeleton(recipe, requirements.config, requirements.tokens)
     bare = bare_model(model)
     if mesh.degrees.tensor > 1:
-        split_model(model, TensorPlace(mesh.place.tensor, mesh.degrees.tensor, mesh.tensor_group))
+        split_model(model, TensorPlace(mesh.coordinates.tensor, mesh.degrees.tensor, mesh.tensor_group))
     use_rim_attention(bare, requirements.attention.path)
     dtype = DTYPES[section.dtype] if partition is not None else torch.float32
     memory = MemoryRows(requirements.tokens, weights.memory_rows, recipe.run.seed)
@@ -73,7 +73,7 @@ def build_model(
 
 
 def _send_from_first(tensor: torch.Tensor, mesh: Mesh) -> None:
-    first = mesh.degrees.rank_of(Coordinates(0, 0, mesh.place.tensor))
+    first = mesh.degrees.rank_of(Coordinates(0, 0, mesh.coordinates.tensor))
     torch.distributed.broadcast(tensor, first, group=mesh.shard_group)
 
 

@@ -69,9 +69,9 @@ class MemoryRows:
 class Filling:
     """How a skeleton gets its values.
 
-    `source`: None draws them as the family does, from torch's random state. `names`: whose names the source goes by, the
-    plain model's or (`module`) those of the module with its adapters. `reads`: whether this rank makes values; others get
-    theirs when a parameter is partitioned. `partition`: takes parameters as soon as they have values.
+    `source`: None draws them as the family does, from torch's random state. `names`: which names the source knows its tensors
+    by: those of the plain model, or (`module`) those of the module with its adapters. `reads`: whether this rank makes values;
+    others get theirs when a parameter is partitioned. `partition`: takes parameters as soon as they have values.
     """
 
     source: WeightSource | None

@@ -22,7 +22,7 @@ def fit_degrees(recipe: Recipe, ranks: int) -> Degrees:
         fitting = math.gcd(ranks, tensor)
         degrees = f"parallel.tensor {fitting} with parallel.sequence {math.gcd(ranks // fitting, sequence)}"
         raise ConfigError(
-            f"{ranks} ranks cannot be dealt out: parallel.tensor {tensor} x parallel.sequence {sequence} takes {model}; "
+            f"{ranks} ranks cannot be divided: parallel.tensor {tensor} x parallel.sequence {sequence} takes {model}; "
             f"the nearest that can: {f'{fewer} or ' if fewer else ''}{more} ranks, or {degrees} on {ranks} ranks"
         )
     data = ranks // model

@@ -36,13 +36,13 @@ class Degrees:
         """Ranks that ZeRO spreads a tensor rank's parameters over."""
         return self.sequence * self.data
 
-    def place(self, rank: int) -> Coordinates:
+    def coordinates(self, rank: int) -> Coordinates:
         rest, tensor = divmod(rank, self.tensor)
         data, sequence = divmod(rest, self.sequence)
         return Coordinates(data, sequence, tensor)
 
-    def rank_of(self, place: Coordinates) -> int:
-        return (place.data * self.sequence + place.sequence) * self.tensor + place.tensor
+    def rank_of(self, at: Coordinates) -> int:
+        return (at.data * self.sequence + at.sequence) * self.tensor + at.tensor
 
     def __str__(self) -> str:
         return f"tensor {self.tensor} x sequence {self.sequence} x data {self.data}"
@@ -57,7 +57,7 @@ class Mesh:
 
     degrees: Degrees
     rank: int
-    place: Coordinates
+    coordinates: Coordinates
     tensor_group: Any = None
     sequence_group: Any = None
     shard_group: Any = None
@@ -69,19 +69,19 @@ class Mesh:
     @property
     def shard(self) -> int:
         """The rank's number in its shard group: what random numbers of a step are drawn by."""
-        return self.place.data * self.degrees.sequence + self.place.sequence
+        return self.coordinates.data * self.degrees.sequence + self.coordinates.sequence
 
     @property
     def counts(self) -> bool:
         """Whether what this rank measured is to be added up: tensor ranks all measure the same."""
-        return self.place.tensor == 0
+        return self.coordinates.tensor == 0
 
 
 def groups_of(degrees: Degrees, kind: str) -> list[list[int]]:
     """The ranks of every group of a kind (`tensor`, `sequence`, `data`), groups by their first rank."""
     groups: dict[Coordinates, list[int]] = {}
     for rank in range(degrees.ranks):
-        groups.setdefault(degrees.place(rank)._replace(**{kind: 0}), []).append(rank)
+        groups.setdefault(degrees.coordinates(rank)._replace(**{kind: 0}), []).append(rank)
     return list(groups.values())
 
 
@@ -91,9 +91,9 @@ def make_mesh(degrees: Degrees, rank: int, device_type: str) -> Mesh:
 
     if degrees.ranks == 1:
         return Mesh.alone()
-    place = degrees.place(rank)
+    coordinates = degrees.coordinates(rank)
     if degrees.tensor == degrees.sequence == 1:
-        return Mesh(degrees, rank, place)
+        return Mesh(degrees, rank, coordinates)
     names = ("data", "sequence", "tensor")
     mesh = init_device_mesh(device_type, (degrees.data, degrees.sequence, degrees.tensor), mesh_dim_names=names)
     tensor = mesh.get_group("tensor") if degrees.tensor > 1 else None
@@ -101,7 +101,7 @@ def make_mesh(degrees: Degrees, rank: int, device_type: str) -> Mesh:
     shards = None
     if degrees.tensor > 1:  # otherwise all ranks are one group of shards
         shards = mesh["data", "sequence"]._flatten("shards").get_group()
-    return Mesh(degrees, rank, place, tensor, sequence, shards)
+    return Mesh(degrees, rank, coordinates, tensor, sequence, shards)
 
 
 class ModelParallelUnit:
@@ -131,7 +131,7 @@ class ModelParallelUnit:
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
     def get_model_parallel_rank(self) -> int:
-        return self._mesh.place.tensor
+        return self._mesh.coordinates.tensor
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
 

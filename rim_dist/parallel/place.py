@@ -29,7 +29,7 @@ class Place:
 
     @property
     def shares_its_task(self) -> bool:
-        """Whether one SLURM task holds all ranks of the node, so that its cores are still to be dealt among them."""
+        """Whether one SLURM task holds all ranks of the node, so that its cores are still to be divided among them."""
         return self.launcher in ("torch", "deepspeed")
 
 
@@ -52,7 +52,7 @@ def host_name() -> str:
 
 
 def own_cores(place: Place, cores: set[int]) -> set[int]:
-    """The part of the node's cores for this rank, where the launcher has not dealt them; all if there are too few."""
+    """The part of the node's cores for this rank, where the launcher has not divided them; all if there are too few."""
     if not place.shares_its_task or len(cores) < place.local_ranks:
         return cores
     share = len(cores) // place.local_ranks

@@ -23,7 +23,7 @@ from rim_dist.parallel.collectives import exchange, gather_parts
 from rim_dist.parallel.degrees import Mode
 from rim_dist.parallel.mesh import Mesh
 
-_BALANCE = 1.05  # attention cost of the dearest rank against the cheapest one's
+_BALANCE = 1.05  # attention cost of the most loaded rank against the cheapest one's
 _MOST_CHUNKS = 64  # of a rank
 
 
@@ -92,18 +92,20 @@ def share_row(batch: Batch, mesh: Mesh, mode: Mode) -> Batch:
     if ranks == 1:
         return batch
     seen = torch.cat([_keys_seen(span) for span in batch.layout.spans])
-    deal = deal_contiguous(len(seen), ranks) if mode == "ulysses" else deal_balanced(seen, ranks)
-    ids, layout = _padded(batch, ranks * deal.own)
-    mine = deal.tokens(mesh.place.sequence)
-    place = torch.argsort(torch.cat([deal.tokens(rank) for rank in range(ranks)]))
+    division = divide_contiguous(len(seen), ranks) if mode == "ulysses" else divide_balanced(seen, ranks)
+    ids, layout = _padded(batch, ranks * division.own)
+    mine = division.tokens(mesh.coordinates.sequence)
+    place = torch.argsort(torch.cat([division.tokens(rank) for rank in range(ranks)]))
     own = layout.queries.map(lambda t: t[:, mine])
     if mode == "ulysses":
         share: Any = Exchanged(layout, mesh.sequence_group, ranks)
         local = replace(layout, queries=own, keys=own, share=share, attended=set(), cache={})
     else:
         share = Gathered(place, mesh.sequence_group, ranks)
-        local = replace(layout, queries=own, share=share, chunks=deal.ranges(mesh.place.sequence), attended=set(), cache={})
-    return Batch(ids[:, mine], local, _own_targets(batch.targets, place, mesh.place.sequence, deal.own), batch.order)
+        local = replace(
+            layout, queries=own, share=share, chunks=division.ranges(mesh.coordinates.sequence), attended=set(), cache={}
+        )
+    return Batch(ids[:, mine], local, _own_targets(batch.targets, place, mesh.coordinates.sequence, division.own), batch.order)
 
 
 def _keys_seen(span: Span) -> torch.Tensor:
@@ -115,7 +117,7 @@ def _keys_seen(span: Span) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Deal:
+class Division:
     """Chunks of `size` tokens of a row for each rank, as many for every rank."""
 
     size: int
@@ -140,18 +142,18 @@ class Deal:
         return torch.cat([torch.arange(*r) for r in self.ranges(rank)])
 
 
-def deal_contiguous(tokens: int, ranks: int) -> Deal:
-    return Deal(-(-tokens // ranks), tuple((rank,) for rank in range(ranks)))
+def divide_contiguous(tokens: int, ranks: int) -> Division:
+    return Division(-(-tokens // ranks), tuple((rank,) for rank in range(ranks)))
 
 
-def deal_balanced(seen: torch.Tensor, ranks: int) -> Deal:
+def divide_balanced(seen: torch.Tensor, ranks: int) -> Division:
     """Chunks such that every rank attends to about as many keys; `seen`: keys that each token of the row sees.
 
-    Dear chunks first, one to each rank in turn, the dearest to the rank with the least so far; chunks are halved until the
-    dearest rank is within 5% of the cheapest.
+    The most expensive chunks first, one to each rank in turn, the largest to the rank with the least so far; chunks are
+    halved until the most loaded rank is within 5% of the least loaded.
     """
     tokens = len(seen)
-    best: Deal | None = None
+    best: Division | None = None
     best_ratio = math.inf
     each = 2
     while each <= _MOST_CHUNKS:
@@ -160,16 +162,16 @@ def deal_balanced(seen: torch.Tensor, ranks: int) -> Deal:
         costs = padded.view(ranks * each, size).sum(1).tolist()
         order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
         loads = [0] * ranks
-        dealt: list[list[int]] = [[] for _ in range(ranks)]
+        chosen: list[list[int]] = [[] for _ in range(ranks)]
         for start in range(0, len(order), ranks):
             for chunk, rank in zip(
                 order[start : start + ranks], sorted(range(ranks), key=lambda r: (loads[r], r)), strict=True
             ):
                 loads[rank] += costs[chunk]
-                dealt[rank].append(chunk)
+                chosen[rank].append(chunk)
         ratio = max(loads) / min(loads)
         if ratio < best_ratio:
-            best, best_ratio = Deal(size, tuple(tuple(sorted(chunks)) for chunks in dealt)), ratio
+            best, best_ratio = Division(size, tuple(tuple(sorted(chunks)) for chunks in chosen)), ratio
         if ratio <= _BALANCE or size == 1:
             break
         each *= 2

@@ -39,7 +39,10 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class Slice:
-    """What a rank holds of a parameter: `size` entries of dimension `dim`, of which the model has `whole`, from its own on."""
+    """The part of a parameter that tensor rank `rank` holds: `size` entries along dimension `dim`.
+
+    The whole parameter has `whole` entries there; the last ranks may hold padding.
+    """
 
     dim: int
     size: int

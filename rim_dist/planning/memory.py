@@ -149,7 +149,7 @@ def states(weights: Weights, setup: Setup) -> Parts:
     if setup.zero_stage < 3:
         return {"parameters": b * weights.all, "optimizer": 12 * weights.trained // d}
     found = {
-        # One rank's shard of a small parameter is the parameter.
+        # ZeRO-3 leaves small (persistent) parameters whole on every rank, in the run's precision.
         "parameters": b * weights.persistent if d > 1 or setup.offload else 0,
         "communication buckets": b * setup.buckets.reduce,
     }

@@ -47,7 +47,7 @@ def rehearse(
     whole = tiny_model(small, trust_remote_code).to(device)
     split = copy.deepcopy(whole)
     if tensor > 1:
-        split_model(split, TensorPlace(mesh.place.tensor, tensor, mesh.tensor_group))
+        split_model(split, TensorPlace(mesh.coordinates.tensor, tensor, mesh.tensor_group))
         sum_shared_gradients(split)
     row, block = tiny_row()
     batch = pack([row, row], block)

@@ -175,7 +175,7 @@ class Trainer:
         stage = self._recipe.curriculum.stage(plan.name)
         mesh = self._mesh
         loader = BatchLoader(
-            self._recipe, self._data, self._requirements.tokens, mesh.place.data, mesh.degrees.data, self._engine.row_cost
+            self._recipe, self._data, self._requirements.tokens, mesh.coordinates.data, mesh.degrees.data, self._engine.row_cost
         )
         first = state.step - plan.first_step
         if first == 0:
@@ -397,7 +397,7 @@ class Trainer:
     # ---- evaluation and reports ------------------------------------------------------------------------
 
     def _evaluate(self, state: TrainingState, report: bool) -> None:
-        """Accuracy after every block on the recipe's questions, dealt over the ranks, decoded as a server would."""
+        """Accuracy after every block on the recipe's questions, divided among the ranks, decoded as a server would."""
         if not self._questions:
             return
         recipe, process, mesh = self._recipe, self._process, self._mesh

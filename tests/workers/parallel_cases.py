@@ -52,7 +52,7 @@ def run_case(case: Case, folder: Path, process: Process) -> Difference:
     model = model_of(recipe, requirements, None, mesh, partitioner(ds_config, mesh, torch.float32))
     engine = Engine(recipe, model, ds_config, process, mesh, requirements.sequence_mode)
     engine.begin_stage(0.0)
-    loader = BatchLoader(recipe, data, requirements.tokens, mesh.place.data, mesh.degrees.data, engine.row_cost)
+    loader = BatchLoader(recipe, data, requirements.tokens, mesh.coordinates.data, mesh.degrees.data, engine.row_cost)
     (plan,) = plan_stages(recipe, len(data))
     loss_off = norm_off = gradient_off = 0.0
     for step in range(plan.steps):
