@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SPEC := $(or $(strip $(TORCH_SPEC)),$(shell cat $(VENV)/torch-spec 2>/dev/null))
 CONSTRAINTS := $(if $(SPEC),$(VENV)/constraints.txt,constraints.txt)
 
-.PHONY: help install install-dev demo test test-slurm lint format clean
+.PHONY: help install install-dev demo test test-all test-slurm lint format clean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -26,14 +26,17 @@ install-dev: $(VENV)/installed-dev  ## The same with what tests need
 demo: $(VENV)/installed  ## Train, export and evaluate the demo
 	$(VENV)/bin/python tools/demo.py $(DEMO_ARGS)
 
-test: lint  ## Lint, then all tests with coverage
+test: lint  ## Lint, then the quick tier of the tests with coverage
 	$(VENV)/bin/python -m coverage erase
 	$(VENV)/bin/python -m coverage run -m pytest $(TEST_ARGS)
 	$(VENV)/bin/python -m coverage combine --quiet
 	$(VENV)/bin/python -m coverage report
 
+test-all: $(VENV)/installed-dev  ## Every test, a file at a time; goes on where it was stopped (ALL_ARGS: tools/test_all.py --help)
+	$(VENV)/bin/python tools/test_all.py $(ALL_ARGS)
+
 test-slurm: $(VENV)/installed-dev  ## All that is done to a SLURM cluster, as root (about half an hour)
-	RIM_DIST_SLURM_LONG=1 $(VENV)/bin/python -m pytest -s tests/test_slurm_jobs.py tests/test_slurm_failures.py $(TEST_ARGS)
+	$(VENV)/bin/python -m pytest -m '' -s tests/test_slurm_jobs.py tests/test_slurm_failures.py $(TEST_ARGS)
 
 lint: $(VENV)/installed-dev  ## Check style and types
 	$(VENV)/bin/python -m ruff check

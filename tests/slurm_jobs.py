@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import sys
 import time
@@ -162,6 +161,3 @@ def until(condition: Callable[[], bool], seconds: float, what: str) -> float:
         assert time.monotonic() - start < seconds, f"{what}: not after {seconds:.0f} s"
         time.sleep(0.1)
     return time.monotonic() - start
-
-
-LONG = bool(os.environ.get("RIM_DIST_SLURM_LONG"))

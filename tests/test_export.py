@@ -164,6 +164,7 @@ def test_a_padded_vocabulary_answers_the_same(
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.thorough
 def test_every_way_to_run_it_writes_the_same(runs: Path, tmp_path: Path) -> None:
     """One process, three, MPI ranks; each also verified or inspected in a process that imports nothing of the trainer."""
     arguments = ["to-hf", str(runs / "lora3"), "--max-shard-size", "20KB"]

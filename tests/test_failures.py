@@ -18,6 +18,7 @@ MOST_SECONDS = 60
 HOST = socket.gethostname()
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_rank_that_fails_in_the_middle_of_a_backward(tmp_path: Path) -> None:
     """TP2 x SP2 on 4 ranks: rank 3 raises, then rank 1 is killed, then the run goes on to the end of its stage."""

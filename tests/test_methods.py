@@ -325,6 +325,7 @@ def coconut_like(folder: Path, zero: int, tensor: int = 1) -> dict:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.thorough
 def test_coconut_on_two_ranks_equals_one_process(tmp_path: Path) -> None:
     """ZeRO-0 to 3, two tensor ranks, LoRA: every step's loss and gradient norm against a bare loop of slow runs."""
     trees = [coconut_like(tmp_path, zero, tensor) for zero, tensor in [(0, 1), (1, 1), (2, 1), (3, 1), (1, 2)]]

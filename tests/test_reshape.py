@@ -73,7 +73,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("ranks", [2, 4, 1])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.thorough) for ranks in (4, 1))])
 def test_goes_on_at_other_ranks(runs: Path, tmp_path: Path, ranks: int) -> None:
     moves = [(k, (1, 1, ranks)) for k in KINDS if ranks == 2 or not k.startswith("bf16")] + list(MOVES[ranks].items())
     targets = []
@@ -148,7 +148,9 @@ def test_other_ranks_name_the_command(runs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("kind", ["zero3", "lora3", "tp2-zero3", "sp2-zero3"])
+@pytest.mark.parametrize(
+    "kind", ["tp2-zero3", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("zero3", "lora3", "sp2-zero3"))]
+)
 def test_to_hf_from_hf_to_hf(runs: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Bit for bit in fp32; and the run that starts from it trains the weights of the folder, its memory rows kept."""
     first, start, second = tmp_path / "first", tmp_path / "start", tmp_path / "second"

@@ -52,6 +52,7 @@ def steps_of(folder: Path) -> list[tuple[str, int]]:
     return [(line["kind"], line["step"]) for line in read_metrics(folder / "metrics.jsonl")]
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(900)
 def test_ten_kills_change_nothing(tmp_path: Path) -> None:
     whole = write_recipe(tmp_path / "whole.yaml", long_recipe(tmp_path, "whole"))

@@ -349,11 +349,19 @@ def test_lora_trains_adapters_and_memory_rows_only(
     "overrides",
     [
         "parallel.zero_stage=3 parallel.offload=true",
-        "model.dtype=bf16 parallel.zero_stage=2 logging.wandb=off",
-        "curriculum.normalisation=sample optimizer.weight_decay=0.1 curriculum.stage1.weights=absolute",
+        pytest.param("model.dtype=bf16 parallel.zero_stage=2 logging.wandb=off", marks=pytest.mark.thorough),
+        pytest.param(
+            "curriculum.normalisation=sample optimizer.weight_decay=0.1 curriculum.stage1.weights=absolute",
+            marks=pytest.mark.thorough,
+        ),
         "model.activation_checkpointing=true parallel.zero_stage=0 curriculum.stage1.targets=same_step",
-        "model.activation_checkpointing=true model.activation_offload=true model.attention=dense",
-        "method=direct curriculum.stage1.schedule=cosine curriculum.stage2.schedule=linear",
+        pytest.param(
+            "model.activation_checkpointing=true model.activation_offload=true model.attention=dense",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            "method=direct curriculum.stage1.schedule=cosine curriculum.stage2.schedule=linear", marks=pytest.mark.thorough
+        ),
         "method=cot memory.blocks=0 curriculum.stage2.weight_power=0 evaluation.max_new_tokens=1",
     ],
 )

@@ -1,6 +1,6 @@
 """What goes wrong on a cluster, done to a real one: each run finishes by itself and ends as an undisturbed run does.
 
-The quick part (a rank killed) runs with all tests; RIM_DIST_SLURM_LONG=1 adds the others. With -s, a line of figures each.
+All are thorough. With -s, a line of figures each.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from slurm_cluster import Cluster, missing
 from slurm_jobs import (
-    LONG,
     complete,
     job_output,
     last_step,
@@ -36,7 +35,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"no SLURM cluster here: {missing()}"),
     pytest.mark.timeout(600),
 ]
-long = pytest.mark.skipif(not LONG, reason="RIM_DIST_SLURM_LONG is not set")
+long = pytest.mark.thorough
 SMALL_BYTES = 48 * 2**20
 
 
@@ -122,7 +121,7 @@ def rank_stopped(cluster: Cluster, job: str, run: Path) -> None:
 @pytest.mark.parametrize(
     ("disturb", "flags"),
     [
-        (rank_killed, []),
+        pytest.param(rank_killed, [], marks=long),
         pytest.param(requeue, [], marks=long),
         pytest.param(preempt, ["--partition=low"], marks=long),
         pytest.param(node_down, [], marks=long),

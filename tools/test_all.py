@@ -40,9 +40,7 @@ def run_group(path: Path) -> dict[str, object]:
     """Run a file of tests, thorough ones included. Returns its exit status, its counts and how long it took."""
     started = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", "-m", "", str(path.relative_to(ROOT))]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "RIM_DIST_SLURM_LONG": "1"}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout[-6000:], done.stderr[-2000:], sep="\n", flush=True)
     last = next((line for line in reversed(done.stdout.splitlines()) if re.search(r"\d+ (passed|failed|skipped)", line)), "")
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
