@@ -7,8 +7,8 @@ A start is a seed under one of torch's two sets of CPU kernels (`ATEN_CPU_CAPABI
 processor would, with one or two threads. Criteria and settings were fixed before the starts of `--seeds` were run; tuning used
 seeds from 100 on and other maps of the house (docs/synthetic.md). The same command again continues where `--minutes` or a
 signal stopped it (exit status 75) and writes the dated page and its picture when all is there; figures of finished runs are
-kept in DIR/figures. A block takes off when the loss of its steps' first token falls below half of guessing, and fades when
-half of its steps are gone.
+kept in DIR/figures, or the folder of `--figures`, so that another machine can go on. A block takes off when the loss of its
+steps' first token falls below half of guessing, and fades when half of its steps are gone.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ class Start:
         return f"{method}-seed{self.seed}-{self.capability}"
 
 
-def make_plan(output: Path, starts: Sequence[Start], methods: Sequence[str], overrides: Sequence[str]) -> Plan:
+def make_plan(
+    output: Path, starts: Sequence[Start], methods: Sequence[str], overrides: Sequence[str], figures: Path | None = None
+) -> Plan:
     """The runs of every start; all methods begin from the start's own base."""
-    plan = Plan(Scale("recipes/demo.yaml", "", base="recipes/demo-base.yaml"), output, output / "figures")
+    plan = Plan(Scale("recipes/demo.yaml", "", base="recipes/demo-base.yaml"), output, figures or output / "figures")
     for start in starts:
         environment = {"ATEN_CPU_CAPABILITY": start.capability, "OMP_NUM_THREADS": str(start.threads)}
         base, seed = start.name("base"), f"run.seed={start.seed}"
@@ -168,6 +170,7 @@ def page(plan: Plan, starts: Sequence[Start], methods: Sequence[str]) -> tuple[s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="folder of the runs")
+    parser.add_argument("--figures", help="folder of the figures of finished runs (DIR/figures)")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), help="seeds (0 to 9)")
     parser.add_argument("--capabilities", nargs="+", choices=CAPABILITIES, default=CAPABILITIES, help="kernels (both)")
     parser.add_argument("--methods", nargs="+", choices=("rim", "direct"), default=("rim", "direct"), help="methods (both)")
@@ -187,19 +190,20 @@ def main() -> int:
         overrides += ["curriculum.stage1.samples=2560", "curriculum.stage2.samples=640", "data.synthetic.samples=3200"]
     starts = [Start(seed, capability) for seed in options.seeds for capability in options.capabilities]
     starts = starts[:1] if options.quick else starts
-    plan = make_plan(Path(options.output).resolve(), starts, options.methods, overrides)
+    figures = Path(options.figures).resolve() if options.figures else None
+    plan = make_plan(Path(options.output).resolve(), starts, options.methods, overrides, figures)
     plan.check_kept()
     if not run_all(plan, shlex.split(options.launch), options.jobs, options.minutes):
         return TRY_AGAIN
-    text, figures, holds = page(plan, starts, options.methods)
+    text, found, holds = page(plan, starts, options.methods)
     variant = "".join(f"-{word}" for word in (options.step_text, options.targets) if word not in ("equation", "next_step"))
-    publish(f"robustness{variant}", "The demo from many starts", text, figures, quick=options.quick)
+    publish(f"robustness{variant}", "The demo from many starts", text, found, quick=options.quick)
     if not options.quick:
         import math
 
         from rim_dist.data.synthetic import ROOMS
 
-        draw(figures["curves"], math.log(len(ROOMS)), results_stem(f"robustness{variant}").with_suffix(".png"))
+        draw(found["curves"], math.log(len(ROOMS)), results_stem(f"robustness{variant}").with_suffix(".png"))
     return 0 if holds or options.quick else 1
 
 
