@@ -56,7 +56,7 @@ def measure(name: str, seed: int) -> dict[str, Any]:
 
     export = open_export(ROOT / "runs" / name / "hf")
     samples = evaluation_samples(f"synthetic:{seed}", "auto", QUESTIONS, ColumnsSection(), export.synthetic_steps)
-    result = evaluate_export(export, samples, export.blocks, Decoding(16, QUESTIONS), timed_questions=50)
+    result = evaluate_export(export, samples, export.blocks, Decoding(32, QUESTIONS), timed_questions=50)
     line = last_line(name, "train")
     return {
         "accuracy": result.accuracy,
