@@ -96,7 +96,9 @@ def test_a_run_made_to_fail_says_so(recipe_file: Callable[..., Path], tmp_path: 
         "stage2": {"samples": 32, "learning_rate": 1e-7},
     }
     synthetic = {"synthetic": {"samples": 1000, "min_steps": 3, "max_steps": 4}}
-    path = recipe_file(curriculum=curriculum, data=synthetic, memory={"blocks": 4}, evaluation={"samples": 32})
+    path = recipe_file(
+        curriculum=curriculum, data=synthetic, memory={"blocks": 4}, evaluation={"samples": 32, "data": "synthetic:1"}
+    )
     out = run("fork", 2, ["-m", "rim_dist", "train", str(path)]).stdout.splitlines()
     warnings = [text for text in out if "warning: block" in text]
     assert len(warnings) == len({text.partition(" is ")[0] for text in warnings}) >= 2

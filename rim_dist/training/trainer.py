@@ -440,7 +440,7 @@ class Trainer:
         self._progress.say(
             f"step {state.step}: accuracy {100 * result.accuracy:.1f}% of {result.questions} (by block: {by_block})"
         )
-        embedded = recipe.data.source == "synthetic" and recipe.evaluation.data is None
+        embedded = (recipe.evaluation.data or recipe.data.source).partition(":")[0] == "synthetic"  # what is asked
         if report and embedded and near_guessing(result.accuracy):
             self._last_word = not_learned(recipe.method, result.accuracy)
         if report:
