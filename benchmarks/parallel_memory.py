@@ -111,7 +111,7 @@ def activations(mode: str, blocks: int, memory: int) -> dict[str, float]:
     """Peak bytes of forward and backward above model and gradients, on the rank that has the most."""
     from rim_dist.parallel.launch import join, leave
     from rim_dist.parallel.mesh import Degrees, make_mesh
-    from rim_dist.parallel.sequence import share_row
+    from rim_dist.parallel.sequence import shard_row
 
     process = join(600)
     mesh = make_mesh(Degrees(sequence=process.ranks), process.rank, "cpu")
@@ -122,7 +122,7 @@ def activations(mode: str, blocks: int, memory: int) -> dict[str, float]:
         parameter.grad = torch.zeros_like(parameter)
 
     def step(batch: Batch) -> None:
-        run_batch(model, share_row(batch, mesh, mode))[0].backward()  # type: ignore[arg-type]
+        run_batch(model, shard_row(batch, mesh, mode))[0].backward()  # type: ignore[arg-type]
 
     step(one_sample(2, 30, 1000))  # what a process gets once: connections, threads, kernels
     batch = one_sample(blocks, memory, 1000)
@@ -193,7 +193,7 @@ def run_sharded(recipe: Recipe, process: Any) -> dict[str, float]:
     from rim_dist.checkpoint.start import model_of, requirements_of
     from rim_dist.parallel.degrees import fit_degrees
     from rim_dist.parallel.mesh import make_mesh
-    from rim_dist.parallel.tensor import whole_shape
+    from rim_dist.parallel.tensor import full_shape
     from rim_dist.parallel.zero import compose, partitioner
     from rim_dist.training.engine import Engine
 
@@ -212,7 +212,7 @@ def run_sharded(recipe: Recipe, process: Any) -> dict[str, float]:
     for _ in range(3):  # ZeRO-3 prefetches from the second one on
         engine.forward_backward(engine.own_part(pack([row], ids)), 1.0, True)
         engine.step(1e-4)
-    whole = {id(p): 4 * math.prod(whole_shape(p)) // (tensor_ranks(p, mesh)) for p in model.parameters()}
+    whole = {id(p): 4 * math.prod(full_shape(p)) // (tensor_ranks(p, mesh)) for p in model.parameters()}
     modules = [sum(whole[id(p)] for p in module.parameters(recurse=False)) for module in model.modules()]
     zero = ds_config["zero_optimization"]
     return {

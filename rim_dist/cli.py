@@ -21,7 +21,7 @@ from rim_dist.planning.commands import add_plan_command
 from rim_dist.report.commands import add_report_command
 
 if TYPE_CHECKING:
-    from rim_dist.parallel.rollcall import RollCall
+    from rim_dist.parallel.liveness import LivenessMonitor
 
 _EXIT_STATUS = """exit status:
   0  done
@@ -121,9 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> int:
     from rim_dist.recipe import load_recipe
-    from rim_dist.training.heartbeat import listen
+    from rim_dist.training.heartbeat import dump_stacks_on_signal
 
-    listen()
+    dump_stacks_on_signal()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from rim_dist.parallel.launch import join, leave
     from rim_dist.training.trainer import Trainer, finished_state, prepare_run
@@ -170,9 +170,9 @@ def _is_first() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
-def _roll_call() -> RollCall | None:
+def _monitor() -> LivenessMonitor | None:
     """The roll call of the ranks, if this process is one of several."""
-    module = sys.modules.get("rim_dist.parallel.rollcall")
+    module = sys.modules.get("rim_dist.parallel.liveness")
     return module.current() if module is not None else None
 
 
@@ -195,15 +195,15 @@ def _lost_a_peer(error: BaseException) -> bool:
 
 def _loss(error: BaseException) -> PeerLost | None:
     """The error as another rank's failure, named by the roll call; None if the ranks are all there or nobody calls them."""
-    roll_call = _roll_call()
-    if roll_call is None:
+    monitor = _monitor()
+    if monitor is None:
         return None
     from torch.distributed import DistError
 
-    failure = roll_call.failure
+    failure = monitor.failure
     if failure is None and (_lost_a_peer(error) or isinstance(error, DistError)):
-        failure = roll_call.find_lost()
-    return roll_call.loss(failure) if failure is not None else None
+        failure = monitor.find_failure()
+    return monitor.error_for(failure) if failure is not None else None
 
 
 def _has_other_ranks() -> bool:
@@ -221,12 +221,12 @@ def _end_of_rank(status: int, failed: str = "") -> int:
 
     Waiting in a destructor for a collective, or for MPI to close, would hang all.
     """
-    if (roll_call := _roll_call()) is not None:
-        roll_call.claim_end()
+    if (monitor := _monitor()) is not None:
+        monitor.claim_exit()
         if failed:
-            roll_call.fail(failed, status)
+            monitor.fail(failed, status)
         else:
-            roll_call.leave()
+            monitor.leave()
     if _has_other_ranks():
         sys.stdout.flush()
         sys.stderr.flush()

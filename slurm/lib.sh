@@ -79,14 +79,14 @@ rim_on_every_node() {
         --cpus-per-task=$((RIM_LOCAL_RANKS * ${SLURM_CPUS_PER_TASK:-1})) "$@"
 }
 
-# Check the recipe and earlier starts, record this one, choose the port. Sets RIM_RUN, RIM_START, MASTER_PORT.
+# Check the recipe and earlier starts, record this one, choose the port. Sets RIM_RUN, RIM_ATTEMPT, MASTER_PORT.
 rim_begin() {
     local answer line
     answer=$(rim_once python -m rim_dist.cluster begin "$@") || return
     while IFS= read -r line; do
-        case $line in RIM_RUN=* | RIM_START=* | MASTER_PORT=*) export "${line?}" ;; esac
+        case $line in RIM_RUN=* | RIM_ATTEMPT=* | MASTER_PORT=*) export "${line?}" ;; esac
     done <<<"$answer"
-    rim_say "start ${RIM_START##*/} of $RIM_RUN: $RIM_RANKS ranks on $SLURM_JOB_NODELIST, head $MASTER_ADDR:$MASTER_PORT"
+    rim_say "start ${RIM_ATTEMPT##*/} of $RIM_RUN: $RIM_RANKS ranks on $SLURM_JOB_NODELIST, head $MASTER_ADDR:$MASTER_PORT"
 }
 
 # Every node reaches the head's port and sees the run's folder, or is named.
@@ -120,8 +120,8 @@ rim_launch() {
                 --node-rank RIM_NODE_RANK --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --max-restarts 0 -m "${rank[@]}"
             ;;
         deepspeed)
-            scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$RIM_LOCAL_RANKS/" >"$RIM_START/hostfile"
-            rim_per_node "${quiet[@]}" "${RIM_CONTAINER[@]}" deepspeed --hostfile "$RIM_START/hostfile" --no_ssh \
+            scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$RIM_LOCAL_RANKS/" >"$RIM_ATTEMPT/hostfile"
+            rim_per_node "${quiet[@]}" "${RIM_CONTAINER[@]}" deepspeed --hostfile "$RIM_ATTEMPT/hostfile" --no_ssh \
                 --node_rank RIM_NODE_RANK --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --module "${rank[@]}"
             ;;
         mpirun)
@@ -152,7 +152,7 @@ rim_done() { :; }
 rim_status() {
     local given=$1 status
     for status in 2 1; do
-        if [[ -e $RIM_START/ended-$status ]]; then
+        if [[ -e $RIM_ATTEMPT/ended-$status ]]; then
             echo "$status"
             return
         fi
@@ -176,7 +176,7 @@ rim_scontrol() {
 # Leave for the next job of a chain, or go back into the queue without the nodes that gave reason to.
 rim_end() {
     local status=$1 state bad
-    if [[ -n ${RIM_START:-} ]]; then printf '%s\n' "$status" >"$RIM_START/status" || true; fi
+    if [[ -n ${RIM_ATTEMPT:-} ]]; then printf '%s\n' "$status" >"$RIM_ATTEMPT/status" || true; fi
     if [[ $status -ne 75 ]]; then
         rim_say "ended with $status"
         exit "$status"
@@ -188,7 +188,7 @@ rim_end() {
     elif [[ ${RIM_REQUEUE:-1} != 1 ]]; then
         rim_say "ended with 75; left to the next start of the same command"
     else
-        bad=$(rim_once python -m rim_dist.cluster suspects "$RIM_START" || true)
+        bad=$(rim_once python -m rim_dist.cluster suspects "$RIM_ATTEMPT" || true)
         rim_say "ended with 75; going back into the queue${bad:+, if there are enough nodes without $bad}"
         trap '' TERM USR1 # SLURM ends this script while it requeues it; the lines below are to be run
         if ! rim_scontrol requeue "$RIM_JOB"; then
@@ -221,14 +221,14 @@ rim_supervise() {
     # shellcheck disable=SC2317  # called by the trap
     stop() {
         rim_say "asked to stop ($1)"
-        : >"$RIM_START/stop" || true
+        : >"$RIM_ATTEMPT/stop" || true
         # The step's tasks; SLURM itself signals them before a preemption, but not before the time limit.
         if [[ $1 == USR1 ]]; then kill -USR1 "$launch" 2>/dev/null || true; fi
         signalled=1
     }
     trap 'stop USR1' USR1
     trap 'stop TERM' TERM
-    if [[ -n ${RIM_ASKED:-} ]]; then : >"$RIM_START/stop" || true; fi
+    if [[ -n ${RIM_STOP_REQUESTED:-} ]]; then : >"$RIM_ATTEMPT/stop" || true; fi
     (rim_launch "$@") &
     launch=$!
     while :; do
@@ -243,7 +243,7 @@ rim_supervise() {
 
 # The whole of a training job: arguments of `rim-dist train`.
 rim_train() {
-    trap 'RIM_ASKED=1' USR1 # the time limit may be near already: the ranks stop after their first step
+    trap 'RIM_STOP_REQUESTED=1' USR1 # the time limit may be near already: the ranks stop after their first step
     rim_site
     rim_environment
     rim_begin "$@" || rim_end $?

@@ -31,8 +31,8 @@ from rim_dist.objective import loss as loss_module
 from rim_dist.objective.forward import install_readout_loss, run_batch
 from rim_dist.objective.loss import HeadWeights, LogitRule, plain_cross_entropy, weighted_cross_entropy
 from rim_dist.parallel.mesh import Degrees, Mesh, make_mesh
-from rim_dist.parallel.sequence import share_row
-from rim_dist.parallel.tensor import Slice, TensorPlace, Vocabulary, slice_of, split_model, sum_shared_gradients
+from rim_dist.parallel.sequence import shard_row
+from rim_dist.parallel.tensor import Slice, TensorRank, Vocabulary, slice_of, split_model, sum_shared_gradients
 
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 SEQUENCE = ("SP2 ulysses", "SP2 allgather_kv")
@@ -57,7 +57,7 @@ def mesh_of(way: str) -> Mesh:
 
 def own_part(batch: Batch, way: str) -> Batch:
     mode: Any = WAYS[way].mode
-    return share_row(batch, mesh_of(way), mode)
+    return shard_row(batch, mesh_of(way), mode)
 
 
 def largest(values: Sequence[float]) -> list[float]:
@@ -74,7 +74,7 @@ def measure(family: str, way: str, path: str, bidirectional: bool = False, seed:
     model = build(family).train()
     try:
         if mesh.degrees.tensor > 1:
-            split_model(model, TensorPlace(mesh.coordinates.tensor, mesh.degrees.tensor, mesh.tensor_group))
+            split_model(model, TensorRank(mesh.coordinates.tensor, mesh.degrees.tensor, mesh.tensor_group))
     except ModelError as error:
         return {"refused": str(error)}
     sum_shared_gradients(model)

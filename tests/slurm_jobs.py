@@ -16,7 +16,7 @@ from slurm_cluster import Cluster
 
 from rim_dist.checkpoint.hf_export import trained_weights
 from rim_dist.checkpoint.store import find_checkpoint
-from rim_dist.cluster.starts import Start, starts_of
+from rim_dist.cluster.attempts import Attempt, attempts_of
 from rim_dist.training.metrics import read_metrics
 
 JOB_ENVIRONMENT = {
@@ -94,7 +94,7 @@ def same_parameters(left: Path, right: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a), "parameters differ"
 
 
-def _step_lines(start: Start) -> list[int]:
+def _step_lines(start: Attempt) -> list[int]:
     path = start.folder / "rank-00000.log"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     return [int(step) for step in re.findall(r"\| stage\d step (\d+)/", text)]
@@ -102,7 +102,7 @@ def _step_lines(start: Start) -> list[int]:
 
 def last_step(run: Path) -> int:
     """The last step the newest start has done, 0 before its first."""
-    starts = starts_of(run)
+    starts = attempts_of(run)
     return (_step_lines(starts[-1]) or [0])[-1] if starts else 0
 
 
@@ -117,7 +117,7 @@ def wait_for_step(cluster: Cluster, job: str, run: Path, step: int, seconds: flo
 
 def lost_steps(run: Path) -> list[int]:
     """Steps done twice at each restart."""
-    done = [lines for start in starts_of(run) if (lines := _step_lines(start))]
+    done = [lines for start in attempts_of(run) if (lines := _step_lines(start))]
     return [max(0, before[-1] - after[0] + 1) for before, after in itertools.pairwise(done)]
 
 
@@ -141,7 +141,7 @@ def complete(cluster: Cluster, job: str, run: Path, seconds: float) -> None:
 
 def rank_processes(run: Path, rank: int) -> list[int]:
     """Process ids of a rank of the newest start, without the process around it."""
-    start = str(starts_of(run)[-1].folder.resolve())
+    start = str(attempts_of(run)[-1].folder.resolve())
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -149,7 +149,7 @@ def rank_processes(run: Path, rank: int) -> list[int]:
             words = (folder / "cmdline").read_text().split("\0")
         except (OSError, UnicodeDecodeError):
             continue
-        if environment.get("RIM_START") == start and environment.get("RANK") == str(rank) and "rim_dist" in words:
+        if environment.get("RIM_ATTEMPT") == start and environment.get("RANK") == str(rank) and "rim_dist" in words:
             found.append(int(folder.name))
     return found
 

@@ -27,7 +27,7 @@ from rim_dist.data.rows import pack
 from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ConfigError
 from rim_dist.objective.forward import install_readout_loss, run_batch
-from rim_dist.parallel.tensor import TensorPlace, split_model
+from rim_dist.parallel.tensor import TensorRank, split_model
 from rim_dist.planning.communication import Group, sent_bytes, transfer, transfers
 from rim_dist.planning.links import INTERCONNECTS
 from rim_dist.planning.memory import Buckets, Setup, estimate, layer_activations
@@ -102,7 +102,7 @@ def test_parameters_of_every_family(name: str) -> None:
     assert shape.parameters() == count(build(name, "meta"))
     for tensor in (2,) if shape.family.splittable else ():
         model = build(name, "meta")
-        split_model(model, TensorPlace(0, tensor))
+        split_model(model, TensorRank(0, tensor))
         assert shape.parameters(tensor=tensor) == count(model)
 
 

@@ -23,12 +23,12 @@ from ranks import ROOT, command, environment, free_port, run
 
 from rim_dist.data.prepared import PreparedData
 from rim_dist.errors import ModelError, TrainingError
-from rim_dist.parallel import rollcall
+from rim_dist.parallel import liveness
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.mesh import Degrees, make_mesh
 from rim_dist.parallel.zero import compose
 from rim_dist.recipe import load_recipe, validate_recipe
-from rim_dist.training import rehearsal
+from rim_dist.training import parity
 from rim_dist.training.metrics import read_metrics
 from rim_dist.training.preflight import Preflight, first_difference, versions
 from rim_dist.training.trainer import prepare_run
@@ -113,29 +113,29 @@ def test_two_ranks_on_one_device_are_refused(recipe_file: Make) -> None:
 # ---- with ranks, without deepspeed ---------------------------------------------------------------------------
 
 
-def _join(store: Any, rank: int, ranks: int) -> rollcall.RollCall:
+def _join(store: Any, rank: int, ranks: int) -> liveness.LivenessMonitor:
     torch.set_num_threads(1)
-    rollcall._HANG_SECONDS = 3.0
+    liveness._HANG_SECONDS = 3.0
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    return rollcall.RollCall(store.clone(), rank, ranks, holds_store=rank == 0, seconds=60)
+    return liveness.LivenessMonitor(store.clone(), rank, ranks, holds_store=rank == 0, seconds=60)
 
 
 def _try_links(store: Any, rank: int, ranks: int, folder: str, absent: bool) -> None:
-    roll_call = _join(store, rank, ranks)
+    monitor = _join(store, rank, ranks)
     seconds = 2 if absent else 60
     recipe = validate_recipe(tiny_recipe(Path(folder), parallel={"preflight_seconds": seconds}), "")
-    preflight = Preflight(recipe, Process(rank, ranks, rank, "cpu", roll_call))
+    preflight = Preflight(recipe, Process(rank, ranks, rank, "cpu", monitor))
     mesh = make_mesh(Degrees(tensor=2, sequence=2), rank, "cpu")
     if absent and rank == 3:
         time.sleep(60)
     try:
         preflight.try_links(mesh)
     except RuntimeError:  # its peer in the group has ended
-        failure = roll_call.find_lost()
+        failure = monitor.find_failure()
         assert failure is not None
-        print(roll_call.loss(failure), file=sys.stderr, flush=True)
-        roll_call.claim_end()
-        roll_call.leave()
+        print(monitor.error_for(failure), file=sys.stderr, flush=True)
+        monitor.claim_exit()
+        monitor.leave()
         os._exit(failure.status)
     links = preflight.report["links"]
     assert {kind: link["ranks"] for kind, link in links.items()} == {"tensor": 2, "sequence": 2, "shards": 2, "world": 4}
@@ -143,7 +143,7 @@ def _try_links(store: Any, rank: int, ranks: int, folder: str, absent: bool) -> 
         for name in ("all_reduce", "all_to_all"):
             assert 0 < link[name]["seconds"] < 60
             assert 1e3 < link[name]["bytes_per_second"] < 1e12
-    roll_call.leave()
+    monitor.leave()
 
 
 def test_links_of_every_kind_of_group_are_timed(tmp_path: Path) -> None:
@@ -172,10 +172,10 @@ REHEARSED = ("Llama", "Llama, tied head", "Qwen3", "Gemma 2", "Granite", "GPT-2"
 def _rehearse(store: Any, rank: int, ranks: int, broken: bool) -> None:
     _join(store, rank, ranks)
     if broken:  # as if a plan forgot that ranks see a part of these gradients each
-        rehearsal.sum_shared_gradients = lambda _: None
+        parity.sum_shared_gradients = lambda _: None
         mesh = make_mesh(Degrees(tensor=2, data=2), rank, "cpu")
         with pytest.raises(ModelError, match=r"a tiny model of it split over .* differs from the same model"):
-            rehearsal.rehearse(FAMILIES["Qwen3"], mesh, "ulysses", "split", "cpu")
+            parity.check_parity(FAMILIES["Qwen3"], mesh, "ulysses", "split", "cpu")
         return
     for degrees in (Degrees(tensor=4), Degrees(tensor=2, sequence=2), Degrees(sequence=4), Degrees(sequence=2, data=2)):
         mesh = make_mesh(degrees, rank, "cpu")
@@ -183,7 +183,7 @@ def _rehearse(store: Any, rank: int, ranks: int, broken: bool) -> None:
             if family == "GPT-2" and degrees.tensor > 1:
                 continue  # transformers has no tensor plan for it
             for mode in ("ulysses", "allgather_kv"):
-                found = rehearsal.rehearse(FAMILIES[family], mesh, mode, "dense", "cpu")
+                found = parity.check_parity(FAMILIES[family], mesh, mode, "dense", "cpu")
                 assert max(found.loss, found.gradient) < 1e-5, (family, degrees, mode, found)
 
 

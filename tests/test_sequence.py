@@ -20,19 +20,21 @@ from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ConfigError
 from rim_dist.parallel.degrees import choose_mode
 from rim_dist.parallel.mesh import Coordinates, Degrees, Mesh
-from rim_dist.parallel.sequence import _keys_seen, divide_balanced, share_row
+from rim_dist.parallel.sequence import _keys_seen, divide_balanced, shard_row
 
 MODES = ("ulysses", "allgather_kv")
 
 
 def parts_of(batch: Batch, ranks: int, mode: Any) -> list[Batch]:
-    return [share_row(batch, Mesh(Degrees(sequence=ranks), rank, Coordinates(0, rank, 0)), mode) for rank in range(ranks)]
+    return [shard_row(batch, Mesh(Degrees(sequence=ranks), rank, Coordinates(0, rank, 0)), mode) for rank in range(ranks)]
 
 
 def whole_layout(part: Batch) -> RowLayout:
     """The layout of the whole row, padding included, as a rank's part has it."""
     layout = part.layout
-    return layout.share.whole if layout.queries is layout.keys else replace(layout, queries=layout.keys, chunks=(), cache={})  # type: ignore[union-attr]
+    return (
+        layout.share.full_layout if layout.queries is layout.keys else replace(layout, queries=layout.keys, chunks=(), cache={})
+    )  # type: ignore[union-attr]
 
 
 def random_row(pick: random.Random, size: int) -> Row:
@@ -146,5 +148,5 @@ def test_how_ranks_share_a_row_is_chosen() -> None:
 
 def test_a_row_for_one_rank_stays_as_it_is() -> None:
     batch = pack_samples(random_samples(0))
-    assert share_row(batch, Mesh.alone(), "ulysses") is batch
+    assert shard_row(batch, Mesh.alone(), "ulysses") is batch
     assert BLOCK[0] in batch.input_ids

@@ -29,7 +29,7 @@ from slurm_jobs import (
 )
 
 from rim_dist.checkpoint.store import complete_checkpoints, find_checkpoint, read_state
-from rim_dist.cluster.starts import starts_of
+from rim_dist.cluster.attempts import attempts_of
 
 pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"no SLURM cluster here: {missing()}"),
@@ -79,7 +79,7 @@ def undisturbed_long(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory)
 def finish(cluster: Cluster, job: str, run: Path, undisturbed: Path, what: str, began: float, seconds: float = 300) -> None:
     """The job completes, the parameters are those of the undisturbed run, and little was done twice."""
     complete(cluster, job, run, seconds)
-    lost, starts = lost_steps(run), starts_of(run)
+    lost, starts = lost_steps(run), attempts_of(run)
     print(f"\n| {what} | {len(starts) - 1} | {max(lost, default=0)} | {time.monotonic() - began:.0f} |", flush=True)
     assert len(starts) >= 2, "the run was not disturbed"
     assert all(steps <= 20 for steps in lost), lost
@@ -141,8 +141,8 @@ def test_disturbed_run_ends_like_an_undisturbed_one(
     if disturb is rank_killed:
         # n2 is left out, since n3 can take its place, and said why in the record.
         assert cluster.job(job)["ExcNodeList"] == "n2"
-        assert starts_of(run)[1].record["nodes"] == "n[1,3]"
-        assert any(end["why"] == "killed by SIGKILL" and end["host"] == "n2" for end in starts_of(run)[0].ended())
+        assert attempts_of(run)[1].record["nodes"] == "n[1,3]"
+        assert any(end["why"] == "killed by SIGKILL" and end["host"] == "n2" for end in attempts_of(run)[0].ended())
 
 
 @long
@@ -153,11 +153,11 @@ def test_slurmd_killed_on_the_batch_host(cluster: Cluster, undisturbed_long: Pat
     wait_for_step(cluster, job, run, 50)
     began = time.monotonic()
     cluster.kill_slurmd("n1")
-    until(lambda: len(starts_of(run)) == 2, 120, "a second start")
+    until(lambda: len(attempts_of(run)) == 2, 120, "a second start")
     finish(cluster, job, run, undisturbed_long, "slurmd killed on the batch host", began)
-    assert len(starts_of(run)) == 2
-    assert starts_of(run)[1].record["nodes"] == "n[2-3]"
-    first = (starts_of(run)[0].folder / "rank-00000.log").read_text()
+    assert len(attempts_of(run)) == 2
+    assert attempts_of(run)[1].record["nodes"] == "n[2-3]"
+    first = (attempts_of(run)[0].folder / "rank-00000.log").read_text()
     assert "has taken over" in first or "ended with 75" in first
 
 
@@ -170,7 +170,7 @@ def test_hang_is_seen_and_ends(cluster: Cluster, undisturbed: Path, tmp_path: Pa
     began = time.monotonic()
     rank_stopped(cluster, job, run)
     finish(cluster, job, run, undisturbed, "hang", began)
-    first = starts_of(run)[0]
+    first = attempts_of(run)[0]
     stacks = (first.folder / "stacks-rank-00000.txt").read_text()
     assert "trainer.py" in stacks, stacks
     assert "does not answer" in (first.folder / "rank-00001.log").read_text()
@@ -187,7 +187,7 @@ def test_time_limit_is_seen_coming(cluster: Cluster, undisturbed_long: Path, tmp
     finish(cluster, job, tmp_path / "run", undisturbed_long, "time limit", began, 500)
     assert lost_steps(tmp_path / "run")
     assert max(lost_steps(tmp_path / "run")) == 0
-    assert all(start.status in (0, 75) for start in starts_of(tmp_path / "run"))
+    assert all(start.status in (0, 75) for start in attempts_of(tmp_path / "run"))
 
 
 @long
@@ -233,7 +233,7 @@ def test_no_progress_ends_the_job_with_a_reason(cluster: Cluster, tmp_path: Path
     job = train_job(cluster, steps_recipe(tmp_path, "run"), RIM_MAX_RESTARTS="1")
     run = tmp_path / "run"
     for start in (1, 2):
-        until(lambda: len(starts_of(run)) == start and last_step(run) >= 1, 120, f"start {start}")  # noqa: B023
+        until(lambda: len(attempts_of(run)) == start and last_step(run) >= 1, 120, f"start {start}")  # noqa: B023
         rank_killed(cluster, job, run)
     cluster.wait(job, "FAILED", 120)
     assert cluster.job(job)["ExitCode"] == "1:0"

@@ -17,7 +17,7 @@ from ranks import ROOT, run
 from slurm_cluster import Cluster, missing
 from slurm_jobs import DEMO_CUT, JOB_ENVIRONMENT, complete, last_step, losses, shape, steps_recipe, until
 
-from rim_dist.cluster.starts import starts_of
+from rim_dist.cluster.attempts import attempts_of
 from rim_dist.cluster.status import run_status
 
 pytestmark = [
@@ -75,7 +75,7 @@ def test_every_launcher_equals_one_process(
     worst = max(abs(a[2] / b[2] - 1) for a, b in zip(found, one_process, strict=True))
     print(f"\n| {launcher} | {nodes} x {ranks} | {worst:.1e} | {time.monotonic() - began:.0f} |", flush=True)
     assert worst <= 1e-5
-    (start,) = starts_of(tmp_path / "several")
+    (start,) = attempts_of(tmp_path / "several")
     assert start.status == 0
     # Every rank has its log, and says from which host.
     hosts = [(start.folder / f"rank-{rank:05d}.log").read_text().split(" ", 2)[1] for rank in range(nodes * ranks)]
@@ -120,9 +120,9 @@ def test_chain_goes_from_nothing_to_an_export_that_answers(cluster: Cluster, tmp
     done = run("python", 1, ["-m", "rim_dist", "generate", str(folder / "exports" / "final"), "From the attic take red."])
     assert done.stdout.endswith("\n")  # whatever so short a training answers
     # Two jobs trained what one run trains: the second stage began where the first job had saved.
-    assert "resumed from" in (starts_of(folder)[1].folder / "rank-00000.log").read_text()
+    assert "resumed from" in (attempts_of(folder)[1].folder / "rank-00000.log").read_text()
     assert run_status(folder).state == "finished"
-    for start in starts_of(folder):
+    for start in attempts_of(folder):
         seen = {name: start.record["environment"][f"RIM_{name}"] for name in ("IN_CONTAINER", "HANG_MINUTES", "LAUNCHER")}
         # What was set for the job goes before the site's.
         assert seen == {"IN_CONTAINER": "1", "HANG_MINUTES": "7", "LAUNCHER": "srun"}
@@ -179,7 +179,7 @@ def test_submit_chain_goes_on_from_job_to_job(cluster: Cluster, tmp_path: Path) 
     assert cluster.job(jobs[0])["ExitCode"] == "75:0"
     cluster.wait(jobs[1], "COMPLETED", 180)
     cluster.wait(jobs[2], "COMPLETED", 60)
-    assert [start.status for start in starts_of(folder)] == [75, 0, 0]
+    assert [start.status for start in attempts_of(folder)] == [75, 0, 0]
 
 
 @long
@@ -223,5 +223,5 @@ def test_task_of_a_sweep_is_requeued_alone(cluster: Cluster, tmp_path: Path) -> 
     for task in range(2):
         cluster.wait(f"{job}_{task}", "COMPLETED", 200)
     assert [cluster.job(f"{job}_{task}")["Restarts"] for task in (own, 1 - own)] == ["1", "0"]
-    assert [start.status for start in starts_of(folders[own])] == [75, 0]
-    assert [start.status for start in starts_of(folders[1 - own])] == [0]
+    assert [start.status for start in attempts_of(folders[own])] == [75, 0]
+    assert [start.status for start in attempts_of(folders[1 - own])] == [0]

@@ -19,14 +19,14 @@ from ranks import ROOT, environment, free_port
 
 from rim_dist.checkpoint.store import TrainingState, complete_checkpoints
 from rim_dist.cli import main
-from rim_dist.cluster import nodes, starts
+from rim_dist.cluster import attempts, nodes
 from rim_dist.cluster.logs import merged
 from rim_dist.cluster.status import describe, job_state, run_status
 from rim_dist.cluster.sweep import best_run, sweep_overrides
 from rim_dist.errors import ConfigError
 from rim_dist.files import record_of, write_manifest
 from rim_dist.parallel.degrees import fit_degrees
-from rim_dist.parallel.place import Place, find_place, interface_to, own_cores
+from rim_dist.parallel.environment import RankInfo, cores_of_rank, interface_to, read_rank_info
 from rim_dist.recipe import load_recipe
 from rim_dist.training.folder import check_run_folder
 
@@ -140,26 +140,26 @@ def test_ranks_must_fit(recipe_file: Make) -> None:
 
 def test_every_launcher_is_mapped() -> None:
     slurm = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}
-    assert find_place({}) == Place(0, 1, 0, 1, "none")
-    assert find_place(slurm) == Place(5, 8, 1, 4, "slurm")
+    assert read_rank_info({}) == RankInfo(0, 1, 0, 1, "none")
+    assert read_rank_info(slurm) == RankInfo(5, 8, 1, 4, "slurm")
     torch = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    assert find_place({**slurm, **torch}) == Place(3, 4, 1, 2, "torch")
+    assert read_rank_info({**slurm, **torch}) == RankInfo(3, 4, 1, 2, "torch")
     deepspeed = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
-    assert find_place({**slurm, **deepspeed}) == Place(3, 4, 1, 2, "deepspeed")
+    assert read_rank_info({**slurm, **deepspeed}) == RankInfo(3, 4, 1, 2, "deepspeed")
     mpi = {
         f"OMPI_COMM_WORLD_{name}": value
         for name, value in zip(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"), "2412", strict=True)
     }
     # mpirun's daemon is a task of srun: its SLURM variables are not the rank's.
-    assert find_place({**slurm, **mpi}) == Place(2, 4, 1, 2, "openmpi")
+    assert read_rank_info({**slurm, **mpi}) == RankInfo(2, 4, 1, 2, "openmpi")
 
 
 def test_cores_are_dealt_where_a_task_holds_several_ranks() -> None:
     cores = set(range(10, 18))
-    parts = [own_cores(Place(rank, 4, rank, 4, "torch"), cores) for rank in range(4)]
+    parts = [cores_of_rank(RankInfo(rank, 4, rank, 4, "torch"), cores) for rank in range(4)]
     assert parts == [{10, 11}, {12, 13}, {14, 15}, {16, 17}]
-    assert own_cores(Place(0, 4, 0, 4, "slurm"), cores) == cores
-    assert own_cores(Place(0, 16, 0, 16, "torch"), cores) == cores
+    assert cores_of_rank(RankInfo(0, 4, 0, 4, "slurm"), cores) == cores
+    assert cores_of_rank(RankInfo(0, 16, 0, 16, "torch"), cores) == cores
 
 
 def test_interface_is_the_one_that_reaches_the_head() -> None:
@@ -212,7 +212,7 @@ def test_nodes_report_to_the_head(
     for thread in threads:
         thread.join()
     assert status == (75 if bad else 0)
-    assert starts.suspects(starts.Start(tmp_path, {})) == bad
+    assert attempts.suspects(attempts.Attempt(tmp_path, {})) == bad
 
 
 def test_node_that_cannot_reach_the_head_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,7 +239,7 @@ def test_start_is_recorded_without_secrets(recipe_file: Make, tmp_path: Path) ->
     done = begin(recipe_file(), SLURM_JOB_ID="7", HF_TOKEN=secret, SLURM_JWT=secret, WANDB_API_KEY=secret, RIM_LAUNCHER="srun")
     assert done.returncode == 0, done.stderr
     answer = dict(line.split("=", 1) for line in done.stdout.splitlines())
-    start = Path(answer["RIM_START"])
+    start = Path(answer["RIM_ATTEMPT"])
     assert start.parent.parent == Path(answer["RIM_RUN"]) == tmp_path / "runs" / "tiny"
     assert answer["MASTER_PORT"].isdigit()
     record = json.loads((start / "start.json").read_text())
@@ -263,10 +263,10 @@ def test_starts_without_progress_are_bounded(recipe_file: Make) -> None:
 
 def test_chain_ends_where_a_job_of_it_failed(recipe_file: Make) -> None:
     first = begin(recipe_file(), SLURM_JOB_ID="7", RIM_CHAIN="abc")
-    start = Path(dict(line.split("=", 1) for line in first.stdout.splitlines())["RIM_START"])
+    start = Path(dict(line.split("=", 1) for line in first.stdout.splitlines())["RIM_ATTEMPT"])
     (start / "status").write_text("75\n")
     assert begin(recipe_file(), SLURM_JOB_ID="8", RIM_CHAIN="abc").returncode == 0
-    newest = starts.starts_of(start.parent.parent)[-1].folder
+    newest = attempts.attempts_of(start.parent.parent)[-1].folder
     (newest / "status").write_text("2\n")
     refused = begin(recipe_file(), SLURM_JOB_ID="9", RIM_CHAIN="abc")
     assert refused.returncode == 2
@@ -281,7 +281,10 @@ def test_rank_is_logged_with_time_host_and_rank_and_without_secrets(tmp_path: Pa
     variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     done = subprocess.run(
         [sys.executable, "-m", "rim_dist.cluster.rank", "train", f"{secret}.yaml"],
-        env={**environment(HF_TOKEN=secret, RIM_START=str(tmp_path), SLURMD_NODENAME="n7", PYTHONPATH=str(ROOT)), **variables},
+        env={
+            **environment(HF_TOKEN=secret, RIM_ATTEMPT=str(tmp_path), SLURMD_NODENAME="n7", PYTHONPATH=str(ROOT)),
+            **variables,
+        },
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -305,7 +308,7 @@ def test_wish_to_stop_waits_until_the_rank_hears_it(trap: str, recipe_file: Make
     (tmp_path / "stop").touch()
     recipe = recipe_file(curriculum={"stage1": {"samples": 16000}, "stage2": {"samples": 0}}, evaluation={"at_end": False})
     command = f"{trap}exec {sys.executable} -m rim_dist.cluster.rank train {recipe}"
-    variables = environment(RIM_START=str(tmp_path), SLURMD_NODENAME="n7", PYTHONPATH=str(ROOT))
+    variables = environment(RIM_ATTEMPT=str(tmp_path), SLURMD_NODENAME="n7", PYTHONPATH=str(ROOT))
     done = subprocess.run(["bash", "-c", command], env=variables, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 75, done.stdout
     assert "stopped by a signal after step " in done.stdout
@@ -334,7 +337,7 @@ def end_of_job(folder: Path, **variables: str) -> tuple[list[str], subprocess.Co
         (folder / name).chmod(0o755)
     script = f"set -euo pipefail; source {ROOT}/slurm/lib.sh; rim_site; rim_environment; PATH={folder}:$PATH; rim_end 75"
     job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_PARTITION": "p"}
-    path = {"PATH": f"{folder}:{os.environ['PATH']}", "RIM_SITE": "/none", "RIM_VENV": "/none", "RIM_START": str(folder)}
+    path = {"PATH": f"{folder}:{os.environ['PATH']}", "RIM_SITE": "/none", "RIM_VENV": "/none", "RIM_ATTEMPT": str(folder)}
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=folder,
@@ -382,7 +385,7 @@ def fake_run(folder: Path) -> Path:
             ]
             (start / f"rank-{rank:05d}.log").write_text("\n".join(lines) + "\n")
         (start / "status").write_text("75\n")
-        starts.note_end(start, 1, 75, "killed by SIGKILL", suspect=True, host=host)
+        attempts.record_end(start, 1, 75, "killed by SIGKILL", suspect=True, host=host)
     (run / "plan.json").write_text(json.dumps({"total_steps": 10}))
     (run / "metrics.jsonl").write_text(
         json.dumps({"kind": "train", "stage": "stage1", "step": 4, "loss": 1.5, "seconds": 2.0}) + "\n"

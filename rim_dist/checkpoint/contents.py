@@ -21,7 +21,7 @@ from rim_dist.checkpoint.tensors import LowRank, ModelTensor, StoredTensor, forg
 from rim_dist.config import Recipe
 from rim_dist.errors import CheckpointError
 from rim_dist.model.skeleton import empty_module, parameter_groups, plain_name
-from rim_dist.parallel.tensor import TensorPlace, slice_of, split_model
+from rim_dist.parallel.tensor import TensorRank, slice_of, split_model
 from rim_dist.tokens import MemoryTokens, add_memory_tokens
 
 
@@ -44,9 +44,9 @@ class Contents:
 def tensor_slices(recipe: Recipe, config: Any, tokens: MemoryTokens) -> dict[str, tuple[int, int]]:
     """For each parameter of the trained module that tensor ranks share: the dimension, and the whole's entries of it."""
     module = empty_module(recipe, config, tokens)
-    split_model(module, TensorPlace(0, recipe.parallel.tensor))
+    split_model(module, TensorRank(0, recipe.parallel.tensor))
     found = {name: slice_of(p) for name, p in module.named_parameters(remove_duplicate=False)}
-    return {name: (split.dim, split.whole) for name, split in found.items() if split is not None}
+    return {name: (split.dim, split.full_size) for name, split in found.items() if split is not None}
 
 
 def tied_names(module: torch.nn.Module) -> list[list[str]]:

@@ -70,7 +70,7 @@ def _begin(state: dict[str, Any], flat: torch.Tensor, step: float, inner: torch.
 def _copy(fragment: _Fragment, stored: StoredTensor, target: torch.Tensor) -> None:
     if fragment.split is not None:
         split = fragment.split
-        stored = sliced(stored, split.dim, min(split.start, split.whole), min(split.start, split.whole) + split.real)
+        stored = sliced(stored, split.dim, min(split.start, split.full_size), min(split.start, split.full_size) + split.real)
     count = max(0, min(fragment.count, stored.elements - fragment.start))  # what is left is padding of the vocabulary
     part = target.data.view(-1)[fragment.position : fragment.position + fragment.count]
     part[count:].zero_()

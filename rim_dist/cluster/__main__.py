@@ -25,17 +25,17 @@ def _recipe(arguments: list[str]) -> Recipe:
 
 def _begin(arguments: list[str]) -> int:
     """Arguments of `rim-dist train`. Prints NAME=VALUE lines for the job script."""
+    from rim_dist.cluster.attempts import begin_attempt
     from rim_dist.cluster.nodes import rendezvous_port
-    from rim_dist.cluster.starts import begin
     from rim_dist.parallel.degrees import fit_degrees
 
     recipe = _recipe(arguments)
     environment = dict(os.environ)
     if ranks := environment.get("RIM_RANKS"):
         fit_degrees(recipe, int(ranks))
-    start = begin(recipe, environment, Path(environment.get("RIM_HOME") or "."))
+    start = begin_attempt(recipe, environment, Path(environment.get("RIM_HOME") or "."))
     print(f"RIM_RUN={recipe.folder.resolve()}")
-    print(f"RIM_START={start.folder.resolve()}")
+    print(f"RIM_ATTEMPT={start.folder.resolve()}")
     print(f"MASTER_PORT={rendezvous_port(int(environment.get('SLURM_JOB_ID', '0')))}")
     return EXIT_DONE
 
@@ -45,7 +45,7 @@ def _check_nodes(names: list[str]) -> int:
 
     environment = os.environ
     return check_nodes(
-        Path(environment["RIM_START"]),
+        Path(environment["RIM_ATTEMPT"]),
         environment["MASTER_ADDR"],
         int(environment["MASTER_PORT"]),
         int(environment["SLURM_NODEID"]),
@@ -55,9 +55,9 @@ def _check_nodes(names: list[str]) -> int:
 
 
 def _suspects(arguments: list[str]) -> int:
-    from rim_dist.cluster.starts import Start, suspects
+    from rim_dist.cluster.attempts import Attempt, suspects
 
-    print(",".join(suspects(Start(Path(arguments[0]), {}))))
+    print(",".join(suspects(Attempt(Path(arguments[0]), {}))))
     return EXIT_DONE
 
 

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Iterator
 from pathlib import Path
 
-from rim_dist.cluster.starts import starts_of
+from rim_dist.cluster.attempts import attempts_of
 from rim_dist.errors import ConfigError
 
 
@@ -21,7 +21,7 @@ def merged(run: Path, rank: int | None = None, stacks: bool = False) -> Iterator
 
     `stacks`: the stack traces instead, each below its file's name.
     """
-    starts = starts_of(run)
+    starts = attempts_of(run)
     if not starts:
         raise ConfigError(f"{run}: no start of a job has been recorded here")
     kind = "stacks-rank" if stacks else "rank"

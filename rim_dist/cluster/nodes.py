@@ -8,10 +8,10 @@ import socket
 import time
 from pathlib import Path
 
-from rim_dist.cluster.starts import note_end
+from rim_dist.cluster.attempts import record_end
 from rim_dist.errors import EXIT_DONE, EXIT_TRY_AGAIN, ConfigError
 from rim_dist.messages import say
-from rim_dist.parallel.place import host_name
+from rim_dist.parallel.environment import host_name
 
 _PORTS = range(20000, 32000)  # below the ports that Linux gives to outgoing connections (from 32768)
 _TRIES = 64
@@ -87,5 +87,5 @@ def check_nodes(start: Path, head: str, port: int, node: int, names: list[str], 
         bad = {host_name(): f"not reached at {head}:{port} by {', '.join(sorted(bad)[:8])}"}
     for name, why in sorted(bad.items()):
         say(f"rim-dist: {name} {why}")
-        note_end(start, -1, EXIT_TRY_AGAIN, f"{name} {why}", suspect=True, host=name)
+        record_end(start, -1, EXIT_TRY_AGAIN, f"{name} {why}", suspect=True, host=name)
     return EXIT_TRY_AGAIN if bad else EXIT_DONE

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from rim_dist.cluster.starts import CURRENT, is_secret, note_end, utc_now
+from rim_dist.cluster.attempts import CURRENT, is_secret, record_end, utc_now
 from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE
-from rim_dist.parallel.place import find_place, host_name, own_cores, rank_environment
-from rim_dist.training.heartbeat import BEAT_VARIABLE, STACKS_SIGNAL, STACKS_VARIABLE
+from rim_dist.parallel.environment import cores_of_rank, host_name, rank_environment, read_rank_info
+from rim_dist.training.heartbeat import HEARTBEAT_VARIABLE, STACKS_SIGNAL, STACKS_VARIABLE
 
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _POLL_SECONDS = 1.0
@@ -37,32 +37,32 @@ def _prepare_rank() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-class Watched:
+class RankSupervisor:
     """A rank and what is known about it."""
 
     def __init__(self, argv: Sequence[str]) -> None:
         environment = dict(os.environ)
-        self.place = find_place(environment)
-        self.start = Path(environment["RIM_START"]) if environment.get("RIM_START") else None
-        self._stacks = (self.start or Path()) / f"stacks-rank-{self.place.rank:05d}.txt"
+        self.info = read_rank_info(environment)
+        self.attempt = Path(environment["RIM_ATTEMPT"]) if environment.get("RIM_ATTEMPT") else None
+        self._stacks = (self.attempt or Path()) / f"stacks-rank-{self.info.rank:05d}.txt"
         self._limit = 60 * float(environment.get("RIM_HANG_MINUTES") or 20)
         self._first_limit = 60 * float(environment.get("RIM_START_MINUTES") or 60)
         self._secrets = [v.encode() for k, v in environment.items() if is_secret(k) and len(v) >= 8]
         self._log = None
-        if self.start is not None:
+        if self.attempt is not None:
             with contextlib.suppress(OSError):
-                self._log = (self.start / f"rank-{self.place.rank:05d}.log").open("ab", buffering=0)
-        self._prefix = f" {host_name()} {self.place.rank}| ".encode()
+                self._log = (self.attempt / f"rank-{self.info.rank:05d}.log").open("ab", buffering=0)
+        self._prefix = f" {host_name()} {self.info.rank}| ".encode()
         self._hung = self._answered = self._stopping = self._superseded = False
         self._beat_time, self._last_beat, self._steps = time.monotonic(), "the start", False
         beats, beat_end = os.pipe()
-        environment.update(rank_environment(self.place, environment))
-        environment[BEAT_VARIABLE] = str(beat_end)
-        if self.start is not None:
+        environment.update(rank_environment(self.info, environment))
+        environment[HEARTBEAT_VARIABLE] = str(beat_end)
+        if self.attempt is not None:
             environment[STACKS_VARIABLE] = str(self._stacks)
         fcntl.fcntl(beat_end, fcntl.F_SETFL, os.O_NONBLOCK)
         with contextlib.suppress(OSError, AttributeError):
-            os.sched_setaffinity(0, own_cores(self.place, os.sched_getaffinity(0)))
+            os.sched_setaffinity(0, cores_of_rank(self.info, os.sched_getaffinity(0)))
         inherited = [beat_end]
         if environment.get("PMI_FD", "").isdigit():  # srun --mpi=pmi2 talks over an open descriptor
             inherited.append(int(environment["PMI_FD"]))
@@ -85,7 +85,7 @@ class Watched:
         self._rest = b""
         for number in _FORWARDED:
             signal.signal(number, self._forward)
-        self.say(f"rank {self.place.rank} of {self.place.ranks} is process {self.child.pid}")  # many ranks say nothing else
+        self.say(f"rank {self.info.rank} of {self.info.ranks} is process {self.child.pid}")  # many ranks say nothing else
 
     # ---- what it says --------------------------------------------------------------------------------
 
@@ -134,18 +134,18 @@ class Watched:
 
         It is repeated until the rank ends: one that is still loading has nothing that would hear it.
         """
-        if self.start is None or self.place.rank != 0:
+        if self.attempt is None or self.info.rank != 0:
             return
-        if not self._stopping and (self.start / "stop").exists():
+        if not self._stopping and (self.attempt / "stop").exists():
             self.say("the job asks to stop; the step is finished and saved first")
             self._stopping = True
         if self._stopping:
             self._forward(signal.SIGUSR1, None)
         try:
-            owner = (self.start.parent / CURRENT).read_text(encoding="utf-8").strip()
+            owner = (self.attempt.parent / CURRENT).read_text(encoding="utf-8").strip()
         except OSError:
             return
-        if owner and owner != self.start.name:
+        if owner and owner != self.attempt.name:
             # A node that SLURM gave up goes on running what it has; two starts must not write the same folder.
             self.say(f"{owner} has taken over this run's folder; this start ends at once")
             self._superseded = True
@@ -188,14 +188,14 @@ class Watched:
             self._take(0.2)
         if self._rest:
             self._write(self._rest)
-        if not self._stack_bytes() and self.start is not None:
+        if not self._stack_bytes() and self.attempt is not None:
             with contextlib.suppress(OSError):
                 self._stacks.unlink()
         status, why, suspect = self._ending()
         if status != EXIT_DONE:
-            self.say(f"rank {self.place.rank} on {host_name()} ended with {status}: {why}")
-            if self.start is not None:
-                note_end(self.start, self.place.rank, status, why, suspect)
+            self.say(f"rank {self.info.rank} on {host_name()} ended with {status}: {why}")
+            if self.attempt is not None:
+                record_end(self.attempt, self.info.rank, status, why, suspect)
         return status
 
     def _ending(self) -> tuple[int, str, bool]:
@@ -230,7 +230,7 @@ def _kernel_state(pid: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
-    return Watched([a for a in arguments if not a.startswith("--local_rank=")]).run()
+    return RankSupervisor([a for a in arguments if not a.startswith("--local_rank=")]).run()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rim_dist.checkpoint.store import complete_checkpoints, read_state
-from rim_dist.cluster.starts import Start, starts_of
+from rim_dist.cluster.attempts import Attempt, attempts_of
 from rim_dist.errors import CheckpointError, ConfigError
 from rim_dist.training.metrics import read_metrics
 
@@ -77,7 +77,7 @@ def _eta(train: list[dict[str, Any]], total: int | None, running: bool) -> float
     return statistics.median(line["seconds"] for line in train[-_RECENT:]) * (total - train[-1]["step"])
 
 
-def _last_end(starts: list[Start]) -> str | None:
+def _last_end(starts: list[Attempt]) -> str | None:
     for start in reversed(starts):
         if start.status is not None:
             said = start.ended()
@@ -90,7 +90,7 @@ def run_status(folder: Path) -> RunStatus:
     """How a run stands. Raises ConfigError if the folder is not a run's."""
     if not is_run(folder):
         raise ConfigError(f"{folder}: not a run of rim_dist")
-    starts = starts_of(folder)
+    starts = attempts_of(folder)
     train = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"]
     total = _plan_steps(folder)
     found = complete_checkpoints(folder / "checkpoints")

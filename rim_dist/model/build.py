@@ -20,7 +20,7 @@ from rim_dist.model.thinking import think_before_answers
 from rim_dist.model.weights import Filling, MemoryRows, WeightSource, broadcast_buffers, fill
 from rim_dist.objective.forward import install_readout_loss
 from rim_dist.parallel.mesh import Coordinates, Mesh
-from rim_dist.parallel.tensor import TensorPlace, split_model, sum_shared_gradients
+from rim_dist.parallel.tensor import TensorRank, split_model, sum_shared_gradients
 from rim_dist.unwrap import bare_model
 
 
@@ -51,7 +51,7 @@ def build_model(
     model: Any = skeleton(recipe, requirements.config, requirements.tokens)
     bare = bare_model(model)
     if mesh.degrees.tensor > 1:
-        split_model(model, TensorPlace(mesh.coordinates.tensor, mesh.degrees.tensor, mesh.tensor_group))
+        split_model(model, TensorRank(mesh.coordinates.tensor, mesh.degrees.tensor, mesh.tensor_group))
     use_rim_attention(bare, requirements.attention.path)
     dtype = DTYPES[section.dtype] if partition is not None else torch.float32
     memory = MemoryRows(requirements.tokens, weights.memory_rows, recipe.run.seed)

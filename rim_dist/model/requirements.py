@@ -18,7 +18,7 @@ from rim_dist.model.generation import model_positions
 from rim_dist.model.proof import probe_family, probe_thoughts
 from rim_dist.model.skeleton import skeleton
 from rim_dist.parallel.degrees import Mode, check_tensor_degree, choose_mode, head_counts
-from rim_dist.parallel.tensor import TensorPlace, split_model
+from rim_dist.parallel.tensor import TensorRank, split_model
 from rim_dist.tokens import MemoryTokens, add_memory_tokens, set_chat_template
 
 
@@ -116,7 +116,7 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
     if method.thoughts:
         probe_thoughts(config, section.trust_remote_code)
     if recipe.parallel.tensor > 1:
-        split_model(skeleton(recipe, config, tokens), TensorPlace(0, recipe.parallel.tensor))  # refused here, if at all
+        split_model(skeleton(recipe, config, tokens), TensorRank(0, recipe.parallel.tensor))  # refused here, if at all
     return requirements
 
 

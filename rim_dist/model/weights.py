@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from rim_dist.errors import CheckpointError, ModelError
 from rim_dist.model.skeleton import plain_name
-from rim_dist.parallel.tensor import mark_slice, slice_of, whole_shape
+from rim_dist.parallel.tensor import full_shape, mark_slice, slice_of
 from rim_dist.tokens import MemoryTokens
 from rim_dist.unwrap import bare_model, base_layer
 
@@ -131,7 +131,7 @@ class _Filler:
         for module in unit.modules():
             for name, part in module._parameters.items():
                 if part is not None and part.is_meta and plain_name(f"{self._names[id(module)]}{name}") is not None:
-                    whole = nn.Parameter(torch.empty(whole_shape(part)), requires_grad=part.requires_grad)
+                    whole = nn.Parameter(torch.empty(full_shape(part)), requires_grad=part.requires_grad)
                     parts[id(whole)] = part
                     self._replace(part, whole)
             self._empty_buffers(module)
@@ -160,7 +160,7 @@ class _Filler:
         if part is None or not part.is_meta:
             return
         full_name = f"{self._names[id(module)]}{name}"
-        shape = whole_shape(part)
+        shape = full_shape(part)
         if not self._filling.reads:
             self._finish(part, torch.empty(shape), full_name, part)
             return
@@ -219,7 +219,7 @@ class _Filler:
         """Put the part of `whole` that is this rank's where `now` stands; `part` is the skeleton's parameter."""
         filling = self._filling
         number = self._vocabulary.get(id(part))
-        shape = whole_shape(part)
+        shape = full_shape(part)
         if number is not None and filling.reads:
             if whole.shape[0] <= shape[0]:
                 std = float(getattr(self._bare.config.get_text_config(), "initializer_range", None) or 0.02)
@@ -247,7 +247,7 @@ class _Filler:
 
 
 def _elements(module: nn.Module) -> int:
-    return sum(math.prod(whole_shape(p)) for p in module.parameters())
+    return sum(math.prod(full_shape(p)) for p in module.parameters())
 
 
 def _units(module: nn.Module, owner: PreTrainedModel, largest: int) -> Iterator[tuple[nn.Module, PreTrainedModel]]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from rim_dist.data.rows import Targets
 from rim_dist.limits import LOGITS_ENTRIES
-from rim_dist.parallel.collectives import all_reduce, copy_to_all, join_features
+from rim_dist.parallel.collectives import all_reduce, copy_to_group, gather_from_group
 from rim_dist.parallel.tensor import Vocabulary
 
 
@@ -69,8 +69,8 @@ def full_logits(hidden: torch.Tensor, head: HeadWeights) -> torch.Tensor:
     """`[..., vocabulary]` on every rank of the tensor group, as decoding needs them."""
     vocabulary = head.vocabulary
     assert vocabulary is not None
-    logits = head.logits(copy_to_all(hidden, vocabulary.group))
-    return join_features(logits, vocabulary.group)[..., : vocabulary.size]
+    logits = head.logits(copy_to_group(hidden, vocabulary.group))
+    return gather_from_group(logits, vocabulary.group)[..., : vocabulary.size]
 
 
 @dataclass(frozen=True)

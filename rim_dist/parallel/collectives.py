@@ -26,7 +26,7 @@ class _Copy(torch.autograd.Function):
         return all_reduce(gradient.clone(memory_format=torch.contiguous_format), ctx.group), None
 
 
-def copy_to_all(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+def copy_to_group(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     """What every rank has, going into parts that differ by rank: its gradients are summed."""
     return tensor if group is None else _Copy.apply(tensor, group)
 
@@ -41,7 +41,7 @@ class _Sum(torch.autograd.Function):
         return gradient, None
 
 
-def sum_over_all(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+def reduce_from_group(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     """The sum of parts that differ by rank, going on where every rank computes the same."""
     return tensor if group is None else _Sum.apply(tensor, group)
 
@@ -67,7 +67,7 @@ class _JoinFeatures(torch.autograd.Function):
         return _own_part(gradient, ctx.group), None
 
 
-def join_features(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+def gather_from_group(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     """Parts of the last dimension put together on every rank, where all compute the same from then on."""
     return tensor if group is None else _JoinFeatures.apply(tensor, group)
 
@@ -83,7 +83,7 @@ class _OwnFeatures(torch.autograd.Function):
         return _all_parts(gradient, ctx.group), None
 
 
-def own_features(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+def scatter_to_group(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     """This rank's part of the last dimension of what every rank has."""
     return tensor if group is None else _OwnFeatures.apply(tensor, group)
 
@@ -101,7 +101,7 @@ class _Exchange(torch.autograd.Function):
         return _Exchange.apply(gradient, ctx.group), None
 
 
-def exchange(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+def all_to_all(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     """All-to-all along the first dimension, which has an entry for each rank: entry r goes to rank r."""
     return _Exchange.apply(tensor, group)
 
@@ -122,6 +122,6 @@ class _GatherSequence(torch.autograd.Function):
         return result, None
 
 
-def gather_parts(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+def gather_shards(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     """`[ranks, *shape]`: the tensor of every rank, used differently by each; gradients go back summed."""
     return _GatherSequence.apply(tensor, group)

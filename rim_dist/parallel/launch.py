@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rim_dist.errors import ConfigError
-from rim_dist.parallel import rollcall
+from rim_dist.parallel import liveness
+from rim_dist.parallel.environment import host_name, read_rank_info
 from rim_dist.parallel.ops import skip_shared_memory_op
-from rim_dist.parallel.place import find_place, host_name
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # options of mallopt(3)
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
@@ -24,13 +24,13 @@ _MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
 @dataclass(frozen=True)
 class Process:
-    """This process among the ranks. `device` is the torch device of its model; `roll_call` is None for a rank alone."""
+    """This process among the ranks. `device` is the torch device of its model; `monitor` is None for a rank alone."""
 
     rank: int
     ranks: int
     local_rank: int
     device: str
-    roll_call: rollcall.RollCall | None = None
+    monitor: liveness.LivenessMonitor | None = None
 
     @property
     def is_first(self) -> bool:
@@ -39,7 +39,7 @@ class Process:
     @property
     def hosts(self) -> list[str]:
         """The host of every rank."""
-        return self.roll_call.hosts if self.roll_call is not None else [host_name()]
+        return self.monitor.hosts if self.monitor is not None else [host_name()]
 
 
 def _free_port() -> int:
@@ -51,8 +51,8 @@ def _free_port() -> int:
 def _set_environment_from_slurm() -> None:
     """Map srun's variables to torch's. The port follows from the job id, so that all ranks agree on it."""
     environment = os.environ
-    place = find_place(environment)
-    environment.update(RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), WORLD_SIZE=str(place.ranks))
+    info = read_rank_info(environment)
+    environment.update(RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.ranks))
     if int(environment.get("SLURM_STEP_NUM_NODES", "1")) == 1:
         environment.setdefault("MASTER_ADDR", "127.0.0.1")
     elif "MASTER_ADDR" not in environment:
@@ -131,8 +131,8 @@ def join(timeout_seconds: float) -> Process:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
         keep_freed_memory()
     rank = torch.distributed.get_rank()
-    roll_call = rollcall.attend(rank, ranks, timeout_seconds) if ranks > 1 else None
-    return Process(rank, ranks, local_rank, f"cuda:{local_rank}" if cuda else "cpu", roll_call)
+    monitor = liveness.attend(rank, ranks, timeout_seconds) if ranks > 1 else None
+    return Process(rank, ranks, local_rank, f"cuda:{local_rank}" if cuda else "cpu", monitor)
 
 
 def keep_freed_memory() -> None:
@@ -153,6 +153,6 @@ def leave() -> None:
     """Close the process group at the regular end of a command."""
     import torch
 
-    rollcall.dismiss()
+    liveness.dismiss()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

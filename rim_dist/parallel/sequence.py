@@ -19,7 +19,7 @@ from rim_dist.attention.dense import ScoreRule
 from rim_dist.attention.visibility import PADDING_SEGMENT, QUESTION, Places, RowLayout
 from rim_dist.data.rows import Batch, Targets
 from rim_dist.data.samples import Span
-from rim_dist.parallel.collectives import exchange, gather_parts
+from rim_dist.parallel.collectives import all_to_all, gather_shards
 from rim_dist.parallel.degrees import Mode
 from rim_dist.parallel.mesh import Mesh
 
@@ -31,12 +31,12 @@ _MOST_CHUNKS = 64  # of a rank
 class Exchanged:
     """`ulysses`: this rank's share of a row as seen by the attention. `whole` is the layout of all of the row."""
 
-    whole: RowLayout
+    full_layout: RowLayout
     group: Any
     ranks: int
 
     def to(self, device: torch.device | str) -> Exchanged:
-        return replace(self, whole=self.whole.to(device))
+        return replace(self, full_layout=self.full_layout.to(device))
 
     def attend(
         self,
@@ -54,9 +54,9 @@ class Exchanged:
         # [1, heads, own tokens, dim] -> [ranks, heads / ranks of q, k and v, own tokens, dim], one entry to each rank
         sizes = [t.shape[1] // ranks for t in (query, key, value)]
         sent = torch.cat([t[0].unflatten(0, (ranks, -1)) for t in (query, key, value)], dim=1)
-        came = exchange(sent, self.group).transpose(0, 1).flatten(1, 2)  # [heads, tokens, dim]
-        output = path(*(t.unsqueeze(0) for t in came.split(sizes)), self.whole, rule)  # [1, tokens, heads / ranks, dim]
-        back = exchange(output[0].unflatten(0, (ranks, -1)), self.group)  # [ranks, own tokens, heads / ranks, dim]
+        came = all_to_all(sent, self.group).transpose(0, 1).flatten(1, 2)  # [heads, tokens, dim]
+        output = path(*(t.unsqueeze(0) for t in came.split(sizes)), self.full_layout, rule)  # [1, tokens, heads / ranks, dim]
+        back = all_to_all(output[0].unflatten(0, (ranks, -1)), self.group)  # [ranks, own tokens, heads / ranks, dim]
         return back.transpose(0, 1).reshape(1, -1, heads, back.shape[-1])
 
 
@@ -80,13 +80,13 @@ class Gathered:
         layout: RowLayout,
         rule: ScoreRule,
     ) -> torch.Tensor:
-        parts = gather_parts(torch.cat([key[0], value[0]]), self.group)  # [ranks, 2 x KV heads, own tokens, dim]
+        parts = gather_shards(torch.cat([key[0], value[0]]), self.group)  # [ranks, 2 x KV heads, own tokens, dim]
         whole = parts.transpose(0, 1).flatten(1, 2).index_select(1, self.place)
         key, value = whole.chunk(2)
         return path(query, key.unsqueeze(0), value.unsqueeze(0), layout, rule)
 
 
-def share_row(batch: Batch, mesh: Mesh, mode: Mode) -> Batch:
+def shard_row(batch: Batch, mesh: Mesh, mode: Mode) -> Batch:
     """This rank's part of a packed row: as many tokens on every rank, the targets predicted at them."""
     ranks = mesh.degrees.sequence
     if ranks == 1:

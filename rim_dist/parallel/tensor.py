@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rim_dist.errors import ModelError
-from rim_dist.parallel.collectives import all_reduce, copy_to_all, join_features, own_features, sum_over_all
+from rim_dist.parallel.collectives import all_reduce, copy_to_group, gather_from_group, reduce_from_group, scatter_to_group
 from rim_dist.unwrap import bare_model, base_layer
 
 # Styles of transformers' plans. Embedding and head are split by vocabulary whatever the plan says of them.
@@ -29,7 +29,7 @@ _SUMMED = "replicated_with_grad_allreduce"
 
 
 @dataclass(frozen=True)
-class TensorPlace:
+class TensorRank:
     """A rank of a tensor group. Without a group only shapes are made: no forward can run."""
 
     rank: int
@@ -46,7 +46,7 @@ class Slice:
 
     dim: int
     size: int
-    whole: int
+    full_size: int
     rank: int
 
     @property
@@ -56,20 +56,20 @@ class Slice:
     @property
     def real(self) -> int:
         """Entries that are not padding."""
-        return max(0, min(self.size, self.whole - self.start))
+        return max(0, min(self.size, self.full_size - self.start))
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's part of the whole tensor, padded with zeros."""
-        part = tensor.narrow(self.dim, min(self.start, self.whole), self.real)
+        part = tensor.narrow(self.dim, min(self.start, self.full_size), self.real)
         if self.real == self.size:
             return part
         shape = list(part.shape)
         shape[self.dim] = self.size - self.real
         return torch.cat([part, part.new_zeros(shape)], dim=self.dim)
 
-    def whole_shape(self, local: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+    def full_shape(self, local: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
         shape = list(local)
-        shape[self.dim] = self.whole
+        shape[self.dim] = self.full_size
         return tuple(shape)
 
 
@@ -99,14 +99,14 @@ def vocabulary_of(module: nn.Module) -> Vocabulary | None:
     return getattr(module, "rim_vocabulary", None)
 
 
-def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """The shape the parameter has in the unsplit model."""
     split = slice_of(parameter)
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor
-    return shape if split is None else split.whole_shape(shape)
+    return shape if split is None else split.full_shape(shape)
 
 
-def split_model(model: nn.Module, place: TensorPlace) -> None:
+def split_model(model: nn.Module, tensor_rank: TensorRank) -> None:
     """Split a model (plain or with peft's adapters on it) over a tensor group, in place; meta parameters stay meta.
 
     Raises ModelError for a family without a plan or with one that is not understood, and for sizes that do not divide.
@@ -118,10 +118,10 @@ def split_model(model: nn.Module, place: TensorPlace) -> None:
         if style == _SUMMED:
             for parameter in module.parameters(recurse=False):
                 if parameter.requires_grad:
-                    _sum_gradient(parameter, place)
+                    _sum_gradient(parameter, tensor_rank)
         else:
-            _split_linear(module, style, place, bare.config.model_type)
-    _split_vocabulary(embedding, head, place, bare.config.get_text_config().vocab_size)
+            _split_linear(module, style, tensor_rank, bare.config.model_type)
+    _split_vocabulary(embedding, head, tensor_rank, bare.config.get_text_config().vocab_size)
 
 
 def _planned(bare: PreTrainedModel, leave: set[int]) -> Iterator[tuple[nn.Module, str]]:
@@ -145,54 +145,54 @@ def _planned(bare: PreTrainedModel, leave: set[int]) -> Iterator[tuple[nn.Module
 # ---- linear layers -----------------------------------------------------------------------------------------
 
 
-def _split_linear(module: nn.Module, style: str, place: TensorPlace, family: str) -> None:
+def _split_linear(module: nn.Module, style: str, tensor_rank: TensorRank, family: str) -> None:
     layer = base_layer(module)
     if not isinstance(layer, nn.Linear):
         raise ModelError(f"model family {family}: {type(layer).__name__} cannot be split; use parallel.tensor 1")
     column = style in _COLUMN
-    split = functools.partial(_split_parameter, place=place, what=f"model family {family}: {style} layer")
+    split = functools.partial(_split_parameter, tensor_rank=tensor_rank, what=f"model family {family}: {style} layer")
     split(layer, "weight", dim=0 if column else 1)
     if column and layer.bias is not None:
         split(layer, "bias", dim=0)
     layer.out_features, layer.in_features = layer.weight.shape
-    layer.forward = functools.partial(_FORWARDS[style], layer, place.group)  # type: ignore[method-assign]
+    layer.forward = functools.partial(_FORWARDS[style], layer, tensor_rank.group)  # type: ignore[method-assign]
     adapted: Any = module
     for name, adapter in getattr(module, "lora_A", {}).items():
-        _split_adapter(adapter, adapted.lora_B[name], style, place, split)
+        _split_adapter(adapter, adapted.lora_B[name], style, tensor_rank, split)
 
 
-def _split_adapter(a: nn.Linear, b: nn.Linear, style: str, place: TensorPlace, split: Callable[..., None]) -> None:
+def _split_adapter(a: nn.Linear, b: nn.Linear, style: str, tensor_rank: TensorRank, split: Callable[..., None]) -> None:
     """An adapter on a split layer: its narrow middle is what ranks share, so little is sent."""
-    group = place.group
+    group = tensor_rank.group
     if style in _COLUMN:
         split(b, "weight", dim=0)
         b.out_features = b.weight.shape[0]
-        a.register_forward_hook(lambda _module, _inputs, output: copy_to_all(output, group))
+        a.register_forward_hook(lambda _module, _inputs, output: copy_to_group(output, group))
         if style == "colwise_gather_output":
-            b.register_forward_hook(lambda _module, _inputs, output: join_features(output, group))
+            b.register_forward_hook(lambda _module, _inputs, output: gather_from_group(output, group))
     else:
         split(a, "weight", dim=1)
         a.in_features = a.weight.shape[1]
         if style == "rowwise_split_input":
-            a.register_forward_pre_hook(lambda _module, inputs: (own_features(inputs[0], group),))
-        a.register_forward_hook(lambda _module, _inputs, output: sum_over_all(output, group))
+            a.register_forward_pre_hook(lambda _module, inputs: (scatter_to_group(inputs[0], group),))
+        a.register_forward_hook(lambda _module, _inputs, output: reduce_from_group(output, group))
 
 
 def _column(layer: nn.Linear, group: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return nn.functional.linear(copy_to_all(hidden, group), layer.weight, layer.bias)
+    return nn.functional.linear(copy_to_group(hidden, group), layer.weight, layer.bias)
 
 
 def _column_joined(layer: nn.Linear, group: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return join_features(_column(layer, group, hidden), group)
+    return gather_from_group(_column(layer, group, hidden), group)
 
 
 def _row(layer: nn.Linear, group: Any, hidden: torch.Tensor) -> torch.Tensor:
-    output = sum_over_all(nn.functional.linear(hidden, layer.weight), group)
+    output = reduce_from_group(nn.functional.linear(hidden, layer.weight), group)
     return output if layer.bias is None else output + layer.bias
 
 
 def _row_of_whole(layer: nn.Linear, group: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return _row(layer, group, own_features(hidden, group))
+    return _row(layer, group, scatter_to_group(hidden, group))
 
 
 _FORWARDS: dict[str, Callable[..., torch.Tensor]] = {
@@ -203,11 +203,11 @@ _FORWARDS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def _split_parameter(module: nn.Module, name: str, dim: int, place: TensorPlace, what: str) -> None:
+def _split_parameter(module: nn.Module, name: str, dim: int, tensor_rank: TensorRank, what: str) -> None:
     whole = getattr(module, name)
-    if whole.shape[dim] % place.ranks:
-        raise ModelError(f"{what} of shape {tuple(whole.shape)} cannot be split over parallel.tensor {place.ranks}")
-    split = Slice(dim, whole.shape[dim] // place.ranks, whole.shape[dim], place.rank)
+    if whole.shape[dim] % tensor_rank.ranks:
+        raise ModelError(f"{what} of shape {tuple(whole.shape)} cannot be split over parallel.tensor {tensor_rank.ranks}")
+    split = Slice(dim, whole.shape[dim] // tensor_rank.ranks, whole.shape[dim], tensor_rank.rank)
     setattr(module, name, _part(whole, split))
 
 
@@ -224,9 +224,9 @@ def mark_slice(parameter: nn.Parameter, split: Slice | None) -> nn.Parameter:
     return parameter
 
 
-def _sum_gradient(parameter: nn.Parameter, place: TensorPlace) -> None:
+def _sum_gradient(parameter: nn.Parameter, tensor_rank: TensorRank) -> None:
     """A parameter that ranks have whole but use on their own heads: each sees a part of its gradient."""
-    parameter.rim_summed = place.group  # type: ignore[attr-defined]
+    parameter.rim_summed = tensor_rank.group  # type: ignore[attr-defined]
 
 
 def sum_shared_gradients(model: nn.Module) -> None:
@@ -244,16 +244,16 @@ def _summed(group: Any, gradient: torch.Tensor) -> torch.Tensor:
 # ---- embedding and head ------------------------------------------------------------------------------------
 
 
-def _split_vocabulary(embedding: nn.Module, head: nn.Module, place: TensorPlace, size: int) -> None:
+def _split_vocabulary(embedding: nn.Module, head: nn.Module, tensor_rank: TensorRank, size: int) -> None:
     inner, outer = base_layer(embedding), base_layer(head)
     if not isinstance(outer, nn.Linear) or hasattr(head, "lora_A"):
         raise ModelError(
             "model.lora.target_modules: adapters on the output head cannot be combined with parallel.tensor above 1"
         )
     tied = outer.weight is inner.weight
-    rows = -(-size // place.ranks)
-    split = Slice(0, rows, size, place.rank)
-    vocabulary = Vocabulary(split.start, rows, split.real, size, place.group)
+    rows = -(-size // tensor_rank.ranks)
+    split = Slice(0, rows, size, tensor_rank.rank)
+    vocabulary = Vocabulary(split.start, rows, split.real, size, tensor_rank.group)
     inner.weight = _part(inner.weight, split)
     inner.num_embeddings = rows
     padding = inner.padding_idx
@@ -270,4 +270,4 @@ def _split_vocabulary(embedding: nn.Module, head: nn.Module, place: TensorPlace,
 
 def _look_up(vocabulary: Vocabulary, plain: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
     rows, here = vocabulary.local(ids)
-    return sum_over_all(plain(rows).masked_fill(~here.unsqueeze(-1), 0), vocabulary.group)
+    return reduce_from_group(plain(rows).masked_fill(~here.unsqueeze(-1), 0), vocabulary.group)

@@ -29,8 +29,8 @@ from rim_dist.parallel.degrees import Mode
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.mesh import Coordinates, Degrees, Mesh, ModelParallelUnit
 from rim_dist.parallel.ops import load_cpu_adam
-from rim_dist.parallel.sequence import share_row
-from rim_dist.parallel.tensor import slice_of, whole_shape
+from rim_dist.parallel.sequence import shard_row
+from rim_dist.parallel.tensor import full_shape, slice_of
 from rim_dist.parallel.zero import keep_no_gathered_weights
 from rim_dist.unwrap import bare_model, base_layer
 
@@ -110,7 +110,7 @@ class Engine:
 
     def own_part(self, batch: Batch) -> Batch:
         """This rank's part of a row that a sequence group shares; the whole row without one."""
-        return share_row(batch, self._mesh, self._sequence_mode)
+        return shard_row(batch, self._mesh, self._sequence_mode)
 
     def forward_backward(self, batch: Batch, scale: float, last: bool) -> ReadoutLoss:
         """Add the gradient of `scale` x the weighted loss sum of a micro-batch (`own_part` of it).
@@ -201,7 +201,7 @@ def row_cost(model: nn.Module) -> RowCost:
     embeddings = {id(base_layer(bare.get_input_embeddings()).weight), id(head.weight)}
     frozen = trainable = 0
     for parameter in model.parameters():
-        shape = whole_shape(parameter)
+        shape = full_shape(parameter)
         if len(shape) < 2 or id(parameter) in embeddings:
             continue
         if parameter.requires_grad:
@@ -212,6 +212,6 @@ def row_cost(model: nn.Module) -> RowCost:
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     return RowCost(
         token=6.0 * trainable + 4.0 * frozen,
-        target=(6.0 if head.weight.requires_grad else 4.0) * math.prod(whole_shape(head.weight)),
+        target=(6.0 if head.weight.requires_grad else 4.0) * math.prod(full_shape(head.weight)),
         pair=12.0 * config.num_hidden_layers * width,
     )

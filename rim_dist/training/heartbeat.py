@@ -7,12 +7,12 @@ import faulthandler
 import os
 import signal
 
-BEAT_VARIABLE = "RIM_DIST_HEARTBEAT_FD"  # a pipe of the process that watches
+HEARTBEAT_VARIABLE = "RIM_DIST_HEARTBEAT_FD"  # a pipe of the process that watches
 STACKS_VARIABLE = "RIM_DIST_STACKS"  # the file that takes stack traces
 STACKS_SIGNAL = signal.SIGUSR2
 
 
-def listen() -> None:
+def dump_stacks_on_signal() -> None:
     """Write the stacks of all threads when STACKS_SIGNAL comes, also from a rank that waits in a collective."""
     if path := os.environ.get(STACKS_VARIABLE):
         try:
@@ -23,8 +23,8 @@ def listen() -> None:
         faulthandler.enable(file=file)
 
 
-def beat(what: str) -> None:
+def send_heartbeat(what: str) -> None:
     """Say that the run has come to `what`."""
-    if descriptor := os.environ.get(BEAT_VARIABLE):
+    if descriptor := os.environ.get(HEARTBEAT_VARIABLE):
         with contextlib.suppress(OSError):  # a full pipe has enough signs in it
             os.write(int(descriptor), f"{what}\n".encode())

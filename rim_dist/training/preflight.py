@@ -33,7 +33,7 @@ from rim_dist.model.skeleton import skeleton
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.mesh import Mesh
 from rim_dist.training.hardware import free_memory_bytes, this_device
-from rim_dist.training.rehearsal import rehearse
+from rim_dist.training.parity import check_parity
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 _STATE_BYTES = 12  # of a trained parameter in a checkpoint: fp32 value and two moments
@@ -92,8 +92,8 @@ class Preflight:
 
     @contextmanager
     def _check(self, what: str) -> Iterator[None]:
-        roll_call, began = self._process.roll_call, time.perf_counter()
-        with nullcontext() if roll_call is None else roll_call.limit(self._recipe.parallel.preflight_seconds, what):
+        monitor, began = self._process.monitor, time.perf_counter()
+        with nullcontext() if monitor is None else monitor.timeout(self._recipe.parallel.preflight_seconds, what):
             yield
         self._seconds += time.perf_counter() - began
 
@@ -120,18 +120,18 @@ class Preflight:
             "disk_free_bytes": shutil.disk_usage(existing).free,
         }
         with self._check("the comparison of the ranks"):
-            if (roll_call := process.roll_call) is None:
+            if (monitor := process.monitor) is None:
                 verdict = self._note_hosts([own]) or self._lacking_room(requirements)
             else:
                 verdict = ""
-                gathered = [json.loads(text) for text in roll_call.gather(json.dumps([must_agree, own]))]
+                gathered = [json.loads(text) for text in monitor.gather(json.dumps([must_agree, own]))]
                 if process.is_first:
                     verdict = (
-                        first_difference([fact[0] for fact in gathered], roll_call.name)
+                        first_difference([fact[0] for fact in gathered], monitor.name)
                         or self._note_hosts([fact[1] for fact in gathered])
                         or self._lacking_room(requirements)
                     )
-                verdict = roll_call.from_first(verdict)
+                verdict = monitor.broadcast(verdict)
         if verdict:
             raise TrainingError(verdict)
         self.report["versions"] = must_agree["versions"]
@@ -211,12 +211,12 @@ class Preflight:
             self.say(f"{kind} ({links[kind]['ranks']} ranks): {'; '.join(shown)}")
         self.report["links"] = links
 
-    def rehearse(self, requirements: Requirements, mesh: Mesh) -> None:
+    def check_parity(self, requirements: Requirements, mesh: Mesh) -> None:
         """A tiny model of the family, split as the run's will be, against itself whole. Raises ModelError."""
         if mesh.degrees.tensor == mesh.degrees.sequence == 1:
             return
         with self._check("the rehearsal with a tiny model"):
-            found = rehearse(
+            found = check_parity(
                 requirements.config,
                 mesh,
                 requirements.sequence_mode,

@@ -48,7 +48,7 @@ from rim_dist.training.engine import Engine
 from rim_dist.training.folder import check_run_folder
 from rim_dist.training.grounding import GroundingWatch, near_guessing, not_learned
 from rim_dist.training.hardware import peak_memory_bytes, peak_operations
-from rim_dist.training.heartbeat import beat
+from rim_dist.training.heartbeat import send_heartbeat
 from rim_dist.training.metrics import Metrics, MetricsLog, draw_curves, read_metrics
 from rim_dist.training.preflight import Preflight
 from rim_dist.training.progress import ProgressReport
@@ -124,7 +124,7 @@ class Trainer:
         """
         if self._preflight is not None:
             self._preflight.try_links(self._mesh)
-            self._preflight.rehearse(self._requirements, self._mesh)
+            self._preflight.check_parity(self._requirements, self._mesh)
         resume = self._find_resume()
         if self._process.is_first:
             self._write_run_folder()
@@ -191,7 +191,7 @@ class Trainer:
                 started += self._dry_batch(self._preflight, share)
                 self._preflight = None
             state, line, stop = self._step(share, plan, step)
-            beat(f"{plan.name} step {state.step}")
+            send_heartbeat(f"{plan.name} step {state.step}")
             seconds = time.perf_counter() - started
             if self._log is not None and self._progress is not None:
                 self._complete(line, seconds)
@@ -209,7 +209,7 @@ class Trainer:
                 self._save(state)
                 if last or stop:
                     self._saver.wait()
-                beat(f"saving step {state.step}")
+                send_heartbeat(f"saving step {state.step}")
             if stop and state.step < self._total_steps:
                 raise Stopped(f"stopped by a signal after step {state.step}, saved; start the same command again to go on")
         return state
@@ -415,7 +415,7 @@ class Trainer:
         use_rim_attention(bare_model(model), self._requirements.attention.path)
         gathered: list[Any] = [None] * process.ranks
         dist.all_gather_object(gathered, list(zip(mine, texts, strict=False)) if mesh.counts else [])
-        beat(f"evaluation after step {state.step}")
+        send_heartbeat(f"evaluation after step {state.step}")
         if not process.is_first or self._log is None or self._progress is None:
             return
         pairs: list[tuple[Sample, list[str]]] = [pair for part in gathered for pair in part]

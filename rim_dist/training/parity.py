@@ -21,23 +21,23 @@ from rim_dist.objective.forward import install_readout_loss, run_batch
 from rim_dist.parallel.collectives import all_reduce
 from rim_dist.parallel.degrees import Mode
 from rim_dist.parallel.mesh import Mesh
-from rim_dist.parallel.sequence import share_row
-from rim_dist.parallel.tensor import TensorPlace, slice_of, split_model, sum_shared_gradients
+from rim_dist.parallel.sequence import shard_row
+from rim_dist.parallel.tensor import TensorRank, slice_of, split_model, sum_shared_gradients
 
 _TOLERANCE = 1e-3  # a forgotten sum or a wrong factor is off by the order of 1; fp32 rounding by 1e-6, TF32's by 1e-4
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class Parity:
     """Largest differences from the whole model: of the loss (relative), of a gradient (of the model's largest entry)."""
 
     loss: float
     gradient: float
 
 
-def rehearse(
+def check_parity(
     config: PretrainedConfig, mesh: Mesh, mode: Mode, path: Path, device: str, trust_remote_code: bool = False
-) -> Rehearsal:
+) -> Parity:
     """Loss and gradients of a tiny model of the family split over the mesh against the same model whole. Collective.
 
     Raises ModelError on every rank if they differ by more than rounding explains.
@@ -47,14 +47,14 @@ def rehearse(
     whole = tiny_model(small, trust_remote_code).to(device)
     split = copy.deepcopy(whole)
     if tensor > 1:
-        split_model(split, TensorPlace(mesh.coordinates.tensor, tensor, mesh.tensor_group))
+        split_model(split, TensorRank(mesh.coordinates.tensor, tensor, mesh.tensor_group))
         sum_shared_gradients(split)
     row, block = tiny_row()
     batch = pack([row, row], block)
     # The layout alone decides what `flex` computes as well; compiling its kernels for a tiny model would take minutes.
     path = "split" if path == "flex" else path
     expected = _loss(whole, batch.to(device), path)
-    found = all_reduce(_loss(split, share_row(batch, mesh, mode).to(device), path), mesh.sequence_group)
+    found = all_reduce(_loss(split, shard_row(batch, mesh, mode).to(device), path), mesh.sequence_group)
     wanted = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
     largest = max(float(gradient.abs().max()) for gradient in wanted.values())
     worst = torch.zeros(2, dtype=torch.float64, device=device)
@@ -67,7 +67,7 @@ def rehearse(
         difference = gradient - (target.to(device) if part is None else part.of(target))
         worst[1] = torch.maximum(worst[1], difference.abs().max() / largest)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    result = Rehearsal(*worst.tolist())
+    result = Parity(*worst.tolist())
     if not max(result.loss, result.gradient) < _TOLERANCE:  # not a number is a difference too
         raise ModelError(
             f"model family {config.model_type}: a tiny model of it split over parallel.tensor {tensor} and parallel.sequence "

@@ -25,12 +25,12 @@ from typing import Any
 
 from rim_dist.errors import EXIT_TRY_AGAIN, PeerLost
 from rim_dist.messages import say
-from rim_dist.parallel.place import host_name
+from rim_dist.parallel.environment import host_name
 
 _POLL_SECONDS = 0.5
 _HANG_SECONDS = 20.0  # between a failure and the end of a rank that still hangs
-_SEARCH_SECONDS = 5.0  # to hear of a failure, or to answer a roll call
-_WAY_OUT_SECONDS = 10.0  # for a thread that is ending its rank
+_ANSWER_SECONDS = 5.0  # to hear of a failure, or to answer a roll call
+_EXIT_SECONDS = 10.0  # for a thread that is ending its rank
 _LINGER_SECONDS = 3.0  # the store ends with its rank: so long it waits for the others to have read it
 
 
@@ -73,7 +73,7 @@ def _began(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-class RollCall:
+class LivenessMonitor:
     """This rank's place in the roll call of a job. Every rank makes one at the same time."""
 
     def __init__(self, store: Any, rank: int, ranks: int, holds_store: bool, seconds: float) -> None:
@@ -135,7 +135,7 @@ class RollCall:
         self._missing(keys)
         return [text.decode() for text in self._store.multi_get(keys)]
 
-    def from_first(self, value: str) -> str:
+    def broadcast(self, value: str) -> str:
         """The first rank's value, on every rank. To be called within a `limit`."""
         self._exchanges += 1
         key = f"exchange/{self._exchanges}"
@@ -167,28 +167,28 @@ class RollCall:
             self._publish(Failure(f"{self.name([self.rank])} failed: {what}", status))
             self._linger("seen")
 
-    def claim_end(self) -> None:
+    def claim_exit(self) -> None:
         """The caller is about to end this process. If another thread of the roll call is doing so, it does.
 
         What runs at an end need not bear two at once (coverage replaces `os._exit`, and crashed).
         """
-        self._ending.acquire(timeout=_WAY_OUT_SECONDS)
+        self._ending.acquire(timeout=_EXIT_SECONDS)
 
     def leave(self) -> None:
         """This rank ends as it should; nobody is to miss it."""
         self._leaving.set()
-        self._thread.join(_SEARCH_SECONDS)
+        self._thread.join(_ANSWER_SECONDS)
         with contextlib.suppress(RuntimeError):
             self._store.set(f"left/{self.rank}", "1")
             self._store.set(f"seen/{self.rank}", "1")
             self._linger("left" if self.failure is None else "seen")
 
-    def find_lost(self) -> Failure | None:
+    def find_failure(self) -> Failure | None:
         """Why a collective of this rank broke: the failure that was published, or who does not answer; None if all do."""
         with self._store_may_be_gone():
             self._look_at_neighbours()
             call = self._store.add("calls", 1)
-            deadline = time.monotonic() + _SEARCH_SECONDS
+            deadline = time.monotonic() + _ANSWER_SECONDS
             while self.failure is None and time.monotonic() < deadline:
                 time.sleep(0.05)
             if self.failure is None and (absent := self._absent(call)):
@@ -284,12 +284,12 @@ class RollCall:
         """`what` has not ended in time: say who did not come to it."""
         text = f"{self.name([0])} did not answer: {what} did not end in {seconds:g} s"
         fired = time.monotonic()
-        while self._heard < fired and time.monotonic() < fired + _SEARCH_SECONDS:
+        while self._heard < fired and time.monotonic() < fired + _ANSWER_SECONDS:
             time.sleep(0.1)
         if self._heard >= fired:  # otherwise the store does not answer: to ask it would be to hang as well
             with self._store_may_be_gone():
                 call = self._store.add("calls", 1)
-                deadline = time.monotonic() + _SEARCH_SECONDS
+                deadline = time.monotonic() + _ANSWER_SECONDS
                 while self.failure is None and (absent := self._absent(call)) and time.monotonic() < deadline:
                     time.sleep(0.1)
                 if self._ended >= number or self.failure is not None:
@@ -309,7 +309,7 @@ class RollCall:
 
     def _end(self, text: str) -> None:
         assert self.failure is not None
-        if self._ending.acquire(timeout=_WAY_OUT_SECONDS):  # else whoever has it hangs on the way out
+        if self._ending.acquire(timeout=_EXIT_SECONDS):  # else whoever has it hangs on the way out
             with contextlib.suppress(OSError):
                 say(f"rim-dist: {text}")
             with contextlib.suppress(RuntimeError):
@@ -324,21 +324,21 @@ def _numbers(ranks: list[int], hosts: list[str] | None = None) -> str:
 
 
 # A process has one roll call as it has one default process group: its way out needs it wherever an error came from.
-_attending: list[RollCall] = []
+_attending: list[LivenessMonitor] = []
 
 
-def attend(rank: int, ranks: int, seconds: float) -> RollCall:
+def attend(rank: int, ranks: int, seconds: float) -> LivenessMonitor:
     """Join the roll call of the default process group."""
     from torch.distributed.distributed_c10d import _get_default_store
 
     own_connection = _get_default_store().clone()  # type: ignore[attr-defined]  # missing in torch's stubs
     holds_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    roll_call = RollCall(own_connection, rank, ranks, holds_store, seconds)
-    _attending.append(roll_call)
-    return roll_call
+    monitor = LivenessMonitor(own_connection, rank, ranks, holds_store, seconds)
+    _attending.append(monitor)
+    return monitor
 
 
-def current() -> RollCall | None:
+def current() -> LivenessMonitor | None:
     return _attending[-1] if _attending else None
 
 

@@ -29,7 +29,7 @@ from rim_dist.checkpoint.store import complete_checkpoints, read_state
 from rim_dist.config import Recipe
 from rim_dist.errors import RimError
 from rim_dist.files import write_atomically
-from rim_dist.parallel.place import host_name
+from rim_dist.parallel.environment import host_name
 from rim_dist.recipe import dump_recipe
 from rim_dist.training.folder import check_run_folder
 
@@ -69,7 +69,7 @@ class EarlierEnd(RimError):
 
 
 @dataclass(frozen=True)
-class Start:
+class Attempt:
     folder: Path
     record: dict[str, Any]
 
@@ -95,12 +95,12 @@ def utc_now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
 
 
-def starts_of(run: Path) -> list[Start]:
+def attempts_of(run: Path) -> list[Attempt]:
     """All starts of a run, oldest first."""
     found = []
     for path in sorted((run / "logs").glob("*/start.json")):
         with contextlib.suppress(OSError, ValueError):
-            found.append(Start(path.parent, json.loads(path.read_text(encoding="utf-8"))))
+            found.append(Attempt(path.parent, json.loads(path.read_text(encoding="utf-8"))))
     return found
 
 
@@ -145,7 +145,7 @@ def check_earlier_starts(run: Path, environment: dict[str, str]) -> None:
     NoProgress: as many restarts as allowed began at the step where the run still is. EarlierEnd: an earlier job of the chain
     ended with 1 or 2, where starting again does not help.
     """
-    starts = starts_of(run)
+    starts = attempts_of(run)
     job, chain = environment.get("SLURM_JOB_ID", ""), environment.get("RIM_CHAIN", "")
     if chain:
         mine = [s for s in starts if s.record.get("chain") == chain]
@@ -172,7 +172,7 @@ def check_earlier_starts(run: Path, environment: dict[str, str]) -> None:
         )
 
 
-def begin(recipe: Recipe, environment: dict[str, str], code: Path) -> Start:
+def begin_attempt(recipe: Recipe, environment: dict[str, str], code: Path) -> Attempt:
     """Check earlier starts, record this one and make it the owner of the run's folder."""
     run = recipe.folder
     check_run_folder(recipe)
@@ -197,10 +197,10 @@ def begin(recipe: Recipe, environment: dict[str, str], code: Path) -> Start:
     write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
     write_atomically(folder / "start.json", json.dumps(record, indent=1) + "\n")
     write_atomically(run / "logs" / CURRENT, folder.name + "\n")
-    return Start(folder, record)
+    return Attempt(folder, record)
 
 
-def note_end(start: Path, rank: int, status: int, why: str, suspect: bool, host: str = "") -> None:
+def record_end(start: Path, rank: int, status: int, why: str, suspect: bool, host: str = "") -> None:
     """Say how a rank (-1: a node without its ranks) ended.
 
     The file's name alone tells the job what to do, also when the disk takes no more bytes.
@@ -221,6 +221,6 @@ def note_end(start: Path, rank: int, status: int, why: str, suspect: bool, host:
             os.close(descriptor)
 
 
-def suspects(start: Start) -> list[str]:
+def suspects(start: Attempt) -> list[str]:
     """Nodes that a start gives reason to avoid."""
     return sorted({line["host"] for line in start.ended() if line.get("suspect")})

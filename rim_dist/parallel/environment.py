@@ -20,7 +20,7 @@ _NAMES = {
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     rank: int
     ranks: int
     local_rank: int
@@ -28,22 +28,22 @@ class Place:
     launcher: str
 
     @property
-    def shares_its_task(self) -> bool:
+    def shares_task(self) -> bool:
         """Whether one SLURM task holds all ranks of the node, so that its cores are still to be divided among them."""
         return self.launcher in ("torch", "deepspeed")
 
 
-def find_place(environment: Mapping[str, str]) -> Place:
-    """The place a launcher gave this process; a process alone if there is no launcher."""
+def read_rank_info(environment: Mapping[str, str]) -> RankInfo:
+    """The info a launcher gave this process; a process alone if there is no launcher."""
     for launcher, names in _NAMES.items():
         if all(name in environment for name in names):
             rank, ranks, local, per_node = (int(environment[name]) for name in names)
-            return Place(rank, ranks, local, per_node, launcher)
+            return RankInfo(rank, ranks, local, per_node, launcher)
     if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
         ranks, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment.get("SLURM_STEP_NUM_NODES", "1"))
         local = int(environment.get("SLURM_LOCALID", "0"))
-        return Place(int(environment["SLURM_PROCID"]), ranks, local, -(-ranks // nodes), "slurm")
-    return Place(0, 1, 0, 1, "none")
+        return RankInfo(int(environment["SLURM_PROCID"]), ranks, local, -(-ranks // nodes), "slurm")
+    return RankInfo(0, 1, 0, 1, "none")
 
 
 def host_name() -> str:
@@ -51,13 +51,13 @@ def host_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def own_cores(place: Place, cores: set[int]) -> set[int]:
+def cores_of_rank(info: RankInfo, cores: set[int]) -> set[int]:
     """The part of the node's cores for this rank, where the launcher has not divided them; all if there are too few."""
-    if not place.shares_its_task or len(cores) < place.local_ranks:
+    if not info.shares_task or len(cores) < info.local_ranks:
         return cores
-    share = len(cores) // place.local_ranks
+    share = len(cores) // info.local_ranks
     ordered = sorted(cores)
-    return set(ordered[place.local_rank * share : (place.local_rank + 1) * share])
+    return set(ordered[info.local_rank * share : (info.local_rank + 1) * share])
 
 
 def interface_to(host: str) -> str | None:
@@ -88,12 +88,12 @@ def _address_of(interface: str) -> str | None:
     return None
 
 
-def rank_environment(place: Place, environment: Mapping[str, str]) -> dict[str, str]:
+def rank_environment(info: RankInfo, environment: Mapping[str, str]) -> dict[str, str]:
     """What the rank's process needs beside what the launcher gave it."""
     extra: dict[str, str] = {}
-    if place.launcher == "slurm" and environment.get("RIM_LAUNCHER") not in ("mpi", "mpirun"):
-        extra.update(RANK=str(place.rank), WORLD_SIZE=str(place.ranks), LOCAL_RANK=str(place.local_rank))
-        extra["LOCAL_WORLD_SIZE"] = str(place.local_ranks)
+    if info.launcher == "slurm" and environment.get("RIM_LAUNCHER") not in ("mpi", "mpirun"):
+        extra.update(RANK=str(info.rank), WORLD_SIZE=str(info.ranks), LOCAL_RANK=str(info.local_rank))
+        extra["LOCAL_WORLD_SIZE"] = str(info.local_ranks)
     head = environment.get("MASTER_ADDR")
     interface = environment.get("RIM_INTERFACE") or (interface_to(head) if head else None)
     if interface:

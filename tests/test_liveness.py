@@ -16,50 +16,50 @@ from forked import Job
 from ranks import free_port
 
 from rim_dist.errors import PeerLost
-from rim_dist.parallel import rollcall
+from rim_dist.parallel import liveness
 
-Body = Callable[[rollcall.RollCall], None]
+Body = Callable[[liveness.LivenessMonitor], None]
 HANG_SECONDS, SEARCH_SECONDS, LIMIT_SECONDS = 3.0, 2.0, 1.0
 
 
 def _attend(store: Any, rank: int, ranks: int, body: Body) -> None:
-    rollcall._POLL_SECONDS, rollcall._HANG_SECONDS, rollcall._SEARCH_SECONDS = 0.1, HANG_SECONDS, SEARCH_SECONDS
-    roll_call = rollcall.RollCall(store, rank, ranks, holds_store=rank == 0, seconds=30)
-    assert roll_call.hosts == [f"n{r}" for r in range(ranks)]
-    roll_call.gather("")
-    roll_call.from_first("")
-    roll_call.gather("")  # the first rank goes on when nobody is still reading
-    body(roll_call)
+    liveness._POLL_SECONDS, liveness._HANG_SECONDS, liveness._ANSWER_SECONDS = 0.1, HANG_SECONDS, SEARCH_SECONDS
+    monitor = liveness.LivenessMonitor(store, rank, ranks, holds_store=rank == 0, seconds=30)
+    assert monitor.hosts == [f"n{r}" for r in range(ranks)]
+    monitor.gather("")
+    monitor.broadcast("")
+    monitor.gather("")  # the first rank goes on when nobody is still reading
+    body(monitor)
 
 
 def job_of(body: Body, folder: Path, stopped: int | None = None) -> Job:
     return Job(_attend, 3, folder, body, stopped=stopped)
 
 
-def _report(roll_call: rollcall.RollCall) -> None:
+def _report(monitor: liveness.LivenessMonitor) -> None:
     """What a rank does whose collective broke."""
-    failure = roll_call.find_lost()
+    failure = monitor.find_failure()
     assert failure is not None
-    print(roll_call.loss(failure), file=sys.stderr, flush=True)
-    roll_call.claim_end()
-    roll_call.leave()
+    print(monitor.error_for(failure), file=sys.stderr, flush=True)
+    monitor.claim_exit()
+    monitor.leave()
     os._exit(failure.status)
 
 
-def _collective(roll_call: rollcall.RollCall, lost: int) -> None:
+def _collective(monitor: liveness.LivenessMonitor, lost: int) -> None:
     """A collective that breaks when its peer is gone."""
-    while roll_call._peers[lost].alive:
+    while monitor._peers[lost].alive:
         time.sleep(0.01)
-    _report(roll_call)
+    _report(monitor)
 
 
 # ---- failures ------------------------------------------------------------------------------------------------
 
 
-def _killed(roll_call: rollcall.RollCall) -> None:
-    if roll_call.rank == 1:
+def _killed(monitor: liveness.LivenessMonitor) -> None:
+    if monitor.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    _collective(roll_call, 1)
+    _collective(monitor, 1)
 
 
 def test_killed_rank_is_named(tmp_path: Path) -> None:
@@ -69,10 +69,10 @@ def test_killed_rank_is_named(tmp_path: Path) -> None:
         assert f"rank {rank}: lost a peer: rank 1 (host n1) is gone: killed, or out of memory;" in job.said[rank]
 
 
-def _store_killed(roll_call: rollcall.RollCall) -> None:
-    if roll_call.rank == 0:
+def _store_killed(monitor: liveness.LivenessMonitor) -> None:
+    if monitor.rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    _collective(roll_call, 0)
+    _collective(monitor, 0)
 
 
 def test_killed_rank_that_held_the_store_is_named(tmp_path: Path) -> None:
@@ -81,23 +81,23 @@ def test_killed_rank_that_held_the_store_is_named(tmp_path: Path) -> None:
     assert all(f"rank {rank}: lost a peer: rank 0 (host n0) is gone: killed" in job.said[rank] for rank in (1, 2))
 
 
-def _raises(roll_call: rollcall.RollCall, culprit: int) -> None:
-    if roll_call.rank == culprit:
+def _raises(monitor: liveness.LivenessMonitor, culprit: int) -> None:
+    if monitor.rank == culprit:
         print("first", file=sys.stderr, flush=True)
-        roll_call.claim_end()
-        roll_call.fail("ValueError: boom", 1)
+        monitor.claim_exit()
+        monitor.fail("ValueError: boom", 1)
         os._exit(1)
-    if roll_call.rank == 2:
+    if monitor.rank == 2:
         time.sleep(60)  # hangs where nothing breaks
-    _collective(roll_call, culprit)
+    _collective(monitor, culprit)
 
 
-def _raises_1(roll_call: rollcall.RollCall) -> None:
-    _raises(roll_call, 1)
+def _raises_1(monitor: liveness.LivenessMonitor) -> None:
+    _raises(monitor, 1)
 
 
-def _raises_0(roll_call: rollcall.RollCall) -> None:
-    _raises(roll_call, 0)
+def _raises_0(monitor: liveness.LivenessMonitor) -> None:
+    _raises(monitor, 0)
 
 
 @pytest.mark.parametrize(("body", "culprit"), [(_raises_1, 1), (_raises_0, 0)], ids=["rank 1", "rank 0"])
@@ -111,12 +111,12 @@ def test_rank_that_raises_ends_all_with_its_status(body: Body, culprit: int, tmp
     assert job.said[2] == f"rim-dist: rank 2: {loss} (it still hung {HANG_SECONDS:g} s later)\n"
 
 
-def _stopped(roll_call: rollcall.RollCall) -> None:
+def _stopped(monitor: liveness.LivenessMonitor) -> None:
     """A rank that neither ends nor answers: a node that is cut off looks like this to the others."""
-    if roll_call.rank == 1:
+    if monitor.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(0.5)
-    _report(roll_call)
+    _report(monitor)
 
 
 def test_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
@@ -125,12 +125,12 @@ def test_rank_that_does_not_answer_is_named(tmp_path: Path) -> None:
     assert all("rank 1 (host n1) did not answer: killed, stopped or cut off;" in job.said[rank] for rank in (0, 2))
 
 
-def _nobody_lost(roll_call: rollcall.RollCall) -> None:
-    if roll_call.rank == 0:
-        assert roll_call.find_lost() is None
+def _nobody_lost(monitor: liveness.LivenessMonitor) -> None:
+    if monitor.rank == 0:
+        assert monitor.find_failure() is None
     else:
         time.sleep(SEARCH_SECONDS + 1)
-    roll_call.leave()
+    monitor.leave()
 
 
 def test_nobody_is_accused_who_answers_or_left_as_he_should(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_nobody_is_accused_who_answers_or_left_as_he_should(tmp_path: Path) -> N
     assert (job.statuses, job.said) == ([0, 0, 0], ["", "", ""])
 
 
-def _ends_twice(roll_call: rollcall.RollCall) -> None:
+def _ends_twice(monitor: liveness.LivenessMonitor) -> None:
     """Main threads on their way out, and the thread of a time limit. `os._exit` takes a while, as coverage's."""
     really_exit = os._exit
 
@@ -147,17 +147,17 @@ def _ends_twice(roll_call: rollcall.RollCall) -> None:
         time.sleep(1)
         really_exit(status)
 
-    rollcall._WAY_OUT_SECONDS = 8.0  # longer than the store lingers
+    liveness._EXIT_SECONDS = 8.0  # longer than the store lingers
     os._exit = slow_exit
-    roll_call.failure = rollcall.Failure("a reason", 7)
-    limit = threading.Thread(target=roll_call._end, args=("too late",), name="limit")
-    if roll_call.rank == 0:
+    monitor.failure = liveness.Failure("a reason", 7)
+    limit = threading.Thread(target=monitor._end, args=("too late",), name="limit")
+    if monitor.rank == 0:
         limit.start()
         time.sleep(0.2)
-    roll_call.claim_end()
-    if roll_call.rank == 1:
+    monitor.claim_exit()
+    if monitor.rank == 1:
         limit.start()
-    if roll_call.rank == 2:
+    if monitor.rank == 2:
         limit.start()
         time.sleep(60)  # hangs on its way out
     os._exit(3)
@@ -172,22 +172,22 @@ def test_one_thread_ends_a_rank(tmp_path: Path) -> None:
 # ---- limits and exchanges ------------------------------------------------------------------------------------
 
 
-def _does_not_come(roll_call: rollcall.RollCall) -> None:
-    if roll_call.rank == 1:
+def _does_not_come(monitor: liveness.LivenessMonitor) -> None:
+    if monitor.rank == 1:
         time.sleep(60)
-    with roll_call.limit(LIMIT_SECONDS, "the all-reduce"):
+    with monitor.timeout(LIMIT_SECONDS, "the all-reduce"):
         time.sleep(60)
 
 
-def _holder_stops(roll_call: rollcall.RollCall) -> None:
-    if roll_call.rank == 0:
+def _holder_stops(monitor: liveness.LivenessMonitor) -> None:
+    if monitor.rank == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
-    with roll_call.limit(LIMIT_SECONDS, "the all-reduce"):
-        roll_call.from_first("")
+    with monitor.timeout(LIMIT_SECONDS, "the all-reduce"):
+        monitor.broadcast("")
 
 
-def _all_come(roll_call: rollcall.RollCall) -> None:
-    with roll_call.limit(LIMIT_SECONDS, "the all-reduce"):
+def _all_come(monitor: liveness.LivenessMonitor) -> None:
+    with monitor.timeout(LIMIT_SECONDS, "the all-reduce"):
         time.sleep(60)
 
 
@@ -207,23 +207,23 @@ def test_limit_names_who_does_not_come(body: Body, stopped: int | None, message:
         assert f"rim-dist: rank {rank}: lost a peer: {message}" in job.said[rank]
 
 
-def _exchange(roll_call: rollcall.RollCall) -> None:
+def _exchange(monitor: liveness.LivenessMonitor) -> None:
     for number in range(3):
-        with roll_call.limit(30, "the exchange"):
-            gathered = roll_call.gather(f"{number}/{roll_call.rank}")
-            assert gathered == ([f"{number}/{r}" for r in range(roll_call.ranks)] if roll_call.rank == 0 else [])
-            assert roll_call.from_first(f"{number}/{roll_call.rank}") == f"{number}/0"
-    if roll_call.rank == 2:
-        roll_call.claim_end()
-        roll_call.fail("a reason", 2)
+        with monitor.timeout(30, "the exchange"):
+            gathered = monitor.gather(f"{number}/{monitor.rank}")
+            assert gathered == ([f"{number}/{r}" for r in range(monitor.ranks)] if monitor.rank == 0 else [])
+            assert monitor.broadcast(f"{number}/{monitor.rank}") == f"{number}/0"
+    if monitor.rank == 2:
+        monitor.claim_exit()
+        monitor.fail("a reason", 2)
         os._exit(2)
     try:
-        roll_call.gather("")
-        roll_call.from_first("")
+        monitor.gather("")
+        monitor.broadcast("")
     except PeerLost as error:
         print(error, file=sys.stderr, flush=True)
-        roll_call.claim_end()
-        roll_call.leave()
+        monitor.claim_exit()
+        monitor.leave()
         os._exit(error.exit_status)
 
 
@@ -238,4 +238,4 @@ def test_rank_that_joined_and_says_nothing_is_named(tmp_path: Path) -> None:
 
     store = TCPStore("127.0.0.1", free_port(), 3, is_master=True, wait_for_workers=False)
     with pytest.raises(PeerLost, match=r"^ranks 1, 2 joined and did not answer in 0.1 s"):
-        rollcall.RollCall(store, 0, 3, holds_store=True, seconds=0.1)
+        liveness.LivenessMonitor(store, 0, 3, holds_store=True, seconds=0.1)
