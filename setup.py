@@ -42,6 +42,7 @@ setup(
         "matplotlib>=3.11",
         "numpy>=2",
         "filelock>=3",
+        "psutil>=6",
         "xxhash>=3.5",
     ],
     extras_require={

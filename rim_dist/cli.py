@@ -171,9 +171,9 @@ def _is_first() -> bool:
 
 
 def _monitor() -> LivenessMonitor | None:
-    """The roll call of the ranks, if this process is one of several."""
+    """The liveness monitor of this process, if it is one of several ranks."""
     module = sys.modules.get("rim_dist.parallel.liveness")
-    return module.current() if module is not None else None
+    return module.current_monitor() if module is not None else None
 
 
 def _lost_a_peer(error: BaseException) -> bool:
@@ -193,8 +193,8 @@ def _lost_a_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
-def _loss(error: BaseException) -> PeerLost | None:
-    """The error as another rank's failure, named by the roll call; None if the ranks are all there or nobody calls them."""
+def _peer_failure(error: BaseException) -> PeerLost | None:
+    """The failure of another rank that the error follows from; None if all ranks are alive, or nothing watches them."""
     monitor = _monitor()
     if monitor is None:
         return None
@@ -266,9 +266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except Exception as error:
         rank, said = os.environ.get("RANK", "0"), (str(error).splitlines() or [""])[0]
-        if (loss := _loss(error)) is not None:
-            say(f"rim-dist: {loss}")
-            return _end_of_rank(loss.exit_status)
+        if (lost := _peer_failure(error)) is not None:
+            say(f"rim-dist: {lost}")
+            return _end_of_rank(lost.exit_status)
         if _lost_a_peer(error):
             say(f"rim-dist: rank {rank}: lost a peer ({said}); start the same command again")
             return _end_of_rank(EXIT_TRY_AGAIN, said)

@@ -79,14 +79,14 @@ rim_on_every_node() {
         --cpus-per-task=$((RIM_LOCAL_RANKS * ${SLURM_CPUS_PER_TASK:-1})) "$@"
 }
 
-# Check the recipe and earlier starts, record this one, choose the port. Sets RIM_RUN, RIM_ATTEMPT, MASTER_PORT.
+# Check the recipe and earlier attempts, record this one, choose the port. Sets RIM_RUN, RIM_ATTEMPT, MASTER_PORT.
 rim_begin() {
     local answer line
     answer=$(rim_once python -m rim_dist.cluster begin "$@") || return
     while IFS= read -r line; do
         case $line in RIM_RUN=* | RIM_ATTEMPT=* | MASTER_PORT=*) export "${line?}" ;; esac
     done <<<"$answer"
-    rim_say "start ${RIM_ATTEMPT##*/} of $RIM_RUN: $RIM_RANKS ranks on $SLURM_JOB_NODELIST, head $MASTER_ADDR:$MASTER_PORT"
+    rim_say "attempt ${RIM_ATTEMPT##*/} of $RIM_RUN: $RIM_RANKS ranks on $SLURM_JOB_NODELIST, head $MASTER_ADDR:$MASTER_PORT"
 }
 
 # Every node reaches the head's port and sees the run's folder, or is named.
@@ -97,7 +97,7 @@ rim_check_nodes() {
     rim_on_every_node --kill-on-bad-exit=0 "${RIM_CONTAINER[@]}" python -m rim_dist.cluster check-nodes "${nodes[@]}"
 }
 
-# Start the ranks with the launcher asked for. Every rank runs inside rim_dist.cluster.rank.
+# Start the ranks with the launcher. rim_dist.cluster.rank supervises each of them.
 #
 # Signals: launchers and containers that know nothing of USR1 would die of it, so the tasks ignore it; rim_dist sets its own
 # handlers, and the file `stop` reaches the first rank where no signal does. A rank that ends does not end the step: the
@@ -148,7 +148,7 @@ rim_per_node() {
 # What a job does once its run is complete; sweep.sbatch has its own.
 rim_done() { :; }
 
-# What the ranks said about their end: 2 and 1 come before 75, and that before what a launcher made of it.
+# The exit status that the ranks recorded: 2 and 1 come before 75, and that before what a launcher made of it.
 rim_status() {
     local given=$1 status
     for status in 2 1; do

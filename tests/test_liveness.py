@@ -1,4 +1,4 @@
-"""The roll call of ranks alone, without collectives: who is named when a rank raises, dies, stops or does not come."""
+"""The liveness monitor alone, without collectives: who is named when a rank raises, dies, stops or does not come."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Body = Callable[[liveness.LivenessMonitor], None]
 HANG_SECONDS, SEARCH_SECONDS, LIMIT_SECONDS = 3.0, 2.0, 1.0
 
 
-def _attend(store: Any, rank: int, ranks: int, body: Body) -> None:
+def _monitored(store: Any, rank: int, ranks: int, body: Body) -> None:
     liveness._POLL_SECONDS, liveness._HANG_SECONDS, liveness._ANSWER_SECONDS = 0.1, HANG_SECONDS, SEARCH_SECONDS
     monitor = liveness.LivenessMonitor(store, rank, ranks, holds_store=rank == 0, seconds=30)
     assert monitor.hosts == [f"n{r}" for r in range(ranks)]
@@ -33,7 +33,7 @@ def _attend(store: Any, rank: int, ranks: int, body: Body) -> None:
 
 
 def job_of(body: Body, folder: Path, stopped: int | None = None) -> Job:
-    return Job(_attend, 3, folder, body, stopped=stopped)
+    return Job(_monitored, 3, folder, body, stopped=stopped)
 
 
 def _report(monitor: liveness.LivenessMonitor) -> None:

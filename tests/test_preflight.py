@@ -166,10 +166,10 @@ def test_rank_that_does_not_come_to_a_link_is_named(tmp_path: Path) -> None:
         assert f"rank {rank}: lost a peer: rank 3 (host n3) did not come to it: the all-reduce of the" in job.said[rank]
 
 
-REHEARSED = ("Llama", "Llama, tied head", "Qwen3", "Gemma 2", "Granite", "GPT-2")
+PARITY_FAMILIES = ("Llama", "Llama, tied head", "Qwen3", "Gemma 2", "Granite", "GPT-2")
 
 
-def _rehearse(store: Any, rank: int, ranks: int, broken: bool) -> None:
+def _check_parity(store: Any, rank: int, ranks: int, broken: bool) -> None:
     _join(store, rank, ranks)
     if broken:  # as if a plan forgot that ranks see a part of these gradients each
         parity.sum_shared_gradients = lambda _: None
@@ -179,7 +179,7 @@ def _rehearse(store: Any, rank: int, ranks: int, broken: bool) -> None:
         return
     for degrees in (Degrees(tensor=4), Degrees(tensor=2, sequence=2), Degrees(sequence=4), Degrees(sequence=2, data=2)):
         mesh = make_mesh(degrees, rank, "cpu")
-        for family in REHEARSED:
+        for family in PARITY_FAMILIES:
             if family == "GPT-2" and degrees.tensor > 1:
                 continue  # transformers has no tensor plan for it
             for mode in ("ulysses", "allgather_kv"):
@@ -188,9 +188,9 @@ def _rehearse(store: Any, rank: int, ranks: int, broken: bool) -> None:
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["right", "wrong"])
-def test_rehearsal(broken: bool, tmp_path: Path) -> None:
+def test_parity_check(broken: bool, tmp_path: Path) -> None:
     """Split over the mesh a tiny model of every family computes what it does whole; a wrong split is refused on all ranks."""
-    job = Job(_rehearse, 4, tmp_path, broken)
+    job = Job(_check_parity, 4, tmp_path, broken)
     assert job.statuses == [0] * 4, job.said
 
 

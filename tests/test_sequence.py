@@ -32,9 +32,9 @@ def parts_of(batch: Batch, ranks: int, mode: Any) -> list[Batch]:
 def whole_layout(part: Batch) -> RowLayout:
     """The layout of the whole row, padding included, as a rank's part has it."""
     layout = part.layout
-    return (
-        layout.share.full_layout if layout.queries is layout.keys else replace(layout, queries=layout.keys, chunks=(), cache={})
-    )  # type: ignore[union-attr]
+    if layout.queries is layout.keys:
+        return layout.share.full_layout  # type: ignore[union-attr]
+    return replace(layout, queries=layout.keys, chunks=(), cache={})
 
 
 def random_row(pick: random.Random, size: int) -> Row:

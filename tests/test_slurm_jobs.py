@@ -18,7 +18,7 @@ from slurm_cluster import Cluster, missing
 from slurm_jobs import DEMO_CUT, JOB_ENVIRONMENT, complete, last_step, losses, shape, steps_recipe, until
 
 from rim_dist.cluster.attempts import attempts_of
-from rim_dist.cluster.status import run_status
+from rim_dist.cluster.status import describe
 
 pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"no SLURM cluster here: {missing()}"),
@@ -121,7 +121,7 @@ def test_chain_goes_from_nothing_to_an_export_that_answers(cluster: Cluster, tmp
     assert done.stdout.endswith("\n")  # whatever so short a training answers
     # Two jobs trained what one run trains: the second stage began where the first job had saved.
     assert "resumed from" in (attempts_of(folder)[1].folder / "rank-00000.log").read_text()
-    assert run_status(folder).state == "finished"
+    assert describe(folder).startswith(f"{folder.name}: finished\n")
     for start in attempts_of(folder):
         seen = {name: start.record["environment"][f"RIM_{name}"] for name in ("IN_CONTAINER", "HANG_MINUTES", "LAUNCHER")}
         # What was set for the job goes before the site's.

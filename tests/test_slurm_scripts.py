@@ -21,7 +21,7 @@ from rim_dist.checkpoint.store import TrainingState, complete_checkpoints
 from rim_dist.cli import main
 from rim_dist.cluster import attempts, nodes
 from rim_dist.cluster.logs import merged
-from rim_dist.cluster.status import describe, job_state, run_status
+from rim_dist.cluster.status import describe, job_state
 from rim_dist.cluster.sweep import best_run, sweep_overrides
 from rim_dist.errors import ConfigError
 from rim_dist.files import record_of, write_manifest
@@ -212,7 +212,7 @@ def test_nodes_report_to_the_head(
     for thread in threads:
         thread.join()
     assert status == (75 if bad else 0)
-    assert attempts.suspects(attempts.Attempt(tmp_path, {})) == bad
+    assert attempts.Attempt(tmp_path, {}).suspects() == bad
 
 
 def test_node_that_cannot_reach_the_head_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -407,7 +407,7 @@ def test_logs_are_merged_in_time(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_status_says_where_a_run_stands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = fake_run(tmp_path)
-    text = describe(run_status(run))
+    text = describe(run)
     assert "stage1  step 4/10  loss 1.5000" in text
     assert "restarts 1" in text
     assert "last end 75: n2 rank 1 killed by SIGKILL" in text

@@ -1,1 +1,1 @@
-"""Runs on a cluster: the record of every start, the process around a rank, submitting and looking."""
+"""Runs on a cluster: the record of every attempt, the supervisor of a rank, submitting jobs, status and logs."""

@@ -1,9 +1,10 @@
-"""What slurm/lib.sh asks of the package: `python -m rim_dist.cluster COMMAND ...`. Not for people."""
+"""The commands that slurm/lib.sh and the job scripts call: `python -m rim_dist.cluster COMMAND ...`. Not for people."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _recipe(arguments: list[str]) -> Recipe:
-    """The recipe that these arguments of `rim-dist train` mean."""
+    """The recipe of a `rim-dist train` command with these arguments."""
     from rim_dist.cli import build_parser
     from rim_dist.recipe import load_recipe
 
@@ -23,7 +24,7 @@ def _recipe(arguments: list[str]) -> Recipe:
     return load_recipe(given.recipe, given.overrides)
 
 
-def _begin(arguments: list[str]) -> int:
+def _begin(arguments: list[str]) -> None:
     """Arguments of `rim-dist train`. Prints NAME=VALUE lines for the job script."""
     from rim_dist.cluster.attempts import begin_attempt
     from rim_dist.cluster.nodes import rendezvous_port
@@ -33,11 +34,10 @@ def _begin(arguments: list[str]) -> int:
     environment = dict(os.environ)
     if ranks := environment.get("RIM_RANKS"):
         fit_degrees(recipe, int(ranks))
-    start = begin_attempt(recipe, environment, Path(environment.get("RIM_HOME") or "."))
+    attempt = begin_attempt(recipe, environment, Path(environment.get("RIM_HOME") or "."))
     print(f"RIM_RUN={recipe.folder.resolve()}")
-    print(f"RIM_ATTEMPT={start.folder.resolve()}")
+    print(f"RIM_ATTEMPT={attempt.folder.resolve()}")
     print(f"MASTER_PORT={rendezvous_port(int(environment.get('SLURM_JOB_ID', '0')))}")
-    return EXIT_DONE
 
 
 def _check_nodes(names: list[str]) -> int:
@@ -54,15 +54,14 @@ def _check_nodes(names: list[str]) -> int:
     )
 
 
-def _suspects(arguments: list[str]) -> int:
-    from rim_dist.cluster.attempts import Attempt, suspects
+def _suspects(arguments: list[str]) -> None:
+    from rim_dist.cluster.attempts import Attempt
 
-    print(",".join(suspects(Attempt(Path(arguments[0]), {}))))
-    return EXIT_DONE
+    print(",".join(Attempt(Path(arguments[0]), {}).suspects()))
 
 
-def _plan(arguments: list[str]) -> int:
-    """What curriculum.sh needs to know of a recipe: its folder, its stages, how it is evaluated."""
+def _plan(arguments: list[str]) -> None:
+    """What curriculum.sh needs of a recipe: its folder, its stages, the data and settings of its evaluation."""
     from rim_dist.config import STAGE_NAMES
 
     recipe = _recipe(arguments)
@@ -71,37 +70,33 @@ def _plan(arguments: list[str]) -> int:
     for name in STAGE_NAMES:
         if recipe.curriculum.stage(name).enabled:
             print(f"STAGE={name}")
-    data = evaluation.data or ("synthetic" if recipe.data.source == "synthetic" else "")
-    print(f"DATA={data}")
+    print(f"DATA={evaluation.data or ('synthetic' if recipe.data.source == 'synthetic' else '')}")
     for field in ("samples", "batch", "max_new_tokens"):
         print(f"EVALUATE=--{field.replace('_', '-')}={getattr(evaluation, field)}")
-    return EXIT_DONE
 
 
-def _sweep_overrides(arguments: list[str]) -> int:
+def _sweep_overrides(arguments: list[str]) -> None:
     from rim_dist.cluster.sweep import sweep_overrides
 
-    print("\n".join(sweep_overrides(_recipe(arguments[1:]), arguments[0])))
-    return EXIT_DONE
+    rate, *rest = arguments
+    print("\n".join(sweep_overrides(_recipe(rest), rate)))
 
 
-def _sweep_best(arguments: list[str]) -> int:
+def _sweep_best(arguments: list[str]) -> None:
     from rim_dist.cluster.sweep import best_run
 
     count = int(arguments[0])
-    rates = arguments[1 : 1 + count]
-    answer = best_run(_recipe(arguments[1 + count :]), rates)
+    answer = best_run(_recipe(arguments[1 + count :]), arguments[1 : 1 + count])
     if answer["best"] is not None:
         best = answer["runs"][answer["best"]]
         print(
             f"sweep: {answer['finished']} of {count} runs finished; best learning rate {answer['best']} "
             f"(accuracy {best['accuracy']}, loss {best['loss']:.4f}): {best['run']}"
         )
-    return EXIT_DONE
 
 
 def main() -> int:
-    commands = {
+    commands: dict[str, Callable[[list[str]], int | None]] = {
         "begin": _begin,
         "check-nodes": _check_nodes,
         "suspects": _suspects,
@@ -112,7 +107,7 @@ def main() -> int:
     try:
         if len(sys.argv) < 2 or sys.argv[1] not in commands:
             raise ConfigError(f"commands: {', '.join(commands)}")
-        return commands[sys.argv[1]](sys.argv[2:])
+        return commands[sys.argv[1]](sys.argv[2:]) or EXIT_DONE
     except RimError as error:
         say(f"rim-dist: {error}")
         return error.exit_status

@@ -1,14 +1,14 @@
-"""The record of every start of a run, in `logs/` of its folder, and what follows from earlier starts.
+"""Attempts: each start of a run by a job, recorded in `logs/` of the run's folder, and what follows from earlier ones.
 
-logs/current                         name of the start that owns the folder
-logs/20261123T084001Z-job17-0/       one start: UTC, job, how often SLURM had restarted the job
+logs/current                         name of the attempt that owns the folder
+logs/20261123T084001Z-job17-0/       one attempt: UTC, job, how often SLURM had restarted the job
     start.json                       environment, commit, versions, allocation, newest checkpoint
     recipe.yaml                      the resolved recipe
-    rank-00003.log                   what rank 3 said, each line with UTC, host and rank
+    rank-00003.log                   what rank 3 printed, each line with UTC, host and rank
     stacks-rank-00003.txt            its stack traces, if the run hung
     ended-75                         ranks that ended with 75 (or 1, 2), a line of JSON each
     stop                             written by the job to make the ranks save and end
-    status                           exit status of the start as a whole
+    status                           exit status of the attempt as a whole
 """
 
 from __future__ import annotations
@@ -16,56 +16,25 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
-import platform
+import re
 import socket
 import subprocess
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rim_dist.checkpoint.store import complete_checkpoints, read_state
 from rim_dist.config import Recipe
-from rim_dist.errors import RimError
+from rim_dist.errors import EXIT_FAILED, EXIT_USAGE, RimError, TrainingError
 from rim_dist.files import write_atomically
-from rim_dist.parallel.environment import host_name
+from rim_dist.parallel.environment import host_name, package_versions
 from rim_dist.recipe import dump_recipe
 from rim_dist.training.folder import check_run_folder
 
 CURRENT = "current"
-_RECORDED = (
-    "SLURM_",
-    "RIM_",
-    "OMP_",
-    "MKL_",
-    "NCCL_",
-    "GLOO_",
-    "MASTER_",
-    "CUDA_",
-    "DS_",
-    "HF_",
-    "TORCH",
-    "PYTHON",
-    "UCX_",
-    "FI_",
-)
-_SECRET = ("TOKEN", "KEY", "SECRET", "PASS", "CREDENTIAL", "JWT", "AUTH")
+_RECORDED = re.compile("SLURM_|RIM_|OMP_|MKL_|NCCL_|GLOO_|MASTER_|CUDA_|DS_|HF_|TORCH|PYTHON|UCX_|FI_")  # how names begin
+_SECRET = re.compile("TOKEN|KEY|SECRET|PASS|CREDENTIAL|JWT|AUTH", re.IGNORECASE)  # what names contain
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "accelerate", "safetensors", "mpi4py", "numpy")
-
-
-class NoProgress(RimError):
-    """The last starts of a job came no further; another one would burn the allocation."""
-
-    exit_status = 1
-
-
-class EarlierEnd(RimError):
-    """An earlier job of the same chain failed for good."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.exit_status = status
 
 
 @dataclass(frozen=True)
@@ -75,14 +44,14 @@ class Attempt:
 
     @property
     def status(self) -> int | None:
-        """Exit status of the start, None while it runs (or if it was cut off)."""
+        """Exit status of the attempt; None while it runs, or if it was cut off."""
         try:
             return int((self.folder / "status").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
     def ended(self) -> list[dict[str, Any]]:
-        """What the ranks that did not end well said about it."""
+        """The records of ranks that did not end well (see `record_end`)."""
         lines: list[dict[str, Any]] = []
         for path in sorted(self.folder.glob("ended-*")):
             for text in path.read_text(encoding="utf-8").splitlines():
@@ -90,13 +59,17 @@ class Attempt:
                     lines.append(json.loads(text))
         return lines
 
+    def suspects(self) -> list[str]:
+        """Nodes that the next attempt should avoid."""
+        return sorted({line["host"] for line in self.ended() if line.get("suspect")})
+
 
 def utc_now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
 
 
 def attempts_of(run: Path) -> list[Attempt]:
-    """All starts of a run, oldest first."""
+    """All attempts of a run, oldest first."""
     found = []
     for path in sorted((run / "logs").glob("*/start.json")):
         with contextlib.suppress(OSError, ValueError):
@@ -105,32 +78,15 @@ def attempts_of(run: Path) -> list[Attempt]:
 
 
 def is_secret(name: str) -> bool:
-    return any(word in name.upper() for word in _SECRET)
-
-
-def safe_environment(environment: dict[str, str]) -> dict[str, str]:
-    """The variables that decide how a run goes; nothing that could be a secret."""
-    return {k: v for k, v in sorted(environment.items()) if k.startswith(_RECORDED) and not is_secret(k)}
+    return _SECRET.search(name) is not None
 
 
 def _commit(folder: Path) -> str:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        return commit + ("+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else "")
-    except FileNotFoundError:
-        return ""
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
+    """The commit of a checkout, "+changes" behind it if tracked files differ; empty without git or for another folder."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
+    with contextlib.suppress(FileNotFoundError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return ""
 
 
 def newest_step(run: Path) -> int:
@@ -139,44 +95,40 @@ def newest_step(run: Path) -> int:
     return read_state(found[-1]).step if found else 0
 
 
-def check_earlier_starts(run: Path, environment: dict[str, str]) -> None:
-    """Raise if this job (or its chain) should not start once more.
+def check_earlier_attempts(run: Path, environment: dict[str, str], step: int) -> None:
+    """Raise an error if another attempt of this job, or of its chain, would not help. `step`: of the newest checkpoint.
 
-    NoProgress: as many restarts as allowed began at the step where the run still is. EarlierEnd: an earlier job of the chain
-    ended with 1 or 2, where starting again does not help.
+    That is so if an earlier job of the chain ended with 1 or 2, which is then the error's exit status, or if as many restarts
+    as allowed began at `step`: the run made no progress, and another attempt would waste the allocation.
     """
-    starts = attempts_of(run)
+    earlier = attempts_of(run)
     job, chain = environment.get("SLURM_JOB_ID", ""), environment.get("RIM_CHAIN", "")
     if chain:
-        mine = [s for s in starts if s.record.get("chain") == chain]
-        if mine and mine[-1].status in (1, 2):
-            raise EarlierEnd(
-                f"{run}: job {mine[-1].record['job']} of this chain ended with {mine[-1].status} (see {mine[-1].folder}); "
-                "starting again would not help",
-                mine[-1].status or 1,
+        earlier = [a for a in earlier if a.record.get("chain") == chain]
+        if earlier and (status := earlier[-1].status) in (EXIT_FAILED, EXIT_USAGE):
+            raise (TrainingError if status == EXIT_FAILED else RimError)(
+                f"{run}: job {earlier[-1].record['job']} of this chain ended with {status} (see {earlier[-1].folder}); "
+                "starting again would not help"
             )
     else:
-        mine = [s for s in starts if s.record.get("job") == job]
+        earlier = [a for a in earlier if a.record.get("job") == job]
     allowed = int(environment.get("RIM_MAX_RESTARTS") or 3)
-    step = newest_step(run)
-    stuck = 0
-    for start in reversed(mine):
-        if start.record.get("checkpoint_step") != step:
-            break
-        stuck += 1
+    steps = [attempt.record.get("checkpoint_step") for attempt in reversed(earlier)]
+    stuck = next((number for number, other in enumerate(steps) if other != step), len(steps))
     if stuck > allowed:
-        why = "; ".join(f"{e['host']} rank {e['rank']}: {e['why']}" for e in mine[-1].ended()[:3]) or "no rank said why"
-        raise NoProgress(
+        why = "; ".join(f"{e['host']} rank {e['rank']}: {e['why']}" for e in earlier[-1].ended()[:3]) or "no rank said why"
+        raise TrainingError(
             f"{run}: {stuck} starts in a row came no further than step {step} (RIM_MAX_RESTARTS={allowed}); the last one: "
-            f"{why}. Look at {mine[-1].folder}; a new job starts counting anew"
+            f"{why}. Look at {earlier[-1].folder}; a new job starts counting anew"
         )
 
 
 def begin_attempt(recipe: Recipe, environment: dict[str, str], code: Path) -> Attempt:
-    """Check earlier starts, record this one and make it the owner of the run's folder."""
+    """Check earlier attempts, record this one without secrets, and make it the owner of the run's folder."""
     run = recipe.folder
     check_run_folder(recipe)
-    check_earlier_starts(run, environment)
+    step = newest_step(run)
+    check_earlier_attempts(run, environment, step)
     now = utc_now()
     job, restart = environment.get("SLURM_JOB_ID", "none"), environment.get("SLURM_RESTART_COUNT", "0")
     folder = run / "logs" / f"{now:%Y%m%dT%H%M%SZ}-job{job}-{restart}"
@@ -189,10 +141,10 @@ def begin_attempt(recipe: Recipe, environment: dict[str, str], code: Path) -> At
         "chain": environment.get("RIM_CHAIN", ""),
         "launcher": environment.get("RIM_LAUNCHER", ""),
         "nodes": environment.get("SLURM_JOB_NODELIST", socket.gethostname()),
-        "checkpoint_step": newest_step(run),
+        "checkpoint_step": step,
         "commit": _commit(code),
-        "versions": _versions(),
-        "environment": safe_environment(environment),
+        "versions": package_versions(_PACKAGES),
+        "environment": {k: v for k, v in sorted(environment.items()) if _RECORDED.match(k) and not is_secret(k)},
     }
     write_atomically(folder / "recipe.yaml", dump_recipe(recipe))
     write_atomically(folder / "start.json", json.dumps(record, indent=1) + "\n")
@@ -200,10 +152,10 @@ def begin_attempt(recipe: Recipe, environment: dict[str, str], code: Path) -> At
     return Attempt(folder, record)
 
 
-def record_end(start: Path, rank: int, status: int, why: str, suspect: bool, host: str = "") -> None:
-    """Say how a rank (-1: a node without its ranks) ended.
+def record_end(attempt: Path, rank: int, status: int, why: str, suspect: bool, host: str = "") -> None:
+    """Record how a rank (-1: a node before its ranks) ended. `suspect`: the next attempt should avoid its node.
 
-    The file's name alone tells the job what to do, also when the disk takes no more bytes.
+    The file's name alone tells the job what to do, even if the disk has no room for its content.
     """
     line = {
         "time": utc_now().isoformat(timespec="milliseconds"),
@@ -213,14 +165,5 @@ def record_end(start: Path, rank: int, status: int, why: str, suspect: bool, hos
         "why": why,
         "suspect": suspect,
     }
-    with contextlib.suppress(OSError):
-        descriptor = os.open(start / f"ended-{status}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, (json.dumps(line) + "\n").encode())
-        finally:
-            os.close(descriptor)
-
-
-def suspects(start: Attempt) -> list[str]:
-    """Nodes that a start gives reason to avoid."""
-    return sorted({line["host"] for line in start.ended() if line.get("suspect")})
+    with contextlib.suppress(OSError), (attempt / f"ended-{status}").open("ab", buffering=0) as file:
+        file.write((json.dumps(line) + "\n").encode())

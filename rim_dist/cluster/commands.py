@@ -42,7 +42,7 @@ def add_cluster_commands(
     status = command(
         "status",
         _status,
-        "How runs stand: stage, step, loss, ETA, last checkpoint, restarts, from the run's folder and squeue.",
+        "The state of runs: stage, step, loss, ETA, last checkpoint, restarts, from the run's folder and squeue.",
         "rim-dist status",
         "rim-dist status runs/demo",
     )
@@ -53,7 +53,7 @@ def add_cluster_commands(
     logs = command(
         "logs",
         _logs,
-        "What the ranks of a run said, over all starts, in the order of time (UTC).",
+        "The output of a run's ranks, over all attempts, in the order of time (UTC).",
         "rim-dist logs runs/demo --rank 3",
         "rim-dist logs runs/demo --stacks",
     )
@@ -62,7 +62,7 @@ def add_cluster_commands(
     logs.add_argument("--stacks", action="store_true", help="the stack traces of a hang instead")
 
 
-# Flag, sbatch option, help. What is not given is the site's or the template's.
+# Flag, sbatch option, help. The site's settings and the template have the values of flags that are not given.
 _OPTIONS = (
     ("--nodes", "--nodes", "nodes"),
     ("--ranks-per-node", "--ntasks-per-node", "ranks on each node"),
@@ -103,14 +103,10 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from rim_dist.cluster.status import describe, find_runs, is_run, run_status
+    from rim_dist.cluster.status import describe, find_runs
 
-    folder = Path(arguments.run_dir)
-    runs = [folder] if is_run(folder) else find_runs(folder)
-    if not runs:
-        raise ConfigError(f"{folder}: holds no run")
-    for run in runs:
-        print(describe(run_status(run)))
+    for run in find_runs(Path(arguments.run_dir)):
+        print(describe(run))
     return EXIT_DONE
 
 

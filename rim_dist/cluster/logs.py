@@ -1,4 +1,4 @@
-"""`rim-dist logs`: what the ranks of a run said, over all its starts, in the order of time."""
+"""`rim-dist logs`: the ranks' output over all attempts of a run, in the order of time."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def merged(run: Path, rank: int | None = None, stacks: bool = False) -> Iterator[str]:
-    """Log lines of all ranks (or one) of all starts. Every line begins with its UTC time; each file is in order.
+    """Log lines of all ranks (or one) of all attempts, merged by time: every line begins with its UTC time.
 
     `stacks`: the stack traces instead, each below its file's name.
     """
-    starts = attempts_of(run)
-    if not starts:
+    attempts = attempts_of(run)
+    if not attempts:
         raise ConfigError(f"{run}: no start of a job has been recorded here")
-    kind = "stacks-rank" if stacks else "rank"
-    suffix = "txt" if stacks else "log"
-    pattern = f"{kind}-{'*' if rank is None else f'{rank:05d}'}.{suffix}"
-    files = [path for start in starts for path in sorted(start.folder.glob(pattern))]
+    number = "*" if rank is None else f"{rank:05d}"
+    pattern = f"stacks-rank-{number}.txt" if stacks else f"rank-{number}.log"
+    files = [path for attempt in attempts for path in sorted(attempt.folder.glob(pattern))]
     if not files:
         raise ConfigError(f"{run}: no {'stack traces' if stacks else 'logs'}{'' if rank is None else f' of rank {rank}'}")
     if stacks:

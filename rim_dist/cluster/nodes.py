@@ -1,9 +1,8 @@
-"""Before the ranks start: does every node reach the head node's port and see the run's folder? Says which one does not."""
+"""Check before the ranks start that every node reaches the head node's port and sees the run's folder."""
 
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ _TRIES = 64
 
 
 def rendezvous_port(job: int) -> int:
-    """A port of this machine that follows from the job id and is free now: two jobs of a node start from different ones."""
+    """A free port of this machine. The search begins at a port computed from the job id, so that two jobs of a node differ."""
     for offset in range(_TRIES):
         port = _PORTS.start + (job + 997 * offset) % len(_PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -28,29 +27,22 @@ def rendezvous_port(job: int) -> int:
     raise ConfigError(f"no free port among {_TRIES} of {_PORTS.start}..{_PORTS.stop - 1} on {socket.gethostname()}")
 
 
-def _problem(start: Path) -> str:
-    return "" if (start / "start.json").is_file() else f"does not see {start}; run.output_dir must be on a shared file system"
-
-
 def _receive(server: socket.socket, expected: int, deadline: float) -> dict[str, str]:
-    """Problems by node, as they report within the time."""
+    """Problems of the nodes that report in time, by node; empty for a node without one."""
     found: dict[str, str] = {}
-    while len(found) < expected and (left := deadline - time.monotonic()) > 0:
-        if not select.select([server], [], [], left)[0]:
-            break
-        connection, _ = server.accept()
-        with connection, contextlib.suppress(OSError, UnicodeDecodeError, ValueError):
-            connection.settimeout(max(0.1, deadline - time.monotonic()))
-            data = b""
-            while part := connection.recv(4096):
-                data += part
-            name, problem = data.decode().split("\n", 1)
-            found[name] = problem
+    with contextlib.suppress(TimeoutError):
+        while len(found) < expected and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError, ValueError):
+                connection.settimeout(max(0.1, deadline - time.monotonic()))
+                name, problem = connection.makefile(encoding="utf-8").read().split("\n", 1)
+                found[name] = problem
     return found
 
 
 def _report(head: str, port: int, problem: str, deadline: float) -> str:
-    """Tell the head node how this node is; returns why it could not."""
+    """Send this node's problem, or none, to the head node. Returns why that was not possible."""
     why = "no time"
     while time.monotonic() < deadline:
         try:
@@ -63,29 +55,31 @@ def _report(head: str, port: int, problem: str, deadline: float) -> str:
     return why
 
 
-def check_nodes(start: Path, head: str, port: int, node: int, names: list[str], seconds: float) -> int:
-    """Run once a node. The first one listens where the ranks will meet; the others report to it.
+def check_nodes(attempt: Path, head: str, port: int, node: int, names: list[str], seconds: float) -> int:
+    """Run once on every node; returns an exit status. Node 0 listens where the ranks will meet, the others report to it.
 
-    Nodes that do not arrive, or see no run folder, are noted as suspects in the start's record. Most of them missing
-    speaks against the head node, or against its name.
+    Nodes that do not report, or do not see the run's folder, are recorded as suspects of the attempt. If most of them do not
+    report, the head node, or its name, is the likely cause and is recorded instead.
     """
-    deadline = time.monotonic() + seconds
-    problem = _problem(start)
+    deadline, here = time.monotonic() + seconds, host_name()
+    sees = (attempt / "start.json").is_file()
+    problem = "" if sees else f"does not see {attempt}; run.output_dir must be on a shared file system"
     if node != 0:
         if why := _report(head, port, problem, deadline):
-            say(f"rim-dist: {host_name()} cannot reach {head}:{port} ({why})")
+            say(f"rim-dist: {here} cannot reach {head}:{port} ({why})")
             return EXIT_TRY_AGAIN
         return EXIT_DONE
-    others = [name for name in names if name != host_name()]
+    others = [name for name in names if name != here]
     with socket.create_server(("", port), backlog=max(8, min(4096, len(others)))) as server:
         found = _receive(server, len(others), deadline)
+    silent = [name for name in others if name not in found]
     bad = {name: found[name] for name in others if found.get(name)}
-    bad.update({name: f"did not reach {head}:{port} within {seconds:.0f} s" for name in others if name not in found})
+    bad.update(dict.fromkeys(silent, f"did not reach {head}:{port} within {seconds:.0f} s"))
     if problem:
-        bad[host_name()] = problem
-    elif len([name for name in others if name not in found]) > max(1, len(others) // 2):
-        bad = {host_name(): f"not reached at {head}:{port} by {', '.join(sorted(bad)[:8])}"}
+        bad[here] = problem
+    elif len(silent) > max(1, len(others) // 2):
+        bad = {here: f"not reached at {head}:{port} by {', '.join(sorted(bad)[:8])}"}
     for name, why in sorted(bad.items()):
         say(f"rim-dist: {name} {why}")
-        record_end(start, -1, EXIT_TRY_AGAIN, f"{name} {why}", suspect=True, host=name)
+        record_end(attempt, -1, EXIT_TRY_AGAIN, f"{name} {why}", suspect=True, host=name)
     return EXIT_TRY_AGAIN if bad else EXIT_DONE

@@ -1,15 +1,13 @@
-"""The process around a rank: `python -m rim_dist.cluster.rank train RECIPE ...`, started by any launcher.
+"""The supervisor of a rank: `python -m rim_dist.cluster.rank train RECIPE ...`, started by any launcher.
 
-It starts `rim-dist` with the same arguments and stays outside of it: whatever state the rank is in, somebody still writes
-its log with UTC, host and rank, hands signals on, notices that no step is done any more, takes stack traces and says how
-the rank ended.
+It runs `rim-dist` with the same arguments as a child process. Whatever state the rank is in, its supervisor writes the log with
+UTC, host and rank, forwards signals, notices that no step ends any more, takes stack traces and records how the rank ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import selectors
 import signal
@@ -27,18 +25,18 @@ from rim_dist.training.heartbeat import HEARTBEAT_VARIABLE, STACKS_SIGNAL, STACK
 
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _POLL_SECONDS = 1.0
-_STACKS_SECONDS = 10.0  # between asking for stacks and ending the rank: the others ask theirs in this time
-_LAST_WORDS_SECONDS = 5.0
+_STACKS_SECONDS = 10.0  # between the request for stacks and the end of the rank: time for the other ranks' stacks
+_OUTPUT_SECONDS = 5.0  # to read what the rank wrote before it ended
 
 
 def _prepare_rank() -> None:
-    """In the rank's process: it goes when this one does, and USR1 does nothing to it as long as it has no handler for it."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    """In the rank's process: it is killed when its supervisor ends, and USR1 is ignored until the rank sets a handler."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class RankSupervisor:
-    """A rank and what is known about it."""
+    """A rank's process and what is known about it."""
 
     def __init__(self, argv: Sequence[str]) -> None:
         environment = dict(os.environ)
@@ -52,18 +50,18 @@ class RankSupervisor:
         if self.attempt is not None:
             with contextlib.suppress(OSError):
                 self._log = (self.attempt / f"rank-{self.info.rank:05d}.log").open("ab", buffering=0)
-        self._prefix = f" {host_name()} {self.info.rank}| ".encode()
-        self._hung = self._answered = self._stopping = self._superseded = False
-        self._beat_time, self._last_beat, self._steps = time.monotonic(), "the start", False
-        beats, beat_end = os.pipe()
+        self._prefix = f"Z {host_name()} {self.info.rank}| ".encode()
+        self._hung = self._dumped_stacks = self._stopping = self._superseded = False
+        self._last_heartbeat, self._heartbeat_time, self._has_steps = "the start", time.monotonic(), False
+        heartbeats, heartbeat_end = os.pipe()
         environment.update(rank_environment(self.info, environment))
-        environment[HEARTBEAT_VARIABLE] = str(beat_end)
+        environment[HEARTBEAT_VARIABLE] = str(heartbeat_end)
         if self.attempt is not None:
             environment[STACKS_VARIABLE] = str(self._stacks)
-        fcntl.fcntl(beat_end, fcntl.F_SETFL, os.O_NONBLOCK)
+        os.set_blocking(heartbeat_end, False)
         with contextlib.suppress(OSError, AttributeError):
             os.sched_setaffinity(0, cores_of_rank(self.info, os.sched_getaffinity(0)))
-        inherited = [beat_end]
+        inherited = [heartbeat_end]
         if environment.get("PMI_FD", "").isdigit():  # srun --mpi=pmi2 talks over an open descriptor
             inherited.append(int(environment["PMI_FD"]))
         self.child = subprocess.Popen(
@@ -75,19 +73,18 @@ class RankSupervisor:
             pass_fds=inherited,
             preexec_fn=_prepare_rank,  # noqa: PLW1509  # this process has no threads
         )
-        os.close(beat_end)
+        os.close(heartbeat_end)
         assert self.child.stdout is not None
-        self._output, self._beats = self.child.stdout.fileno(), beats
+        self._output, self._rest = self.child.stdout.fileno(), b""
         self._selector = selectors.DefaultSelector()
-        for descriptor in (self._output, self._beats):
+        for descriptor in (self._output, heartbeats):
             os.set_blocking(descriptor, False)
             self._selector.register(descriptor, selectors.EVENT_READ)
-        self._rest = b""
         for number in _FORWARDED:
             signal.signal(number, self._forward)
-        self.say(f"rank {self.info.rank} of {self.info.ranks} is process {self.child.pid}")  # many ranks say nothing else
+        self.say(f"rank {self.info.rank} of {self.info.ranks} is process {self.child.pid}")  # many ranks print nothing else
 
-    # ---- what it says --------------------------------------------------------------------------------
+    # ---- output --------------------------------------------------------------------------------------
 
     def say(self, text: str) -> None:
         self._write(f"rim-dist: {text}".encode())
@@ -95,8 +92,8 @@ class RankSupervisor:
     def _write(self, line: bytes) -> None:
         for secret in self._secrets:
             line = line.replace(secret, b"***")
-        now = utc_now()
-        line = f"{now:%Y-%m-%dT%H:%M:%S}.{now.microsecond // 1000:03d}Z".encode() + self._prefix + line + b"\n"
+        time_stamp = utc_now().isoformat(timespec="milliseconds").removesuffix("+00:00")
+        line = time_stamp.encode() + self._prefix + line + b"\n"
         # A log that cannot be written (a full disk, nobody reading) is no reason to end a run.
         with contextlib.suppress(OSError):
             if self._log is not None:
@@ -104,8 +101,8 @@ class RankSupervisor:
         with contextlib.suppress(OSError):
             os.write(1, line)
 
-    def _take(self, seconds: float) -> None:
-        """Read what the rank says and its signs of life, for at most so long."""
+    def _read(self, seconds: float) -> None:
+        """Wait for the rank's output and heartbeats, at most so long, and read what is there."""
         for key, _ in self._selector.select(seconds):
             try:
                 data = os.read(key.fd, 65536)
@@ -118,21 +115,20 @@ class RankSupervisor:
                 for line in lines:
                     self._write(line)
             else:
-                self._beat_time = time.monotonic()
-                self._last_beat = data.decode(errors="replace").strip().rpartition("\n")[2]
-                self._steps = True
+                self._last_heartbeat = data.decode(errors="replace").strip().rpartition("\n")[2]
+                self._heartbeat_time, self._has_steps = time.monotonic(), True
 
-    # ---- what it does --------------------------------------------------------------------------------
+    # ---- stop and hang -------------------------------------------------------------------------------
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         with contextlib.suppress(ProcessLookupError):
             self.child.send_signal(number)
         self._stopping = True
 
-    def _asked_to_stop(self) -> None:
-        """The first rank looks for the job's wish to stop; the ranks agree on it among themselves.
+    def _check_stop_request(self) -> None:
+        """Forward the job's stop request to the first rank, and end it if another attempt owns the run's folder.
 
-        It is repeated until the rank ends: one that is still loading has nothing that would hear it.
+        The ranks agree on a stop among themselves. The request is repeated until the rank ends: a loading rank has no handler.
         """
         if self.attempt is None or self.info.rank != 0:
             return
@@ -146,25 +142,25 @@ class RankSupervisor:
         except OSError:
             return
         if owner and owner != self.attempt.name:
-            # A node that SLURM gave up goes on running what it has; two starts must not write the same folder.
+            # A node that SLURM gave up keeps running its processes; two attempts must not write the same folder.
             self.say(f"{owner} has taken over this run's folder; this start ends at once")
             self._superseded = True
             self.child.kill()
 
-    def _look(self) -> None:
-        silent = time.monotonic() - self._beat_time
-        if self._hung or silent < (self._limit if self._steps else self._first_limit):
+    def _check_hang(self) -> None:
+        silent = time.monotonic() - self._heartbeat_time
+        if self._hung or silent < (self._limit if self._has_steps else self._first_limit):
             return
         self._hung = True
-        self.say(f"hang: no sign for {silent:.0f} s since {self._last_beat}; writing stack traces, then ending the rank")
+        self.say(f"hang: no sign for {silent:.0f} s since {self._last_heartbeat}; writing stack traces, then ending the rank")
         before = self._stack_bytes()
         with contextlib.suppress(ProcessLookupError):
             self.child.send_signal(STACKS_SIGNAL)
         end = time.monotonic() + _STACKS_SECONDS
         while time.monotonic() < end and self.child.poll() is None:
-            self._take(0.5)
-        self._answered = self._stack_bytes() > before
-        if not self._answered:
+            self._read(0.5)
+        self._dumped_stacks = self._stack_bytes() > before
+        if not self._dumped_stacks:
             self.say(f"the rank does not answer; the kernel says: {_kernel_state(self.child.pid)}")
         self.child.kill()
 
@@ -175,17 +171,17 @@ class RankSupervisor:
             return 0
 
     def run(self) -> int:
-        """Until the rank has ended; returns its exit status as the command line defines it."""
+        """Supervise the rank until it has ended; returns its exit status as the command line defines it."""
         looked = time.monotonic()
         while self.child.poll() is None:
-            self._take(_POLL_SECONDS)
+            self._read(_POLL_SECONDS)
             if time.monotonic() - looked >= _POLL_SECONDS:
                 looked = time.monotonic()
-                self._asked_to_stop()
-                self._look()
-        end = time.monotonic() + _LAST_WORDS_SECONDS
+                self._check_stop_request()
+                self._check_hang()
+        end = time.monotonic() + _OUTPUT_SECONDS
         while self._output in self._selector.get_map() and time.monotonic() < end:
-            self._take(0.2)
+            self._read(0.2)
         if self._rest:
             self._write(self._rest)
         if not self._stack_bytes() and self.attempt is not None:
@@ -199,16 +195,16 @@ class RankSupervisor:
         return status
 
     def _ending(self) -> tuple[int, str, bool]:
-        """Exit status, why, and whether the node is to be suspected."""
+        """Exit status, reason, and whether the rank's node is suspect."""
         code = self.child.returncode
         if self._hung:
-            return EXIT_TRY_AGAIN, f"hang since {self._last_beat}", not self._answered
+            return EXIT_TRY_AGAIN, f"hang since {self._last_heartbeat}", not self._dumped_stacks
         if self._superseded:
             return EXIT_TRY_AGAIN, "another start has taken over", False
         if code < 0:
             name = signal.Signals(-code).name
-            asked = -code in _FORWARDED
-            return EXIT_TRY_AGAIN, "stopped before it had something to save" if asked else f"killed by {name}", not asked
+            stopped = -code in _FORWARDED
+            return EXIT_TRY_AGAIN, "stopped before it had something to save" if stopped else f"killed by {name}", not stopped
         reasons = {
             EXIT_DONE: "done",
             EXIT_FAILED: "failed",
@@ -219,13 +215,13 @@ class RankSupervisor:
 
 
 def _kernel_state(pid: int) -> str:
-    """State and waiting place of a process that does not answer."""
-    parts = []
+    """State of a process that does not answer, and the kernel function in which it waits."""
+    found = []
     for name in ("status", "wchan"):
         with contextlib.suppress(OSError):
             text = Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8")
-            parts.append(next((line for line in text.splitlines() if line.startswith("State:")), text.strip() or "-"))
-    return ", ".join(parts)
+            found.append(next((line for line in text.splitlines() if line.startswith("State:")), text.strip() or "-"))
+    return ", ".join(found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

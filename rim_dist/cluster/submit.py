@@ -1,7 +1,8 @@
-"""`rim-dist submit`: a job script out of slurm/train.sbatch, the site's settings, the recipe and the flags."""
+"""`rim-dist submit`: a job script from slurm/train.sbatch, the site's settings, the recipe and the flags."""
 
 from __future__ import annotations
 
+import os
 import secrets
 import shlex
 import shutil
@@ -10,17 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rim_dist.cluster.site import site_arguments, slurm_folder
 from rim_dist.config import Recipe
 from rim_dist.errors import ConfigError
 from rim_dist.parallel.degrees import fit_degrees
 
-LAUNCHERS = ("srun", "torchrun", "deepspeed", "mpi", "mpirun")
-
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of the cluster, beside what the site and the template say."""
+    """What the user asks for, beside the site's settings and the template."""
 
     recipe: str
     overrides: list[str]
@@ -41,6 +39,25 @@ def parse_options(arguments: Sequence[str], origin: str) -> dict[str, str]:
     return found
 
 
+def slurm_folder() -> Path:
+    """`slurm/`: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).parents[1]
+    beside = package.parent / "slurm"
+    return beside if (beside / "lib.sh").is_file() else package / "slurm"
+
+
+def _site_options(site: str | None) -> dict[str, str]:
+    """sbatch options of a site's settings, as lib.sh reads them. `site`: their file; None: lib.sh finds it."""
+    if site is not None and not Path(site).is_file():
+        raise ConfigError(f"--site: {site}: no such file (slurm/site.env.example shows one)")
+    environment = {**os.environ, **({"RIM_SITE": str(Path(site).resolve())} if site else {})}
+    script = ["bash", "-c", 'source "$1" && rim_site && rim_site_arguments', "bash", str(slurm_folder() / "lib.sh")]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"{site or os.environ.get('RIM_SITE', 'site.env')}: bash cannot read it ({done.stderr.strip()})")
+    return parse_options(done.stdout.splitlines(), site or "site.env")
+
+
 def _template() -> tuple[dict[str, str], str]:
     """The options of slurm/train.sbatch and what comes after them."""
     path = slurm_folder() / "train.sbatch"
@@ -55,43 +72,35 @@ def _template() -> tuple[dict[str, str], str]:
     return parse_options(header, str(path)), body
 
 
-def job_options(recipe: Recipe, request: Request) -> dict[str, str]:
-    """sbatch options by name: the template's, then the site's, then those asked for. Raises ConfigError if ranks do not fit."""
+def _options(recipe: Recipe, request: Request) -> tuple[dict[str, str], int, int]:
+    """sbatch options by name, from template, site and request, the last one first; nodes, and ranks on each."""
     options, _ = _template()
     options["--job-name"] = f"rim-{recipe.run.name}"
     options["--output"] = f"{recipe.folder.resolve()}/logs/slurm-%j.out"
-    options.update(parse_options(site_arguments(request.site), request.site or "site.env"))
+    options.update(_site_options(request.site))
     options.update(request.options)
-    nodes, ranks_per_node = _counts(options)
-    fit_degrees(recipe, nodes * ranks_per_node)
-    return options
-
-
-def _counts(options: dict[str, str]) -> tuple[int, int]:
-    """Nodes, and ranks on each."""
-    counts = []
     for name in ("--nodes", "--ntasks-per-node"):
         if not options[name].isdigit() or int(options[name]) < 1:
             raise ConfigError(f"{name}: {options[name]!r} is not allowed; allowed: 1 or more")
-        counts.append(int(options[name]))
-    return counts[0], counts[1]
+    return options, int(options["--nodes"]), int(options["--ntasks-per-node"])
 
 
 def planned(recipe: Recipe, request: Request, gpu_memory: int) -> Request:
     """The request with overrides from the planner for what the recipe leaves open. Raises ConfigError if nothing fits."""
     from rim_dist.planning.request import recommended_overrides
 
-    options, _ = _template()
-    options.update(parse_options(site_arguments(request.site), request.site or "site.env"))
-    nodes, ranks_per_node = _counts({**options, **request.options})
+    _, nodes, ranks_per_node = _options(recipe, request)
     added = recommended_overrides(recipe, nodes * ranks_per_node, gpu_memory, ranks_per_node)
     return replace(request, overrides=[*request.overrides, *added])
 
 
 def render(recipe: Recipe, request: Request, chain: str = "") -> str:
-    """The whole job script. `chain`: the name all jobs of a chain share; the next job then goes on, none is requeued."""
-    options = job_options(recipe, request)
-    _, body = _template()
+    """The complete job script. Raises ConfigError if the ranks do not fit the recipe.
+
+    `chain`: the name that all jobs of a chain have in common; the next job then continues the run, and none is requeued.
+    """
+    options, nodes, ranks_per_node = _options(recipe, request)
+    fit_degrees(recipe, nodes * ranks_per_node)
     settings = {"RIM_SLURM": str(slurm_folder())}
     if request.site:
         settings["RIM_SITE"] = str(Path(request.site).resolve())
@@ -109,28 +118,26 @@ def render(recipe: Recipe, request: Request, chain: str = "") -> str:
         *(f"export {name}={shlex.quote(value)}" for name, value in settings.items()),
         f"set -- {shlex.join(command)}",
     ]
-    return "\n".join(lines) + "\n" + body
-
-
-def submit_script(script: str, arguments: Sequence[str] = ()) -> str:
-    """Hand a script to sbatch; returns the job id. Raises ConfigError with what sbatch said."""
-    if shutil.which("sbatch") is None:
-        raise ConfigError("sbatch: not found; submit on a login node of the cluster, or look at the script with --dry-run")
-    done = subprocess.run(["sbatch", "--parsable", *arguments], input=script, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ConfigError(f"sbatch refused the job: {done.stderr.strip()}")
-    return done.stdout.strip().partition(";")[0]
+    return "\n".join(lines) + "\n" + _template()[1]
 
 
 def submit(recipe: Recipe, request: Request, jobs: int) -> list[str]:
-    """Submit a run as one job that requeues itself, or as a chain of jobs of which each goes on where the last stopped."""
-    chain = secrets.token_hex(4) if jobs > 1 else ""
-    script = render(recipe, request, chain)
+    """Submit a run as one job that requeues itself, or as a chain of jobs, each continuing where the one before stopped.
+
+    Returns the job ids. Raises ConfigError with the reason if sbatch is not there or refuses a job.
+    """
+    script = render(recipe, request, secrets.token_hex(4) if jobs > 1 else "")
     try:
         (recipe.folder / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{recipe.folder}: cannot be written ({error.strerror or error})") from None
+    if shutil.which("sbatch") is None:
+        raise ConfigError("sbatch: not found; submit on a login node of the cluster, or look at the script with --dry-run")
     ids: list[str] = []
     for _ in range(jobs):
-        ids.append(submit_script(script, [f"--dependency=afterany:{ids[-1]}"] if ids else []))
+        command = ["sbatch", "--parsable", *([f"--dependency=afterany:{ids[-1]}"] if ids else [])]
+        done = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ConfigError(f"sbatch refused the job: {done.stderr.strip()}")
+        ids.append(done.stdout.strip().partition(";")[0])
     return ids

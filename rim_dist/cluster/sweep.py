@@ -1,4 +1,4 @@
-"""A search over learning rates: a run a rate beside each other, and the best of them."""
+"""A search over learning rates: one run for each rate, and the best of them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def _rate(text: str) -> float:
 
 
 def sweep_overrides(recipe: Recipe, rate: str) -> list[str]:
-    """Overrides of the run with this rate: the first stage trains with it, the other in the ratio the recipe has."""
-    stages = [name for name in STAGE_NAMES if recipe.curriculum.stage(name).enabled]
-    factor = _rate(rate) / recipe.curriculum.stage(stages[0]).learning_rate
-    rates = [f"curriculum.{name}.learning_rate={recipe.curriculum.stage(name).learning_rate * factor!r}" for name in stages]
-    return [f"run.name={recipe.run.name}-lr{rate}", *rates]
+    """Overrides of the run with this rate: the first stage trains with it, the other keeps the recipe's ratio to the first."""
+    rates = {n: recipe.curriculum.stage(n).learning_rate for n in STAGE_NAMES if recipe.curriculum.stage(n).enabled}
+    factor = _rate(rate) / next(iter(rates.values()))
+    changed = [f"curriculum.{name}.learning_rate={value * factor!r}" for name, value in rates.items()]
+    return [f"run.name={recipe.run.name}-lr{rate}", *changed]
 
 
 def _result(folder: Path) -> dict[str, Any] | None:
@@ -40,9 +40,8 @@ def _result(folder: Path) -> dict[str, Any] | None:
     if not found or not read_state(found[-1]).finished:
         return None
     lines = read_metrics(folder / "metrics.jsonl")
-    evaluations = [line["accuracy"] for line in lines if line["kind"] == "evaluation"]
-    losses = [line["loss"] for line in lines if line["kind"] == "train"]
-    return {"accuracy": evaluations[-1] if evaluations else None, "loss": losses[-1]} if losses else None
+    last = {line["kind"]: line for line in lines}
+    return {"accuracy": last.get("evaluation", {}).get("accuracy"), "loss": last["train"]["loss"]} if "train" in last else None
 
 
 def best_run(recipe: Recipe, rates: Sequence[str]) -> dict[str, Any]:

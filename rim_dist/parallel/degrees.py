@@ -1,4 +1,4 @@
-"""Do degrees fit ranks, recipe and model? Pure, so that a job is refused before it is queued or anything is built."""
+"""Checks that degrees fit ranks, recipe and model. Pure, so that a job is refused before it is queued or anything is built."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Mode = Literal["ulysses", "allgather_kv"]
 
 
 def fit_degrees(recipe: Recipe, ranks: int) -> Degrees:
-    """The mesh that so many ranks make. Raises ConfigError, naming the nearest possible numbers, if they make none."""
+    """The degrees of a mesh of so many ranks. Raises ConfigError with the nearest possible numbers if there is no such mesh."""
     tensor, sequence = recipe.parallel.tensor, recipe.parallel.sequence
     model = tensor * sequence
     if ranks % model:
         fewer, more = ranks // model * model, -(-ranks // model) * model
-        # Divisors of what was asked for: heads that it divides are divided by them too.
+        # Divisors of the recipe's degrees: they divide whatever number of heads those divide.
         fitting = math.gcd(ranks, tensor)
         degrees = f"parallel.tensor {fitting} with parallel.sequence {math.gcd(ranks // fitting, sequence)}"
         raise ConfigError(
@@ -51,27 +51,26 @@ def check_tensor_degree(tensor: int, config: Any) -> None:
     if not (wrong := [f"{size} {name}" for name, size in sizes.items() if size % tensor]):
         return
     common = math.gcd(*sizes.values())
-    possible = [d for d in range(1, common + 1) if common % d == 0]
-    nearest = min(possible, key=lambda d: (abs(d - tensor), d))
-    raise ConfigError(
-        f"parallel.tensor: {tensor} ranks cannot share {' and '.join(wrong)} of {config.model_type}; the nearest that can: "
-        f"{nearest} (allowed: {', '.join(map(str, possible))})"
-    )
+    possible = _nearest(tensor, [d for d in range(1, common + 1) if common % d == 0])
+    raise ConfigError(f"parallel.tensor: {tensor} ranks cannot share {' and '.join(wrong)} of {config.model_type}; {possible}")
+
+
+def _nearest(wanted: int, possible: list[int]) -> str:
+    nearest = min(possible, key=lambda d: (abs(d - wanted), d))
+    return f"the nearest that can: {nearest} (allowed: {', '.join(map(str, possible))})"
 
 
 def choose_mode(wanted: str, degree: int, heads: int, kv_heads: int) -> Mode:
-    """Resolve `parallel.sequence_mode` for a tensor rank's heads.
+    """Resolve `parallel.sequence_mode` for a tensor rank's heads: `auto` is `ulysses`, which sends less, if the heads divide.
 
-    `ulysses` where the heads divide: it sends less. Raises ConfigError where it is asked for and they do not.
+    Raises ConfigError if the recipe sets `ulysses` and they do not.
     """
     divides = heads % math.lcm(kv_heads, degree) == 0
     if wanted == "ulysses" and not divides:
-        possible = [d for d in range(1, heads + 1) if heads % math.lcm(kv_heads, d) == 0]
-        nearest = min(possible, key=lambda d: (abs(d - degree), d))
+        possible = _nearest(degree, [d for d in range(1, heads + 1) if heads % math.lcm(kv_heads, d) == 0])
         raise ConfigError(
             f"parallel.sequence: {degree} ranks cannot share the {heads} heads ({kv_heads} for keys) that a tensor rank has "
-            f"by all-to-all; the nearest that can: {nearest} (allowed: {', '.join(map(str, possible))}), or any number with "
-            "parallel.sequence_mode allgather_kv"
+            f"by all-to-all; {possible}, or any number with parallel.sequence_mode allgather_kv"
         )
     if wanted == "auto":
         return "ulysses" if divides else "allgather_kv"

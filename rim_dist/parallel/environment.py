@@ -1,16 +1,17 @@
-"""Where a rank stands among the ranks: one mapping for every launcher, and what follows from it for cores and network."""
+"""What a process finds around it: the rank its launcher gave it, its host, cores, network interface and package versions."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import socket
-import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 
-# Who names rank, ranks, local rank and ranks of the node. The first launcher whose names are all there is the one: mpirun
-# starts its daemons with srun, so that its ranks see SLURM's variables of the daemon as well.
+# Each launcher's names of rank, world size, local rank and ranks on the node. The first launcher whose names are all set is
+# taken: mpirun starts its daemons with srun, so its ranks also see the SLURM variables of the daemon.
 _NAMES = {
     "torch": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
@@ -21,20 +22,17 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class RankInfo:
+    """What the launcher says of this process. `launcher`: torch, deepspeed, openmpi, hydra, slurm or none."""
+
     rank: int
     ranks: int
     local_rank: int
     local_ranks: int
     launcher: str
 
-    @property
-    def shares_task(self) -> bool:
-        """Whether one SLURM task holds all ranks of the node, so that its cores are still to be divided among them."""
-        return self.launcher in ("torch", "deepspeed")
-
 
 def read_rank_info(environment: Mapping[str, str]) -> RankInfo:
-    """The info a launcher gave this process; a process alone if there is no launcher."""
+    """The rank that a launcher gave this process; rank 0 of 1 without a launcher."""
     for launcher, names in _NAMES.items():
         if all(name in environment for name in names):
             rank, ranks, local, per_node = (int(environment[name]) for name in names)
@@ -52,12 +50,11 @@ def host_name() -> str:
 
 
 def cores_of_rank(info: RankInfo, cores: set[int]) -> set[int]:
-    """The part of the node's cores for this rank, where the launcher has not divided them; all if there are too few."""
-    if not info.shares_task or len(cores) < info.local_ranks:
+    """The cores of a node for this rank, where one task holds all ranks of the node; all cores if there are too few."""
+    if info.launcher not in ("torch", "deepspeed") or len(cores) < info.local_ranks:
         return cores
-    share = len(cores) // info.local_ranks
-    ordered = sorted(cores)
-    return set(ordered[info.local_rank * share : (info.local_rank + 1) * share])
+    count = len(cores) // info.local_ranks
+    return set(sorted(cores)[info.local_rank * count : (info.local_rank + 1) * count])
 
 
 def interface_to(host: str) -> str | None:
@@ -65,31 +62,21 @@ def interface_to(host: str) -> str | None:
 
     None where that is the loopback (a single node) or the name is not known.
     """
+    import psutil
+
     try:
         address = socket.getaddrinfo(host, None, socket.AF_INET)[0][4][0]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))  # sends nothing: asks the routing table
             own = probe.getsockname()[0]
+        interfaces = psutil.net_if_addrs()
     except OSError:
         return None
-    for _, name in socket.if_nameindex():
-        if name != "lo" and _address_of(name) == own:
-            return name
-    return None
-
-
-def _address_of(interface: str) -> str | None:
-    import fcntl
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        SIOCGIFADDR = 0x8915  # noqa: N806  # the kernel's name
-        answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-        return socket.inet_ntoa(answer[20:24])
-    return None
+    return next((name for name, found in interfaces.items() if name != "lo" and own in (a.address for a in found)), None)
 
 
 def rank_environment(info: RankInfo, environment: Mapping[str, str]) -> dict[str, str]:
-    """What the rank's process needs beside what the launcher gave it."""
+    """Variables that a rank's process needs in addition to those of its launcher."""
     extra: dict[str, str] = {}
     if info.launcher == "slurm" and environment.get("RIM_LAUNCHER") not in ("mpi", "mpirun"):
         extra.update(RANK=str(info.rank), WORLD_SIZE=str(info.ranks), LOCAL_RANK=str(info.local_rank))
@@ -99,3 +86,12 @@ def rank_environment(info: RankInfo, environment: Mapping[str, str]) -> dict[str
     if interface:
         extra.update({name: interface for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name not in environment})
     return extra
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of those packages that are installed."""
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions

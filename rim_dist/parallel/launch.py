@@ -1,4 +1,4 @@
-"""Joining the other ranks: one description of the process, whatever launcher started it."""
+"""Joining the process group, whatever launcher started this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rim_dist.errors import ConfigError
 from rim_dist.parallel import liveness
-from rim_dist.parallel.environment import host_name, read_rank_info
+from rim_dist.parallel.environment import RankInfo, host_name, read_rank_info
 from rim_dist.parallel.ops import skip_shared_memory_op
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # options of mallopt(3)
@@ -24,7 +24,7 @@ _MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
 @dataclass(frozen=True)
 class Process:
-    """This process among the ranks. `device` is the torch device of its model; `monitor` is None for a rank alone."""
+    """This process as one of the ranks. `device`: the torch device of its model; `monitor`: None for a single rank."""
 
     rank: int
     ranks: int
@@ -48,10 +48,9 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _set_environment_from_slurm() -> None:
-    """Map srun's variables to torch's. The port follows from the job id, so that all ranks agree on it."""
+def _set_environment_from_slurm(info: RankInfo) -> None:
+    """Map srun's variables to torch's. The port is computed from the job id, so that all ranks agree on it."""
     environment = os.environ
-    info = read_rank_info(environment)
     environment.update(RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.ranks))
     if int(environment.get("SLURM_STEP_NUM_NODES", "1")) == 1:
         environment.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -64,7 +63,7 @@ def _set_environment_from_slurm() -> None:
 
 
 def _set_environment_from_mpi() -> None:
-    """Ask MPI for the ranks. DeepSpeed's own discovery takes any address of the head node and always the same port."""
+    """Take the ranks from MPI. DeepSpeed's own discovery takes any address of the head node and always the same port."""
     from mpi4py import MPI
 
     environment = os.environ
@@ -77,9 +76,9 @@ def _set_environment_from_mpi() -> None:
 
 
 def _started_by_mpi() -> bool:
-    """mpirun's own variables come first: its daemons are started with srun, whose variables then describe the daemon.
+    """Whether MPI started this process. mpirun's variables win over srun's: it starts its daemons with srun.
 
-    A site may let srun set MPI's variables for every step, also where nobody uses MPI; RIM_LAUNCHER says who does.
+    A site may let srun set MPI's variables for every step; they count only if RIM_LAUNCHER says that MPI is used.
     """
     environment = os.environ
     if "SLURM_STEP_NUM_TASKS" in environment and environment.get("RIM_LAUNCHER") not in ("mpi", "mpirun"):
@@ -101,8 +100,8 @@ def join(timeout_seconds: float) -> Process:
     if "RANK" not in environment:
         if _started_by_mpi():
             _set_environment_from_mpi()
-        elif int(environment.get("SLURM_STEP_NUM_TASKS", "0")) > 0 and "SLURM_PROCID" in environment:
-            _set_environment_from_slurm()
+        elif (info := read_rank_info(environment)).launcher == "slurm":
+            _set_environment_from_slurm(info)
         else:
             environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     if shutil.which("ninja") is None:  # torch looks for it on PATH when DeepSpeed loads an op; pip put it beside Python
@@ -131,15 +130,15 @@ def join(timeout_seconds: float) -> Process:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
         keep_freed_memory()
     rank = torch.distributed.get_rank()
-    monitor = liveness.attend(rank, ranks, timeout_seconds) if ranks > 1 else None
+    monitor = liveness.start_monitor(rank, ranks, timeout_seconds) if ranks > 1 else None
     return Process(rank, ranks, local_rank, f"cuda:{local_rank}" if cuda else "cpu", monitor)
 
 
 def keep_freed_memory() -> None:
-    """glibc's malloc gives large blocks back to the system at once, and gets them page by page, a tenth of a CPU's step time.
+    """Let glibc's malloc keep large blocks for the next step.
 
-    Here it keeps them for the next step. A MALLOC_ variable in the environment says how the user wants it: nothing is changed.
-    Other C libraries do not have the call.
+    By default it returns them to the system at once and gets them back page by page, which takes a tenth of a CPU's step time.
+    Nothing changes if the environment has a MALLOC_ variable, the user's own setting, or if the C library is another one.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -153,6 +152,6 @@ def leave() -> None:
     """Close the process group at the regular end of a command."""
     import torch
 
-    liveness.dismiss()
+    liveness.stop_monitor()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

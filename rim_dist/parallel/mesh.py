@@ -1,7 +1,7 @@
-"""Degrees of parallelism and the groups they make: the one object that knows who shares what with whom.
+"""Degrees of parallelism, and the process groups of a rank: the device mesh.
 
-Rank order: tensor innermost, then sequence, then data. Launchers number ranks node by node, so tensor ranks, which talk most,
-stand side by side on a node. To DeepSpeed sequence ranks are data ranks: it shards over data x sequence ("shards").
+Rank order: tensor innermost, then sequence, then data. Launchers number ranks node by node, so tensor ranks, which communicate
+most, have consecutive numbers on one node. DeepSpeed treats sequence ranks as data ranks: it shards over data x sequence.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 
 class Coordinates(NamedTuple):
-    """Where a rank stands in the mesh."""
+    """A rank's indices in the mesh."""
 
     data: int
     sequence: int
@@ -21,7 +21,7 @@ class Coordinates(NamedTuple):
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ranks share a layer's matrices, a packed row, and a global batch."""
+    """Over how many ranks a layer's matrices, a packed row and a global batch are split."""
 
     tensor: int = 1
     sequence: int = 1
@@ -33,7 +33,7 @@ class Degrees:
 
     @property
     def shards(self) -> int:
-        """Ranks that ZeRO spreads a tensor rank's parameters over."""
+        """Number of ranks over which ZeRO shards a tensor rank's parameters."""
         return self.sequence * self.data
 
     def coordinates(self, rank: int) -> Coordinates:
@@ -50,9 +50,9 @@ class Degrees:
 
 @dataclass(frozen=True)
 class Mesh:
-    """A rank among all. A group of one rank is None: nothing is sent in it.
+    """A rank's coordinates and process groups. A group of one rank is None: nothing is sent in it.
 
-    `shard_group`: ranks with the same slice of the matrices (data x sequence), over which gradients are summed and ZeRO shards.
+    `shard_group`: ranks with the same slice of the matrices (data x sequence); gradients are summed and ZeRO shards over it.
     """
 
     degrees: Degrees
@@ -68,12 +68,12 @@ class Mesh:
 
     @property
     def shard(self) -> int:
-        """The rank's number in its shard group: what random numbers of a step are drawn by."""
+        """The rank's number in its shard group, which seeds the random numbers of a step."""
         return self.coordinates.data * self.degrees.sequence + self.coordinates.sequence
 
     @property
     def counts(self) -> bool:
-        """Whether what this rank measured is to be added up: tensor ranks all measure the same."""
+        """Whether this rank's measurements enter sums over ranks: all tensor ranks of a group measure the same."""
         return self.coordinates.tensor == 0
 
 
@@ -105,8 +105,7 @@ def make_mesh(degrees: Degrees, rank: int, device_type: str) -> Mesh:
 
 
 class ModelParallelUnit:
-    """The mesh in the words of DeepSpeed's `mpu` interface (Megatron's), so that it knows which ranks to average over and
-    whose gradients count in the norm."""
+    """The mesh as DeepSpeed's `mpu` (Megatron's interface): over which ranks it averages, whose gradients enter the norm."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -137,9 +136,9 @@ class ModelParallelUnit:
 
 
 def describe(degrees: Degrees, hosts: Sequence[str]) -> str:
-    """The mesh as a table: of each kind of group its ranks, how many there are, on how many nodes the widest is, an example.
+    """The mesh as a table: for each kind of group its degree, the number of groups, the most nodes one is on, and an example.
 
-    `hosts`: where each rank runs. A warning follows if ranks that share matrices do not share a node.
+    `hosts`: the host of every rank. A warning follows if a tensor group spans several nodes.
     """
     lines = [f"{'':9}{'degree':>7}{'groups':>8}{'nodes':>7}  ranks of the first group"]
     for kind in ("tensor", "sequence", "data"):

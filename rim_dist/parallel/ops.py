@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled ops, loaded so that a process killed while it built one cannot stop every later start."""
+"""DeepSpeed's compiled ops, loaded so that a process killed while it built one cannot block every later run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def skip_shared_memory_op() -> None:
     """Keep DeepSpeed from building and loading `deepspeed_shm_comm` when it opens a process group on a CPU.
 
     It serves inference_all_reduce alone, which training does not call; building it takes a minute, and a process killed
-    in that place leaves a lock for which every later start waits without end.
+    meanwhile leaves a lock for which every later run waits without end.
     """
     import deepspeed.ops
 

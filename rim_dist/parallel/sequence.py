@@ -1,9 +1,9 @@
-"""Sequence parallelism of a packed row, memory blocks included: each rank of a sequence group runs a part of its tokens.
+"""Sequence parallelism of a packed row, memory blocks included: each rank of a sequence group runs a shard of its tokens.
 
-Every layer but the attention works token by token. For the attention either heads are exchanged for tokens (`ulysses`: every
-rank computes the whole row for a part of the heads; DeepSpeed-Ulysses, arXiv 2309.14509) or the keys and values of the whole
-row are gathered (`allgather_kv`: every rank computes all heads for its tokens; any number of heads and ranks). All ranks have
-as many tokens; the layout of the whole row is known to each. Labels and weights stand at the predicting position before.
+Every layer but the attention works token by token. For the attention, ranks either exchange heads for tokens (`ulysses`: every
+rank computes all tokens for a subset of the heads; DeepSpeed-Ulysses, arXiv 2309.14509) or gather the keys and values of all
+tokens (`allgather_kv`: every rank computes all heads for its own tokens; any number of heads and ranks). All ranks hold the
+same number of tokens, and each knows the layout of the full row. Labels and weights stand at the predicting position before.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MOST_CHUNKS = 64  # of a rank
 
 @dataclass(frozen=True)
 class Exchanged:
-    """`ulysses`: this rank's share of a row as seen by the attention. `whole` is the layout of all of the row."""
+    """`ulysses`: the attention trades this rank's tokens for a subset of the heads of all tokens (`full_layout`)."""
 
     full_layout: RowLayout
     group: Any
@@ -54,22 +54,22 @@ class Exchanged:
         # [1, heads, own tokens, dim] -> [ranks, heads / ranks of q, k and v, own tokens, dim], one entry to each rank
         sizes = [t.shape[1] // ranks for t in (query, key, value)]
         sent = torch.cat([t[0].unflatten(0, (ranks, -1)) for t in (query, key, value)], dim=1)
-        came = all_to_all(sent, self.group).transpose(0, 1).flatten(1, 2)  # [heads, tokens, dim]
-        output = path(*(t.unsqueeze(0) for t in came.split(sizes)), self.full_layout, rule)  # [1, tokens, heads / ranks, dim]
+        received = all_to_all(sent, self.group).transpose(0, 1).flatten(1, 2)  # [heads, tokens, dim]
+        output = path(*(t[None] for t in received.split(sizes)), self.full_layout, rule)  # [1, tokens, heads / ranks, dim]
         back = all_to_all(output[0].unflatten(0, (ranks, -1)), self.group)  # [ranks, own tokens, heads / ranks, dim]
         return back.transpose(0, 1).reshape(1, -1, heads, back.shape[-1])
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """`allgather_kv`: keys and values of the whole row on every rank. `place[i]`: where token i of the row comes in."""
+    """`allgather_kv`: keys and values of the full row on every rank. `index[i]`: where token i of the row is among them."""
 
-    place: torch.Tensor
+    index: torch.Tensor
     group: Any
     ranks: int
 
     def to(self, device: torch.device | str) -> Gathered:
-        return replace(self, place=self.place.to(device))
+        return replace(self, index=self.index.to(device))
 
     def attend(
         self,
@@ -80,45 +80,39 @@ class Gathered:
         layout: RowLayout,
         rule: ScoreRule,
     ) -> torch.Tensor:
-        parts = gather_shards(torch.cat([key[0], value[0]]), self.group)  # [ranks, 2 x KV heads, own tokens, dim]
-        whole = parts.transpose(0, 1).flatten(1, 2).index_select(1, self.place)
-        key, value = whole.chunk(2)
+        shards = gather_shards(torch.cat([key[0], value[0]]), self.group)  # [ranks, 2 x KV heads, own tokens, dim]
+        key, value = shards.transpose(0, 1).flatten(1, 2).index_select(1, self.index).chunk(2)
         return path(query, key.unsqueeze(0), value.unsqueeze(0), layout, rule)
 
 
 def shard_row(batch: Batch, mesh: Mesh, mode: Mode) -> Batch:
-    """This rank's part of a packed row: as many tokens on every rank, the targets predicted at them."""
-    ranks = mesh.degrees.sequence
+    """This rank's shard of a packed row: the same number of tokens on every rank, and the targets predicted at them."""
+    ranks, rank = mesh.degrees.sequence, mesh.coordinates.sequence
     if ranks == 1:
         return batch
     seen = torch.cat([_keys_seen(span) for span in batch.layout.spans])
     division = divide_contiguous(len(seen), ranks) if mode == "ulysses" else divide_balanced(seen, ranks)
     ids, layout = _padded(batch, ranks * division.own)
-    mine = division.tokens(mesh.coordinates.sequence)
-    place = torch.argsort(torch.cat([division.tokens(rank) for rank in range(ranks)]))
-    own = layout.queries.map(lambda t: t[:, mine])
+    mine = division.tokens(rank)
+    index = torch.argsort(torch.cat([division.tokens(r) for r in range(ranks)]))
+    queries = layout.queries.map(lambda t: t[:, mine])
+    local = replace(layout, queries=queries, attended=set(), cache={})
     if mode == "ulysses":
-        share: Any = Exchanged(layout, mesh.sequence_group, ranks)
-        local = replace(layout, queries=own, keys=own, share=share, attended=set(), cache={})
+        local.keys, local.share = queries, Exchanged(layout, mesh.sequence_group, ranks)
     else:
-        share = Gathered(place, mesh.sequence_group, ranks)
-        local = replace(
-            layout, queries=own, share=share, chunks=division.ranges(mesh.coordinates.sequence), attended=set(), cache={}
-        )
-    return Batch(ids[:, mine], local, _own_targets(batch.targets, place, mesh.coordinates.sequence, division.own), batch.order)
+        local.chunks, local.share = division.ranges(rank), Gathered(index, mesh.sequence_group, ranks)
+    return Batch(ids[:, mine], local, _own_targets(batch.targets, index, rank, division.own), batch.order)
 
 
 def _keys_seen(span: Span) -> torch.Tensor:
-    """Keys that each of a sample's tokens sees, causal blocks: `[span.length]`, adding up to `span.pairs`."""
-    parts = [torch.arange(1, span.prefix + 1)]
-    for block, tokens in span.readouts:
-        parts.append(span.question + block * span.block_size + torch.arange(1, tokens + 1))
-    return torch.cat(parts)
+    """Number of keys that each of a sample's tokens sees, causal blocks: `[span.length]`, adding up to `span.pairs`."""
+    readouts = [span.question + block * span.block_size + torch.arange(1, tokens + 1) for block, tokens in span.readouts]
+    return torch.cat([torch.arange(1, span.prefix + 1), *readouts])
 
 
 @dataclass(frozen=True)
 class Division:
-    """Chunks of `size` tokens of a row for each rank, as many for every rank."""
+    """Which chunks of `size` tokens of a row each rank has; every rank has the same number of them."""
 
     size: int
     chunks: tuple[tuple[int, ...], ...]
@@ -129,7 +123,7 @@ class Division:
         return self.size * len(self.chunks[0])
 
     def ranges(self, rank: int) -> tuple[tuple[int, int], ...]:
-        """The rank's tokens as (start, stop), neighbours joined."""
+        """The rank's tokens as (start, stop), adjacent chunks joined."""
         result: list[tuple[int, int]] = []
         for chunk in self.chunks[rank]:
             start, stop = chunk * self.size, (chunk + 1) * self.size
@@ -147,26 +141,24 @@ def divide_contiguous(tokens: int, ranks: int) -> Division:
 
 
 def divide_balanced(seen: torch.Tensor, ranks: int) -> Division:
-    """Chunks such that every rank attends to about as many keys; `seen`: keys that each token of the row sees.
+    """Chunks such that every rank attends to about as many keys; `seen`: number of keys that each token of the row sees.
 
-    The most expensive chunks first, one to each rank in turn, the largest to the rank with the least so far; chunks are
-    halved until the most loaded rank is within 5% of the least loaded.
+    Chunks are assigned in rounds, the most expensive first: each rank gets one a round, the rank with the lowest load the most
+    expensive. Chunks are halved until the load of the most loaded rank is within 5% of the least loaded one's.
     """
-    tokens = len(seen)
+    tokens, each = len(seen), 2
     best: Division | None = None
     best_ratio = math.inf
-    each = 2
     while each <= _MOST_CHUNKS:
         size = -(-tokens // (ranks * each))
         padded = torch.nn.functional.pad(seen, (0, ranks * each * size - tokens), value=1)
         costs = padded.view(ranks * each, size).sum(1).tolist()
-        order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+        order = sorted(range(len(costs)), key=lambda i: -costs[i])
         loads = [0] * ranks
         chosen: list[list[int]] = [[] for _ in range(ranks)]
         for start in range(0, len(order), ranks):
-            for chunk, rank in zip(
-                order[start : start + ranks], sorted(range(ranks), key=lambda r: (loads[r], r)), strict=True
-            ):
+            by_load = sorted(range(ranks), key=loads.__getitem__)
+            for chunk, rank in zip(order[start : start + ranks], by_load, strict=True):
                 loads[rank] += costs[chunk]
                 chosen[rank].append(chunk)
         ratio = max(loads) / min(loads)
@@ -180,7 +172,7 @@ def divide_balanced(seen: torch.Tensor, ranks: int) -> Division:
 
 
 def _padded(batch: Batch, tokens: int) -> tuple[torch.Tensor, RowLayout]:
-    """Token ids and layout of the row with padding at its end, which nothing sees and which sees nothing else."""
+    """Token ids and layout of the row, padded at its end to `tokens`; padding and real tokens do not see each other."""
     layout, have = batch.layout, batch.input_ids.shape[1]
     more = tokens - have
     if not more:
@@ -195,7 +187,7 @@ def _padded(batch: Batch, tokens: int) -> tuple[torch.Tensor, RowLayout]:
     return ids, RowLayout(places, places, spans, layout.bidirectional)
 
 
-def _own_targets(targets: Targets, place: torch.Tensor, rank: int, own: int) -> Targets:
-    column = place[targets.column]
-    mine = torch.div(column, own, rounding_mode="floor") == rank
+def _own_targets(targets: Targets, index: torch.Tensor, rank: int, own: int) -> Targets:
+    column = index[targets.column]
+    mine = column // own == rank
     return replace(targets, column=column - rank * own).map(lambda t: t[mine])

@@ -17,8 +17,8 @@ from rim_dist.parallel.mesh import Mesh, ModelParallelUnit
 if TYPE_CHECKING:
     import torch
 
-_BUCKET = 20_000_000  # entries, of gradients or parameters that travel together: fewer are many small messages
-# What the trainer decides itself; a user's JSON that sets one would silently train something else.
+_BUCKET = 20_000_000  # entries of gradients or parameters in one message: smaller buckets mean many small messages
+# Keys that the trainer sets itself, and the recipe's setting for each; a user's value would silently train something else.
 OWNED_KEYS = {
     "train_batch_size": "optimizer.global_batch",
     "train_micro_batch_size_per_gpu": "optimizer.micro_batch_tokens",
@@ -36,7 +36,7 @@ OWNED_KEYS = {
 
 
 def shipped_config(recipe: Recipe) -> str:
-    """Name of the file in `ds_configs/` that fits the recipe."""
+    """Name of the recipe's file in `ds_configs/`."""
     parallel = recipe.parallel
     name = f"zero{parallel.zero_stage}"
     if parallel.offload:
@@ -127,9 +127,9 @@ def compose(recipe: Recipe, hidden_size: int, ranks_per_node: int = 1) -> dict[s
 
 
 def partitioner(ds_config: dict[str, Any], mesh: Mesh, dtype: torch.dtype) -> Callable[[list[torch.nn.Parameter]], None] | None:
-    """What spreads parameters over the ranks of the shard group under ZeRO-3, one by one, so that none holds the whole model.
+    """The function that shards parameters over the shard group under ZeRO-3, so that no rank holds the full model.
 
-    The values are those of the group's first rank. None for other stages. Collective.
+    The function takes the values of the group's first rank. None for other stages. Collective.
     """
     if ds_config["zero_optimization"]["stage"] != 3:
         return None
@@ -145,25 +145,25 @@ def partitioner(ds_config: dict[str, Any], mesh: Mesh, dtype: torch.dtype) -> Ca
 
 
 def keep_no_gathered_weights() -> AbstractContextManager[None]:
-    """A forward pass under ZeRO-3 in which autograd keeps no parameter's gathered values for the backward pass.
+    """A context for a forward pass under ZeRO-3 in which autograd saves no gathered parameter for the backward pass.
 
-    Autograd saves `weight.t()`, a view that would hold a whole layer's memory after ZeRO has let go of it, so that every rank
-    ends up with the whole model. Kept instead is where the view lies in the parameter, which is gathered again by then.
+    Autograd saves `weight.t()`, a view that keeps a layer's memory alive after ZeRO has released it, until every rank holds the
+    full model. The hook saves the view's strides and offset instead: in the backward pass the parameter is gathered again.
     """
     import torch
 
-    return torch.autograd.graph.saved_tensors_hooks(_keep_place, _view_again)
+    return torch.autograd.graph.saved_tensors_hooks(_pack_view, _unpack_view)
 
 
-def _keep_place(tensor: torch.Tensor) -> Any:
+def _pack_view(tensor: torch.Tensor) -> Any:
     parameter = tensor._base
     if parameter is None or not hasattr(parameter, "ds_id"):
         return tensor
     return parameter, tensor.size(), tensor.stride(), tensor.storage_offset() - parameter.storage_offset()
 
 
-def _view_again(kept: Any) -> torch.Tensor:
-    if not isinstance(kept, tuple):
-        return kept
-    parameter, size, stride, offset = kept
+def _unpack_view(packed: Any) -> torch.Tensor:
+    if not isinstance(packed, tuple):
+        return packed
+    parameter, size, stride, offset = packed
     return parameter.detach().as_strided(size, stride, parameter.storage_offset() + offset)

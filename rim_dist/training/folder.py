@@ -1,4 +1,4 @@
-"""May a recipe run in its folder? Imports no torch: asked before anything is started or queued."""
+"""Check that a recipe may run in its folder. Imports no torch: it runs before anything is started or queued."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rim_dist.config import Recipe
 from rim_dist.errors import ConfigError
 from rim_dist.recipe import load_recipe
 
-# Fields that may change between two starts of the same run: they do not change what is trained.
+# Fields that may change when a run is resumed: they do not change what is trained.
 _FREE_FIELDS = (
     "logging",
     "checkpoint",

@@ -1,11 +1,10 @@
-"""What the device can do and what it has used, for the log."""
+"""Speed and memory of the device and its host."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import resource
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,11 +14,11 @@ _PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "
 
 
 def peak_operations(dtype: str) -> float | None:
-    """The device's peak for 16-bit training, None where it is not known (CPU, fp32, other devices)."""
+    """The device's peak for 16-bit training in operations a second; None if it is not known (CPU, fp32, other devices)."""
     if dtype == "fp32" or not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+    return next((peak for model, peak in _PEAKS.items() if model in name), None)
 
 
 def peak_memory_bytes() -> int:
@@ -29,32 +28,23 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-@dataclass(frozen=True)
-class Device:
-    """What a rank computes on. `identity`: the same for two processes on one GPU; empty for a CPU, which ranks share."""
+def this_device() -> dict[str, str | int]:
+    """Name and memory in bytes of the current device, and a GPU's `identity`, which two processes on one GPU have in common.
 
-    name: str
-    identity: str
-    memory_bytes: int
-    free_bytes: int
-
-
-def this_device() -> Device:
-    """The current device; of a CPU, the cores this process may use."""
+    Ranks share a CPU: it has the number of cores that this process may use, and no more.
+    """
     if not torch.cuda.is_available():
-        return Device(f"CPU ({len(os.sched_getaffinity(0))} cores)", "", 0, 0)
+        return {"name": f"CPU ({len(os.sched_getaffinity(0))} cores)"}
     free, total = torch.cuda.mem_get_info()
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return Device(properties.name, str(properties.uuid), total, free)
+    return {"name": properties.name, "identity": str(properties.uuid), "memory_bytes": total, "free_bytes": free}
 
 
 def free_memory_bytes() -> int:
-    """Memory that this process's host, or the control group a scheduler put it in, has left."""
-    available = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        if line.startswith("MemAvailable")
-    )
+    """Memory that is available on this process's host and in its control group, which a scheduler may limit."""
+    import psutil
+
+    available = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError, StopIteration):
         entries = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
         own = Path("/sys/fs/cgroup") / next(line[3:].lstrip("/") for line in entries if line.startswith("0::"))

@@ -1,4 +1,4 @@
-"""Signs of life to whoever watches a rank from outside, and its stack traces when asked. Nothing where nobody watches."""
+"""A rank's heartbeats and stack traces for the process that supervises it; does nothing without a supervisor."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import faulthandler
 import os
 import signal
 
-HEARTBEAT_VARIABLE = "RIM_DIST_HEARTBEAT_FD"  # a pipe of the process that watches
+HEARTBEAT_VARIABLE = "RIM_DIST_HEARTBEAT_FD"  # a pipe of the supervisor
 STACKS_VARIABLE = "RIM_DIST_STACKS"  # the file that takes stack traces
 STACKS_SIGNAL = signal.SIGUSR2
 
 
 def dump_stacks_on_signal() -> None:
-    """Write the stacks of all threads when STACKS_SIGNAL comes, also from a rank that waits in a collective."""
+    """Write the stacks of all threads on STACKS_SIGNAL, also while the rank waits in a collective."""
     if path := os.environ.get(STACKS_VARIABLE):
         try:
             file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # faulthandler keeps writing to it
@@ -24,7 +24,7 @@ def dump_stacks_on_signal() -> None:
 
 
 def send_heartbeat(what: str) -> None:
-    """Say that the run has come to `what`."""
+    """Tell the supervisor that the run has reached `what`."""
     if descriptor := os.environ.get(HEARTBEAT_VARIABLE):
-        with contextlib.suppress(OSError):  # a full pipe has enough signs in it
+        with contextlib.suppress(OSError):  # a full pipe has enough heartbeats in it
             os.write(int(descriptor), f"{what}\n".encode())

@@ -1,7 +1,7 @@
-"""Proof on a tiny model that this family, split over these ranks, computes what it computes whole.
+"""Parity check on a tiny model: this family, split over these ranks, computes what the unsplit model computes.
 
-The family's tensor parallel plan is transformers' word, and what ranks send depends on the launcher, the libraries and the
-network: all of it is tried before anything large is built.
+The tensor parallel plan comes from transformers, and what ranks send depends on the launcher, the libraries and the network:
+all of it is tested before anything large is built.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from rim_dist.parallel.mesh import Mesh
 from rim_dist.parallel.sequence import shard_row
 from rim_dist.parallel.tensor import TensorRank, slice_of, split_model, sum_shared_gradients
 
-_TOLERANCE = 1e-3  # a forgotten sum or a wrong factor is off by the order of 1; fp32 rounding by 1e-6, TF32's by 1e-4
+_TOLERANCE = 1e-3  # a missing sum or a wrong factor is off by the order of 1; fp32 rounding by 1e-6, TF32's by 1e-4
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest differences from the whole model: of the loss (relative), of a gradient (of the model's largest entry)."""
+    """Largest differences from the unsplit model: of the loss (relative), of a gradient (against the model's largest entry)."""
 
     loss: float
     gradient: float
@@ -38,14 +38,14 @@ class Parity:
 def check_parity(
     config: PretrainedConfig, mesh: Mesh, mode: Mode, path: Path, device: str, trust_remote_code: bool = False
 ) -> Parity:
-    """Loss and gradients of a tiny model of the family split over the mesh against the same model whole. Collective.
+    """Compare loss and gradients of a tiny model of the family, split over the mesh, with the same model unsplit. Collective.
 
     Raises ModelError on every rank if they differ by more than rounding explains.
     """
     tensor, sequence = mesh.degrees.tensor, mesh.degrees.sequence
     small = tiny_config(config, tensor, sequence if mode == "ulysses" else 1)
-    whole = tiny_model(small, trust_remote_code).to(device)
-    split = copy.deepcopy(whole)
+    full = tiny_model(small, trust_remote_code).to(device)
+    split = copy.deepcopy(full)
     if tensor > 1:
         split_model(split, TensorRank(mesh.coordinates.tensor, tensor, mesh.tensor_group))
         sum_shared_gradients(split)
@@ -53,18 +53,18 @@ def check_parity(
     batch = pack([row, row], block)
     # The layout alone decides what `flex` computes as well; compiling its kernels for a tiny model would take minutes.
     path = "split" if path == "flex" else path
-    expected = _loss(whole, batch.to(device), path)
+    expected = _loss(full, batch.to(device), path)
     found = all_reduce(_loss(split, shard_row(batch, mesh, mode).to(device), path), mesh.sequence_group)
-    wanted = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    wanted = {name: p.grad for name, p in full.named_parameters() if p.grad is not None}
     largest = max(float(gradient.abs().max()) for gradient in wanted.values())
     worst = torch.zeros(2, dtype=torch.float64, device=device)
     worst[0] = (found - expected).abs() / expected.abs()
     for name, parameter in split.named_parameters():
         gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         all_reduce(gradient, mesh.sequence_group)
-        part = slice_of(parameter)
+        own = slice_of(parameter)
         target = wanted.get(name, torch.zeros(()))
-        difference = gradient - (target.to(device) if part is None else part.of(target))
+        difference = gradient - (target.to(device) if own is None else own.of(target))
         worst[1] = torch.maximum(worst[1], difference.abs().max() / largest)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     result = Parity(*worst.tolist())

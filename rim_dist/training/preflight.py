@@ -1,22 +1,19 @@
-"""Before anything large is built: do ranks agree, do they reach each other, is there room, does a split model compute right?
+"""Checks before anything large is built: ranks agree and reach each other, disks have room, a split model computes correctly.
 
-First the ranks compare what they are and have through the job's store, since ranks that disagree would wait for each other in
-a collective. Then every kind of group sends something, and a tiny model runs split over them. Each check has a time-out and
-names who did not come to it. The result is the run's `preflight.json`.
+First the ranks compare versions, recipe, data and devices through the job's store: ranks that disagree would wait for each
+other in a collective. Then every kind of group sends something, and a tiny model runs split over the mesh. Each check has a
+time-out and names the ranks that did not enter it. The result is the run's `preflight.json`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import platform
 import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -30,6 +27,8 @@ from rim_dist.files import write_atomically
 from rim_dist.messages import say
 from rim_dist.model.requirements import Requirements
 from rim_dist.model.skeleton import skeleton
+from rim_dist.parallel.collectives import all_reduce, all_to_all
+from rim_dist.parallel.environment import package_versions
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.mesh import Mesh
 from rim_dist.training.hardware import free_memory_bytes, this_device
@@ -42,18 +41,17 @@ _LARGE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 def versions() -> dict[str, str]:
-    """What must be the same everywhere: Python, packages, and on GPUs CUDA and NCCL."""
-    found = {"rim_dist": rim_dist.__version__, "python": platform.python_version()}
-    found |= {name: metadata.version(name) for name in _PACKAGES}
+    """Versions that must be the same on every rank: Python, packages, and on GPUs CUDA and NCCL."""
+    found = {"rim_dist": rim_dist.__version__, **package_versions(_PACKAGES)}
     if torch.cuda.is_available():
         found |= {"cuda": str(torch.version.cuda), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
     return found
 
 
 def first_difference(values: list[dict[str, Any]], name: Callable[[list[int]], str]) -> str:
-    """The first field in which ranks' (nested) values differ, with both values and the ranks that have the rarer one.
+    """The first field in which ranks' (nested) values differ, with the values and the ranks that have the rarer ones.
 
-    Empty if there is none. `name`: ranks in words.
+    Empty if there is none. `name` formats ranks for the message.
     """
     flat = [_flat(value) for value in values]
     for field in dict.fromkeys(key for value in flat for key in value):
@@ -97,12 +95,12 @@ class Preflight:
             yield
         self._seconds += time.perf_counter() - began
 
-    # ---- what ranks are and have ---------------------------------------------------------------------------
+    # ---- what must agree, and what each rank has ------------------------------------------------------------
 
     def compare(self, requirements: Requirements, fingerprint: str, ds_config: dict[str, Any]) -> None:
-        """Versions, recipe, DeepSpeed configuration, data and devices must fit together, and a checkpoint on the disk.
+        """Compare versions, recipe, DeepSpeed configuration, data and devices of all ranks, and check the room on disks.
 
-        Needs no collective, so that it comes before the groups of the mesh. Raises TrainingError.
+        Needs no collective, so it can run before the groups of the mesh exist. Raises TrainingError.
         """
         recipe, process = self._recipe, self._process
         existing = next(p for p in (self._path, *self._path.absolute().parents) if p.is_dir())
@@ -115,46 +113,42 @@ class Preflight:
             "device": process.device.partition(":")[0],
         }
         own = {
-            "device": asdict(this_device()),
+            "device": this_device(),
             "memory_free_bytes": free_memory_bytes(),
             "disk_free_bytes": shutil.disk_usage(existing).free,
         }
         with self._check("the comparison of the ranks"):
-            if (monitor := process.monitor) is None:
-                verdict = self._note_hosts([own]) or self._lacking_room(requirements)
-            else:
-                verdict = ""
-                gathered = [json.loads(text) for text in monitor.gather(json.dumps([must_agree, own]))]
-                if process.is_first:
-                    verdict = (
-                        first_difference([fact[0] for fact in gathered], monitor.name)
-                        or self._note_hosts([fact[1] for fact in gathered])
-                        or self._lacking_room(requirements)
-                    )
-                verdict = monitor.broadcast(verdict)
-        if verdict:
-            raise TrainingError(verdict)
+            problem, monitor, gathered = "", process.monitor, [[must_agree, own]]
+            if monitor is not None:
+                gathered = [json.loads(text) for text in monitor.gather(json.dumps(gathered[0]))]
+                problem = first_difference([common for common, _ in gathered], monitor.name)
+            if process.is_first:
+                problem = problem or self._note_hosts([own for _, own in gathered]) or self._disk_problem(requirements)
+            if monitor is not None:
+                problem = monitor.broadcast(problem)
+        if problem:
+            raise TrainingError(problem)
         self.report["versions"] = must_agree["versions"]
         same = "versions, recipe and data are the same on all ranks; " if process.ranks > 1 else ""
-        self.say(same + self._room())
+        self.say(same + self._hosts_in_words())
 
-    def _note_hosts(self, facts: list[dict[str, Any]]) -> str:
-        """Take what the ranks have, host by host, into the report. Says so if two ranks have the same device."""
+    def _note_hosts(self, resources: list[dict[str, Any]]) -> str:
+        """Put the ranks' devices, memory and disk into the report, by host. Returns a problem if two ranks have one device."""
         hosts: dict[str, dict[str, Any]] = {}
         owners: dict[tuple[str, str], int] = {}
-        for rank, (host, fact) in enumerate(zip(self._process.hosts, facts, strict=True)):
-            device = fact.pop("device")
-            entry = hosts.setdefault(host, {"ranks": [], "devices": [], **fact})
+        for rank, (host, own) in enumerate(zip(self._process.hosts, resources, strict=True)):
+            device = own.pop("device")
+            entry = hosts.setdefault(host, {"ranks": [], "devices": [], **own})
             entry["ranks"].append(rank)
-            entry["devices"].append({key: value for key, value in device.items() if value})
-            owner = owners.setdefault((host, device["identity"]), rank)
-            if device["identity"] and owner != rank:
+            entry["devices"].append(device)
+            identity = device.get("identity")
+            if identity and (owner := owners.setdefault((host, identity), rank)) != rank:
                 return f"ranks {owner} and {rank} have the same {device['name']} of {host}; start one rank for each device"
         self.report["hosts"] = hosts
         return ""
 
-    def _lacking_room(self, requirements: Requirements) -> str:
-        """Says so if a host's disk clearly cannot take its part of a checkpoint."""
+    def _disk_problem(self, requirements: Requirements) -> str:
+        """Returns a problem if a host's disk clearly has no room for its shards of a checkpoint."""
         complete = store.complete_checkpoints(self._recipe.folder / "checkpoints")
         if complete and store.read_state(complete[-1]).finished:
             return ""
@@ -162,14 +156,14 @@ class Preflight:
         needed = _STATE_BYTES * sum(p.numel() for p in model.parameters() if p.requires_grad)
         for host, entry in self.report["hosts"].items():
             count, free = len(entry["ranks"]), entry["disk_free_bytes"]
-            if free < (share := needed * count / self._process.ranks):
+            if free < (shards := needed * count / self._process.ranks):
                 return (
-                    f"{self._recipe.folder}: a checkpoint takes at least {_gib(share)} for the {count} rank(s) on {host}, "
+                    f"{self._recipe.folder}: a checkpoint takes at least {_gib(shards)} for the {count} rank(s) on {host}, "
                     f"{_gib(free)} are free; make room and start the same command again"
                 )
         return ""
 
-    def _room(self) -> str:
+    def _hosts_in_words(self) -> str:
         hosts = self.report.get("hosts", {})  # the first rank's
         shown = (
             f"{host}: {len(entry['ranks'])} x {entry['devices'][0]['name']}, {_gib(entry['memory_free_bytes'])} of memory and "
@@ -178,7 +172,7 @@ class Preflight:
         )
         return "; ".join(shown) + (f"; and {len(hosts) - 8} more hosts" if len(hosts) > 8 else "")
 
-    # ---- what ranks send each other --------------------------------------------------------------------------
+    # ---- communication ----------------------------------------------------------------------------------------
 
     def try_links(self, mesh: Mesh) -> None:
         """Time all-reduce and all-to-all in every kind of group; the report has the slowest group of each kind."""
@@ -187,9 +181,10 @@ class Preflight:
         kinds = {"tensor": mesh.tensor_group, "sequence": mesh.sequence_group, "shards": mesh.shard_group}
         groups = {kind: group for kind, group in kinds.items() if group is not None} | {"world": dist.group.WORLD}
         device = self._process.device
+        operations: dict[str, Callable[..., Any]] = {"all-reduce": all_reduce, "all-to-all": all_to_all}
         times = []
         for kind, group in groups.items():
-            for name, send in (("all-reduce", _all_reduce), ("all-to-all", _all_to_all)):
+            for name, send in operations.items():
                 with self._check(f"the {name} of the {kind} group{'s' if kind != 'world' else ''}"):
                     small, large = (_buffer(group, size, device) for size in (4, _LARGE_BYTES[device.partition(":")[0]]))
                     times.append(_median_seconds(functools.partial(send, small, group), device, _SMALL_TIMES))
@@ -198,24 +193,22 @@ class Preflight:
         with self._check("the comparison of the times"):
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         found = iter(slowest.tolist())
-        links: dict[str, Any] = {}
+        links: dict[str, dict[str, Any]] = {}
         for kind, group in groups.items():
             links[kind] = {"ranks": dist.get_world_size(group)}
-            for name in ("all_reduce", "all_to_all"):
-                links[kind][name] = {"seconds": next(found), "bytes_per_second": 1 / next(found)}
-            shown = (
-                f"{name.replace('_', '-')} {1e3 * links[kind][name]['seconds']:.2f} ms, "
-                f"{links[kind][name]['bytes_per_second'] / 1e9:.2f} GB/s"
-                for name in ("all_reduce", "all_to_all")
-            )
+            shown = []
+            for name in operations:
+                seconds, rate = next(found), 1 / next(found)
+                links[kind][name.replace("-", "_")] = {"seconds": seconds, "bytes_per_second": rate}
+                shown.append(f"{name} {1e3 * seconds:.2f} ms, {rate / 1e9:.2f} GB/s")
             self.say(f"{kind} ({links[kind]['ranks']} ranks): {'; '.join(shown)}")
         self.report["links"] = links
 
     def check_parity(self, requirements: Requirements, mesh: Mesh) -> None:
-        """A tiny model of the family, split as the run's will be, against itself whole. Raises ModelError."""
+        """Compare a tiny model of the family, split as the run's model will be, with itself unsplit. Raises ModelError."""
         if mesh.degrees.tensor == mesh.degrees.sequence == 1:
             return
-        with self._check("the rehearsal with a tiny model"):
+        with self._check("the parity check with a tiny model"):
             found = check_parity(
                 requirements.config,
                 mesh,
@@ -234,7 +227,7 @@ class Preflight:
     # ---- the end -----------------------------------------------------------------------------------------------
 
     def finish(self, tokens: int, seconds: float, loss: float | None, memory_bytes: int) -> None:
-        """Note the batch that the engine ran without weight, and put all that is known into the run's folder (first rank)."""
+        """Add the engine's batch without weight to the report, and write the report into the run's folder (first rank)."""
         self._seconds += seconds
         self.report["dry_batch"] = {"tokens": tokens, "seconds": seconds, "loss": loss, "memory_bytes": memory_bytes}
         self.report["seconds"] = self._seconds
@@ -256,15 +249,7 @@ def _buffer(group: Any, size_bytes: int, device: str) -> torch.Tensor:
     return torch.zeros(max(1, size_bytes // 4 // ranks) * ranks, device=device)
 
 
-def _all_reduce(buffer: torch.Tensor, group: Any) -> None:
-    dist.all_reduce(buffer, group=group)
-
-
-def _all_to_all(buffer: torch.Tensor, group: Any) -> None:
-    dist.all_to_all_single(torch.empty_like(buffer), buffer, group=group)
-
-
-def _median_seconds(send: Callable[[], None], device: str, times: int) -> float:
+def _median_seconds(send: Callable[[], Any], device: str, times: int) -> float:
     def timed() -> float:
         began = time.perf_counter()
         send()
