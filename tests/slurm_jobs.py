@@ -140,7 +140,7 @@ def complete(cluster: Cluster, job: str, run: Path, seconds: float) -> None:
 
 
 def rank_processes(run: Path, rank: int) -> list[int]:
-    """Process ids of a rank of the newest start, without the process around it."""
+    """Process ids of a rank of the newest attempt, without its supervisor."""
     start = str(attempts_of(run)[-1].folder.resolve())
     found = []
     for folder in Path("/proc").glob("[0-9]*"):

@@ -1,4 +1,4 @@
-"""The mesh without processes: who stands where, who shares what, the table, and degrees that cannot be."""
+"""The mesh without processes: coordinates, groups, the table, and degrees that are refused."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ MESHES = [Degrees(*d) for d in ((1, 1, 1), (2, 1, 1), (1, 3, 2), (2, 2, 2), (4, 
 
 
 @pytest.mark.parametrize("degrees", MESHES, ids=str)
-def test_every_rank_has_one_place(degrees: Degrees) -> None:
-    places = [degrees.coordinates(rank) for rank in range(degrees.ranks)]
-    assert [degrees.rank_of(place) for place in places] == list(range(degrees.ranks))
-    assert len(set(places)) == degrees.ranks == degrees.tensor * degrees.shards
-    assert places == sorted(places)  # tensor innermost, then sequence, then data
+def test_every_rank_has_its_own_coordinates(degrees: Degrees) -> None:
+    coordinates = [degrees.coordinates(rank) for rank in range(degrees.ranks)]
+    assert [degrees.rank_of(at) for at in coordinates] == list(range(degrees.ranks))
+    assert len(set(coordinates)) == degrees.ranks == degrees.tensor * degrees.shards
+    assert coordinates == sorted(coordinates)  # tensor innermost, then sequence, then data
     for kind in ("tensor", "sequence", "data"):
         groups = groups_of(degrees, kind)
         assert sorted(rank for group in groups for rank in group) == list(range(degrees.ranks))
@@ -31,7 +31,7 @@ def test_every_rank_has_one_place(degrees: Degrees) -> None:
             assert len({degrees.coordinates(rank)._replace(**{kind: 0}) for rank in group}) == 1
 
 
-def test_neighbours_share_matrices() -> None:
+def test_tensor_ranks_are_consecutive() -> None:
     degrees = Degrees(tensor=2, sequence=3, data=2)
     assert groups_of(degrees, "tensor")[:2] == [[0, 1], [2, 3]]
     assert groups_of(degrees, "sequence")[:2] == [[0, 2, 4], [1, 3, 5]]
@@ -66,7 +66,7 @@ def test_table() -> None:
     ("degrees", "nodes", "named"),
     [
         (Degrees(tensor=4, data=1), ["a", "a", "b", "b"], "0 on a, 1 on a, 2 on b, 3 on b"),
-        (Degrees(tensor=2, data=2), ["a", "b", "a", "b"], "0 on a, 1 on b"),  # ranks dealt out in turn
+        (Degrees(tensor=2, data=2), ["a", "b", "a", "b"], "0 on a, 1 on b"),  # ranks assigned in turn
         (Degrees(tensor=2, data=3), ["a", "a", "a", "b", "b", "b"], "2 on a, 3 on b"),  # an odd number on a node
     ],
     ids=["wide", "in turn", "odd"],
@@ -87,7 +87,7 @@ def test_tensor_groups_over_nodes_are_warned_of(degrees: Degrees, nodes: list[st
         (2, 1, 7, "takes 2; the nearest that can: 6 or 8 ranks, or parallel.tensor 1 with parallel.sequence 1 on 7 ranks"),
     ],
 )
-def test_ranks_that_cannot_be_dealt_out(recipe_file: Make, tensor: int, sequence: int, ranks: int, message: str) -> None:
+def test_ranks_that_cannot_be_divided(recipe_file: Make, tensor: int, sequence: int, ranks: int, message: str) -> None:
     recipe = load_recipe(recipe_file(parallel={"tensor": tensor, "sequence": sequence}))
     with pytest.raises(ConfigError, match=f"^{ranks} ranks cannot be divided: .*({message})$"):
         fit_degrees(recipe, ranks)

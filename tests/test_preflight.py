@@ -159,7 +159,7 @@ def test_links_of_every_kind_of_group_are_timed(tmp_path: Path) -> None:
 
 
 def test_rank_that_does_not_come_to_a_link_is_named(tmp_path: Path) -> None:
-    """Also by ranks that wait for its neighbour in a later check: that one waits for it in its tensor group."""
+    """Also by ranks that wait in a later check for a rank of its tensor group, which waits for it."""
     job = Job(_try_links, 4, tmp_path, str(tmp_path), True)
     assert job.statuses[:3] == [75] * 3, job.said
     for rank in range(3):

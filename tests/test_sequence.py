@@ -1,4 +1,4 @@
-"""How a packed row is dealt to the ranks of a sequence group, and what each then computes; no process group needed."""
+"""How a packed row is split over the ranks of a sequence group, and what each then computes; no process group needed."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def random_row(pick: random.Random, size: int) -> Row:
 def costs(batch: Batch, ranks: int) -> list[int]:
     """Pairs of a query and a key it sees, by rank."""
     seen = torch.cat([_keys_seen(span) for span in batch.layout.spans])
-    dealt = divide_balanced(seen, ranks)
-    assert len({len(dealt.tokens(rank)) for rank in range(ranks)}) == 1
-    return [int(seen[tokens[tokens < len(seen)]].sum()) for tokens in map(dealt.tokens, range(ranks))]
+    division = divide_balanced(seen, ranks)
+    assert len({len(division.tokens(rank)) for rank in range(ranks)}) == 1
+    return [int(seen[tokens[tokens < len(seen)]].sum()) for tokens in map(division.tokens, range(ranks))]
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

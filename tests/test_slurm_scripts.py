@@ -135,7 +135,7 @@ def test_ranks_must_fit(recipe_file: Make) -> None:
         fit_degrees(recipe, 17)
 
 
-# ---- places ------------------------------------------------------------------------------------------------
+# ---- ranks, cores, nodes --------------------------------------------------------------------------------
 
 
 def test_every_launcher_is_mapped() -> None:
@@ -154,7 +154,7 @@ def test_every_launcher_is_mapped() -> None:
     assert read_rank_info({**slurm, **mpi}) == RankInfo(2, 4, 1, 2, "openmpi")
 
 
-def test_cores_are_dealt_where_a_task_holds_several_ranks() -> None:
+def test_cores_are_divided_where_a_task_holds_several_ranks() -> None:
     cores = set(range(10, 18))
     parts = [cores_of_rank(RankInfo(rank, 4, rank, 4, "torch"), cores) for rank in range(4)]
     assert parts == [{10, 11}, {12, 13}, {14, 15}, {16, 17}]
@@ -220,7 +220,7 @@ def test_node_that_cannot_reach_the_head_says_so(tmp_path: Path, capsys: pytest.
     assert "cannot reach 127.0.0.1" in capsys.readouterr().err
 
 
-# ---- starts ------------------------------------------------------------------------------------------------
+# ---- attempts ----------------------------------------------------------------------------------------------
 
 
 def begin(recipe: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -275,7 +275,7 @@ def test_chain_ends_where_a_job_of_it_failed(recipe_file: Make) -> None:
 
 
 def test_rank_is_logged_with_time_host_and_rank_and_without_secrets(tmp_path: Path) -> None:
-    """The process around a rank: the wrong recipe's name, which holds a secret, reaches the log without it."""
+    """The supervisor of a rank: the wrong recipe's name, which holds a secret, reaches the log without it."""
     (tmp_path / "start.json").write_text(json.dumps({"job": "1"}))
     secret = "hf_0123456789"
     variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}

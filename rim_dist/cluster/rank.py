@@ -224,10 +224,5 @@ def _kernel_state(pid: int) -> str:
     return ", ".join(found)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    return RankSupervisor([a for a in arguments if not a.startswith("--local_rank=")]).run()
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(RankSupervisor(sys.argv[1:]).run())
