@@ -14,6 +14,7 @@ from pathlib import Path
 from rim_dist.config import Recipe
 from rim_dist.errors import ConfigError
 from rim_dist.parallel.degrees import fit_degrees
+from rim_dist.parallel.environment import shipped_folder
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,12 @@ def parse_options(arguments: Sequence[str], origin: str) -> dict[str, str]:
     return found
 
 
-def slurm_folder() -> Path:
-    """`slurm/`: beside the package in a checkout, inside it in an installed wheel."""
-    package = Path(__file__).parents[1]
-    beside = package.parent / "slurm"
-    return beside if (beside / "lib.sh").is_file() else package / "slurm"
-
-
 def _site_options(site: str | None) -> dict[str, str]:
     """sbatch options of a site's settings, as lib.sh reads them. `site`: their file; None: lib.sh finds it."""
     if site is not None and not Path(site).is_file():
         raise ConfigError(f"--site: {site}: no such file (slurm/site.env.example shows one)")
     environment = {**os.environ, **({"RIM_SITE": str(Path(site).resolve())} if site else {})}
-    script = ["bash", "-c", 'source "$1" && rim_site && rim_site_arguments', "bash", str(slurm_folder() / "lib.sh")]
+    script = ["bash", "-c", 'source "$1" && rim_site && rim_site_arguments', "bash", str(shipped_folder("slurm") / "lib.sh")]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"{site or os.environ.get('RIM_SITE', 'site.env')}: bash cannot read it ({done.stderr.strip()})")
@@ -60,7 +54,7 @@ def _site_options(site: str | None) -> dict[str, str]:
 
 def _template() -> tuple[dict[str, str], str]:
     """The options of slurm/train.sbatch and what comes after them."""
-    path = slurm_folder() / "train.sbatch"
+    path = shipped_folder("slurm") / "train.sbatch"
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except OSError as error:
@@ -101,7 +95,7 @@ def render(recipe: Recipe, request: Request, chain: str = "") -> str:
     """
     options, nodes, ranks_per_node = _options(recipe, request)
     fit_degrees(recipe, nodes * ranks_per_node)
-    settings = {"RIM_SLURM": str(slurm_folder())}
+    settings = {"RIM_SLURM": str(shipped_folder("slurm"))}
     if request.site:
         settings["RIM_SITE"] = str(Path(request.site).resolve())
     if request.launcher:

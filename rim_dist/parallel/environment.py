@@ -1,4 +1,4 @@
-"""What a process finds around it: the rank its launcher gave it, its host, cores, network interface and package versions."""
+"""What a process finds around it: its rank from the launcher, host, cores, network interface, packages and their files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 # Each launcher's names of rank, world size, local rank and ranks on the node. The first launcher whose names are all set is
 # taken: mpirun starts its daemons with srun, so its ranks also see the SLURM variables of the daemon.
@@ -95,3 +96,9 @@ def package_versions(packages: Iterable[str]) -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
+
+
+def shipped_folder(name: str) -> Path:
+    """`ds_configs/` or `slurm/`: inside the package in an installed wheel, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    return package / name if (package / name).is_dir() else package.parent / name

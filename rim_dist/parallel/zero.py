@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rim_dist.config import Recipe
 from rim_dist.errors import ConfigError
+from rim_dist.parallel.environment import shipped_folder
 from rim_dist.parallel.mesh import Mesh, ModelParallelUnit
 
 if TYPE_CHECKING:
@@ -48,17 +47,11 @@ def shipped_config(recipe: Recipe) -> str:
     return f"{name}.json"
 
 
-def _shipped_folder() -> Traversable:
-    """`ds_configs/`: beside the package in a checkout, inside it in an installed wheel."""
-    beside = Path(__file__).parents[2] / "ds_configs"
-    return beside if beside.is_dir() else resources.files("rim_dist") / "ds_configs"
-
-
 def _read(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     own = recipe.parallel.deepspeed_config
     if own is None:
         name = shipped_config(recipe)
-        return name, json.loads(_shipped_folder().joinpath(name).read_text(encoding="utf-8"))
+        return name, json.loads((shipped_folder("ds_configs") / name).read_text(encoding="utf-8"))
     try:
         tree = json.loads(Path(own).read_text(encoding="utf-8"))
     except FileNotFoundError:
