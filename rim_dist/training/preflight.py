@@ -76,7 +76,7 @@ def _short(text: str) -> str:
 
 
 class Preflight:
-    """The checks of one start. Every method is collective and raises the same error on every rank."""
+    """The checks before a run. Every method is collective and raises the same error on every rank."""
 
     def __init__(self, recipe: Recipe, process: Process) -> None:
         self._recipe, self._process = recipe, process
