@@ -41,6 +41,8 @@ setup(
         "rich>=15",
         "matplotlib>=3.11",
         "numpy>=2",
+        "scipy>=1.17",
+        "scikit-learn>=1.9",
         "filelock>=3",
         "psutil>=6",
         "xxhash>=3.5",

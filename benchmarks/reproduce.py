@@ -319,14 +319,14 @@ def latencies(plan: Plan, names: dict[str, str], questions: int) -> dict[str, di
     from rim_dist.config import ColumnsSection
     from rim_dist.evaluation.evaluate import evaluation_samples
     from rim_dist.evaluation.latency import latency_summary, measure_latency
-    from rim_dist.evaluation.opened import open_export
+    from rim_dist.evaluation.loading import load_for_evaluation
     from rim_dist.methods import method_of
     from rim_dist.model.generation import Decoding
     from rim_dist.recipe import load_recipe
     from rim_dist.tokens import prompt_ids
 
     torch.set_num_threads(1 if plan.scale.base else os.cpu_count() or 1)
-    opened = {method: open_export(plan.folder(name) / "hf") for method, name in names.items()}
+    opened = {method: load_for_evaluation(plan.folder(name) / "hf") for method, name in names.items()}
     recipes = {method: load_recipe(plan.folder(name) / "recipe.yaml") for method, name in names.items()}
     recipe = next(iter(recipes.values()))
     data = recipe.evaluation.data or "synthetic"

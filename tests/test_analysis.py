@@ -1,4 +1,4 @@
-"""What blocks do: principal components, attention shares, exchanged and left-out blocks, each against a slow way."""
+"""What blocks do: principal components, attention mass, exchanged and left-out blocks, each against a slow way."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from asked import BLOCKS, write_model
+from tiny_export import BLOCKS, write_model
 
 from rim_dist.cli import main
 from rim_dist.config import ColumnsSection
 from rim_dist.evaluation.analysis import spaced
-from rim_dist.evaluation.attention_shares import attention_shares
+from rim_dist.evaluation.attention_mass import attention_mass
 from rim_dist.evaluation.evaluate import evaluation_samples
-from rim_dist.evaluation.opened import ExportedModel, open_export
+from rim_dist.evaluation.loading import LoadedModel, load_for_evaluation
 from rim_dist.evaluation.patching import exchange_blocks, exchanged_answers
-from rim_dist.evaluation.pca import principal_components, variance_shares
+from rim_dist.evaluation.states import principal_axes, project, variance_fractions
 from rim_dist.model.generation import Decoding, answer_texts, generate_ids
 from rim_dist.tokens import prompt_ids
 
@@ -30,8 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def export(folder: Path) -> ExportedModel:
-    return open_export(folder)
+def export(folder: Path) -> LoadedModel:
+    return load_for_evaluation(folder)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def questions() -> list[str]:
     return [s.question for s in evaluation_samples("synthetic", "auto", 24, ColumnsSection(), 4)]
 
 
-def equally_long(export: ExportedModel, questions: list[str]) -> torch.Tensor:
+def equally_long(export: LoadedModel, questions: list[str]) -> torch.Tensor:
     prompts = prompt_ids(export.tokenizer, questions, BLOCKS)
     lengths = [len(p) for p in prompts]
     most = max(set(lengths), key=lengths.count)
@@ -51,33 +51,34 @@ def test_components_of_a_planted_plane() -> None:
     axes = torch.linalg.qr(torch.randn(12, 2, generator=generator, dtype=torch.float64)).Q.T
     places = torch.randn(30, 4, 2, generator=generator, dtype=torch.float64) * torch.tensor([5.0, 2.0], dtype=torch.float64)
     states = places @ axes + 3
-    found = principal_components(states.float())
-    assert sum(found.explained) == pytest.approx(1, abs=1e-6)
-    assert found.explained[0] > found.explained[1]
-    assert torch.allclose((found.axes @ axes.T).abs(), torch.eye(2, dtype=torch.float64), atol=0.2)
-    back = found.project(states) @ found.axes + found.mean
+    found = principal_axes(states.float())
+    explained, found_axes = found.explained_variance_ratio_, torch.from_numpy(found.components_)
+    assert sum(explained) == pytest.approx(1, abs=1e-6)
+    assert explained[0] > explained[1]
+    assert torch.allclose((found_axes @ axes.T).abs(), torch.eye(2, dtype=torch.float64), atol=0.2)
+    back = project(found, states) @ found_axes + torch.from_numpy(found.mean_)
     assert torch.allclose(back, states, atol=1e-5)
-    assert torch.equal(principal_components(-states.float()).axes, found.axes) or torch.allclose(
-        principal_components(-states.float()).axes, found.axes, atol=1e-5
-    )  # the sign is not the solver's whim
+    assert bool((found_axes.gather(1, found_axes.abs().argmax(dim=1, keepdim=True)) > 0).all())
+    mirrored = torch.from_numpy(principal_axes(-states.float()).components_)
+    assert torch.allclose(mirrored, found_axes, atol=1e-5)  # the sign is not the solver's whim
 
 
 def test_variance_divides() -> None:
     generator = torch.Generator().manual_seed(0)
     block, question = torch.randn(1, 5, 8, generator=generator), torch.randn(40, 1, 8, generator=generator)
-    shares = variance_shares((block + 0 * question).expand(40, 5, 8))
+    shares = variance_fractions((block + 0 * question).expand(40, 5, 8))
     assert shares == pytest.approx({"blocks": 1, "questions": 0, "both": 0}, abs=1e-6)
-    shares = variance_shares(block * 0 + question)
+    shares = variance_fractions(block * 0 + question)
     assert shares == pytest.approx({"blocks": 0, "questions": 1, "both": 0}, abs=1e-6)
-    assert variance_shares(block + question)["both"] == pytest.approx(0, abs=1e-6)
-    mixed = variance_shares(block * question)
+    assert variance_fractions(block + question)["both"] == pytest.approx(0, abs=1e-6)
+    mixed = variance_fractions(block * question)
     assert mixed["both"] > 0.3
     assert sum(mixed.values()) == pytest.approx(1)
 
 
-def test_attention_shares_of_one_prompt_by_hand(export: ExportedModel, questions: list[str]) -> None:
+def test_attention_mass_of_one_prompt_by_hand(export: LoadedModel, questions: list[str]) -> None:
     prompts = prompt_ids(export.tokenizer, [questions[0], "red " + questions[1], "a door"], BLOCKS)
-    together = attention_shares(export.model, export.tokenizer, prompts, SIZE, BLOCKS)
+    together = attention_mass(export, prompts)
     assert export.model.config._attn_implementation == "sdpa"
     layers = export.model.config.num_hidden_layers
     expected = torch.zeros(layers, BLOCKS, 1 + BLOCKS, dtype=torch.float64)
@@ -100,7 +101,7 @@ def test_attention_shares_of_one_prompt_by_hand(export: ExportedModel, questions
     assert float(together[:, 0, 2:].abs().max()) == 0  # no block sees a later one
 
 
-def hooked_first_token(export: ExportedModel, row: torch.Tensor, donor: torch.Tensor, places: slice) -> int:
+def hooked_first_token(export: LoadedModel, row: torch.Tensor, donor: torch.Tensor, places: slice) -> int:
     """The first token of the answer to `row` when every layer's keys and values at `places` are those of `donor`'s run."""
     kept: dict[Any, torch.Tensor] = {}
     projections = [p for layer in export.model.model.layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
@@ -122,12 +123,12 @@ def hooked_first_token(export: ExportedModel, row: torch.Tensor, donor: torch.Te
     return int(logits.argmax())
 
 
-def test_exchanged_blocks_against_hooks(export: ExportedModel, questions: list[str]) -> None:
+def test_exchanged_blocks_against_hooks(export: LoadedModel, questions: list[str]) -> None:
     """One pass over the whole prompt in which later blocks see the donor's keys and values."""
     ids = equally_long(export, questions)[:8]
     donors = torch.arange(len(ids)).roll(-1)
     one = Decoding(1)
-    texts = exchanged_answers(export.model, export.tokenizer, ids, donors, SIZE, BLOCKS, one)
+    texts = exchanged_answers(export, ids, donors, one)
     question = ids.shape[1] - BLOCKS * SIZE
     changed = 0
     for k in range(1, BLOCKS):
@@ -140,10 +141,10 @@ def test_exchanged_blocks_against_hooks(export: ExportedModel, questions: list[s
     assert texts[f"block {BLOCKS}"] == texts["all"] == [texts["own"][d] for d in donors.tolist()]
 
 
-def test_left_out_blocks_and_no_exchange(export: ExportedModel, questions: list[str]) -> None:
+def test_left_out_blocks_and_no_exchange(export: LoadedModel, questions: list[str]) -> None:
     ids = equally_long(export, questions)[:6]
     itself = torch.arange(len(ids))
-    texts = exchanged_answers(export.model, export.tokenizer, ids, itself, SIZE, BLOCKS, Decoding(4))
+    texts = exchanged_answers(export, ids, itself, Decoding(4))
     plain = [generate_ids(export.model, export.tokenizer, [row.tolist()], Decoding(4))[0] for row in ids]
     assert texts["own"] == answer_texts(export.tokenizer, plain, Decoding(4))
     for name in (*(f"block {k}" for k in range(1, BLOCKS + 1)), "all"):
@@ -167,15 +168,15 @@ def test_left_out_blocks_and_no_exchange(export: ExportedModel, questions: list[
     assert texts["without 1"] == answer_texts(export.tokenizer, expected, Decoding(4))
 
 
-def test_exchange_shares(export: ExportedModel, questions: list[str]) -> None:
+def test_exchange_fractions(export: LoadedModel, questions: list[str]) -> None:
     prompts = prompt_ids(export.tokenizer, questions, BLOCKS)
-    figures = exchange_blocks(export.model, export.tokenizer, prompts, SIZE, BLOCKS, Decoding(4, 5))
+    figures = exchange_blocks(export, prompts, Decoding(4, 5))
     assert 0 < figures["pairs"] <= len(prompts)
     assert [entry["blocks"] for entry in figures["exchanged"]] == ["block 1", "block 2", "block 3", "all"]
     for entry in figures["exchanged"]:
         assert entry["own"] + entry["donor"] + entry["other"] == pytest.approx(1)
     assert [entry["block"] for entry in figures["left_out"]] == [1, 2, 3]
-    alone = exchange_blocks(export.model, export.tokenizer, prompts[:1] * 3, SIZE, BLOCKS, Decoding(4))
+    alone = exchange_blocks(export, prompts[:1] * 3, Decoding(4))
     assert alone == {"pairs": 0, "exchanged": [], "left_out": []}  # equal answers say nothing
 
 

@@ -159,7 +159,7 @@ def test_a_new_format_is_one_file(
     tmp_path: Path, recipe_file: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file in `rim_dist/data/formats` is enough: for recipes, their check, data, evaluation, commands and the reference."""
-    from asked import write_model
+    from tiny_export import write_model
 
     import config_reference
 
@@ -182,8 +182,8 @@ def test_a_new_format_is_one_file(
     with pytest.raises(ConfigError, match=r"evaluation\.format: 'tab' is not allowed; allowed: auto, "):
         load_recipe(path, ["evaluation.format=tab"])
     model = write_model(tmp_path / "hf")
-    asked = ["evaluate", str(model), str(file), "--samples", "5", "--timed", "1", "--max-new-tokens", "4"]
-    assert main([*asked, "--format", "tabs"]) == main(asked) == 0
+    command = ["evaluate", str(model), str(file), "--samples", "5", "--timed", "1", "--max-new-tokens", "4"]
+    assert main([*command, "--format", "tabs"]) == main(command) == 0
     assert "- `tabs`: Lines of question, steps and answer between tabs." in config_reference.reference()
 
 

@@ -11,26 +11,26 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
+import scipy.stats
 import torch
-from asked import BLOCKS, write_model
 from safetensors.torch import load_file
+from tiny_export import BLOCKS, write_model
 
 from rim_dist.cli import main
 from rim_dist.config import ColumnsSection
 from rim_dist.data.samples import Sample
 from rim_dist.errors import DataError
+from rim_dist.evaluation.block_budgets import measure_budgets
+from rim_dist.evaluation.comparison import compare_paired, mcnemar, select_by_splits
 from rim_dist.evaluation.early_exit import answer_stepwise
 from rim_dist.evaluation.evaluate import block_answers, evaluation_samples, sampled_pass_at_k
 from rim_dist.evaluation.latency import answer_place, measure_latency
-from rim_dist.evaluation.opened import ExportedModel, open_export
-from rim_dist.evaluation.probe import Probe, chosen_blocks, exit_blocks, fit_probe, halves, judge_probe
-from rim_dist.evaluation.ranking import auprc, auroc
+from rim_dist.evaluation.loading import LoadedModel, load_for_evaluation
+from rim_dist.evaluation.probe import Probe, auprc, auroc, chosen_blocks, exit_blocks, fit_probe, halves, judge_probe
 from rim_dist.evaluation.scoring import extract_answer
-from rim_dist.evaluation.significance import compare_paired, mcnemar
-from rim_dist.evaluation.splits import select_by_splits
 from rim_dist.evaluation.states import block_states
-from rim_dist.evaluation.sweep import sweep
 from rim_dist.model.generation import Decoding, Sampling, answer_texts, generate_ids
 from rim_dist.tokens import prompt_ids
 
@@ -43,12 +43,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def export(folder: Path) -> ExportedModel:
-    return open_export(folder)
+def export(folder: Path) -> LoadedModel:
+    return load_for_evaluation(folder)
 
 
 @pytest.fixture(scope="module")
-def samples(export: ExportedModel) -> list[Sample]:
+def samples(export: LoadedModel) -> list[Sample]:
     """40 questions of unlike lengths; the target of three in four is what the model says after one of the blocks."""
     walks = evaluation_samples("synthetic", "auto", 40, ColumnsSection(), 4)
     questions = [w.question + " red" * (i % 3) for i, w in enumerate(walks)]
@@ -67,12 +67,11 @@ def questions_file(samples: list[Sample], tmp_path_factory: pytest.TempPathFacto
 # ---- states, stopping early, sampling, latency ---------------------------------------------------------------
 
 
-def test_states_of_all_blocks_from_one_prefill(export: ExportedModel) -> None:
+def test_states_of_all_blocks_from_one_prefill(export: LoadedModel) -> None:
     """The state after block k = the last state of a plain run of the prompt with k blocks."""
     questions = ["the black hall", "a door", "From the attic take red blue pink."]
-    size = export.block_size()
-    assert size == 4
-    states = block_states(export.model, export.tokenizer, prompt_ids(export.tokenizer, questions, BLOCKS), size, BLOCKS, 2)
+    assert export.block_size == 4
+    states = block_states(export, export.prompts(questions), 2)
     assert states.shape == (3, BLOCKS, export.model.config.hidden_size)
     for k in range(1, BLOCKS + 1):
         for i, prompt in enumerate(prompt_ids(export.tokenizer, questions, k)):
@@ -83,19 +82,18 @@ def test_states_of_all_blocks_from_one_prefill(export: ExportedModel) -> None:
             assert torch.allclose(export.model.lm_head(states[i, k - 1]), output.logits[0, -1], atol=1e-4)
 
 
-def test_stopping_early_gives_the_answer_of_that_budget(export: ExportedModel, samples: list[Sample]) -> None:
-    size = export.block_size()
-    block = prompt_ids(export.tokenizer, ["?"], 1)[0][-size:]
+def test_stopping_early_gives_the_answer_of_that_budget(export: LoadedModel, samples: list[Sample]) -> None:
+    block = prompt_ids(export.tokenizer, ["?"], 1)[0][-export.block_size :]
     hidden = export.model.config.hidden_size
     generator = torch.Generator().manual_seed(0)
     probe = Probe(torch.zeros(hidden), torch.ones(hidden), torch.randn(hidden, generator=generator).double(), 0.0, 1.0)
     used = set()
     for sample in samples[:12]:
         (question,) = prompt_ids(export.tokenizer, [sample.question], 0)
-        states = block_states(export.model, export.tokenizer, [question + block * BLOCKS], size, BLOCKS)
+        states = block_states(export, [question + block * BLOCKS])
         expected = int(exit_blocks(probe.probabilities(states), 0.7)[0]) + 1
-        early = answer_stepwise(export.model, export.tokenizer, question, block, BLOCKS, DECODING, probe, 0.7)
-        whole = answer_stepwise(export.model, export.tokenizer, question, block, BLOCKS, DECODING)
+        early = answer_stepwise(export, question, block, DECODING, probe, 0.7)
+        whole = answer_stepwise(export, question, block, DECODING)
         assert (early.blocks, whole.blocks) == (expected, BLOCKS)
         for answer in (early, whole):
             prompts = prompt_ids(export.tokenizer, [sample.question], answer.blocks)
@@ -105,7 +103,7 @@ def test_stopping_early_gives_the_answer_of_that_budget(export: ExportedModel, s
     assert used == {1, 2, 3}
 
 
-def test_sampled_answers_depend_on_the_seed_alone(export: ExportedModel, samples: list[Sample]) -> None:
+def test_sampled_answers_depend_on_the_seed_alone(export: LoadedModel, samples: list[Sample]) -> None:
     prompts = prompt_ids(export.tokenizer, [s.question for s in samples[:3]])
     draw = [
         generate_ids(export.model, export.tokenizer, prompts, DECODING, Sampling(4, temperature, seed))
@@ -123,7 +121,7 @@ def test_sampled_answers_depend_on_the_seed_alone(export: ExportedModel, samples
     assert figures == {"1": accuracy, "2": accuracy, "3": accuracy}
 
 
-def test_where_an_answer_starts(export: ExportedModel) -> None:
+def test_where_an_answer_starts(export: LoadedModel) -> None:
     names = export.tokenizer
     steps = names("kitchen garden", add_special_tokens=False)["input_ids"]
     answer = names("#### hall", add_special_tokens=False)["input_ids"]
@@ -143,7 +141,7 @@ def test_states_are_what_the_head_reads(family: str) -> None:
     model = build(family).eval()
     prompts = [[7, 3, 9] + BLOCK * 2, [5] + BLOCK * 2]
     names: Any = SimpleNamespace(eos_token_id=93, pad_token_id=0, bos_token_id=None)
-    states = block_states(model, names, prompts, len(BLOCK), 2)
+    states = block_states(LoadedModel(model, names, 2, len(BLOCK)), prompts)
     for i, prompt in enumerate(prompts):
         for k, ids in enumerate((prompt[: -len(BLOCK)], prompt)):
             with torch.no_grad():
@@ -151,7 +149,7 @@ def test_states_are_what_the_head_reads(family: str) -> None:
             assert torch.allclose(states[i, k], last, atol=1e-5)
 
 
-def test_latency(export: ExportedModel, samples: list[Sample]) -> None:
+def test_latency(export: LoadedModel, samples: list[Sample]) -> None:
     prompts = prompt_ids(export.tokenizer, [s.question for s in samples[:4]])
     run = measure_latency(export.model, export.tokenizer, prompts, Decoding(4))
     assert 0 < run.first_token_seconds <= run.answer_start_seconds <= run.answer_seconds
@@ -235,6 +233,43 @@ def test_probe_minimises_its_loss() -> None:
     assert abs(float(residual.mean())) < 1e-6
 
 
+def test_probe_figures_before_scikit_learn() -> None:
+    """What the project's own L-BFGS and its own areas gave on the same states."""
+    probe = fit_probe(*planted(60, 2))
+    others, truth = planted(40, 3)
+    probabilities = probe.probabilities(others)
+    assert probe.penalty == 0.001
+    assert probe.weight[:4].tolist() == pytest.approx([-0.0276074514, 0.6292834356, -0.1304380204, 7.1580871837], abs=1e-5)
+    assert probabilities[0].tolist() == pytest.approx([0.0341892151, 1.45143487e-6, 0.0994095194], abs=1e-6)
+    figures = judge_probe(probabilities, truth)
+    assert figures["auroc"] == pytest.approx(0.9626676332, abs=1e-9)
+    assert figures["auprc"] == pytest.approx(0.8958386017, abs=1e-9)
+    assert (figures["final_block"], figures["selected"], figures["any_block"]) == (0.325, 0.55, 0.6)
+    assert [entry["blocks"] for entry in figures["early_exit"]] == pytest.approx([2.3, 2.35, 2.35, 2.35, 2.45, 2.5, 2.65])
+
+
+def test_probe_of_one_right_question() -> None:
+    """A fold has all right answers: scikit-learn refuses to fit the others. The figures are those of before."""
+    states, right = planted(20, 0)
+    right = torch.zeros_like(right)
+    right[4] = True
+    probe = fit_probe(states, right)
+    assert (probe.penalty, probe.bias) == (1.0, pytest.approx(-2.948583505, abs=1e-5))
+
+
+def test_probe_does_not_depend_on_threads() -> None:
+    from threadpoolctl import threadpool_limits
+
+    states, right = planted(300, 0)
+    with threadpool_limits(1):
+        one = fit_probe(states, right)
+    with threadpool_limits(2):
+        two = fit_probe(states, right)
+    assert one.penalty == two.penalty
+    assert torch.allclose(one.weight, two.weight, atol=1e-9)
+    assert torch.equal(fit_probe(states, right).weight, fit_probe(states, right).weight)
+
+
 def test_probe_refuses_what_teaches_nothing() -> None:
     states, right = planted(20, 0)
     with pytest.raises(DataError, match="none of its answers are right"):
@@ -279,6 +314,11 @@ def test_paired_comparison() -> None:
     half = 1.96 * math.sqrt(0.3 - 0.01) / 10
     assert result.low == pytest.approx(0.1 - half, abs=0.015)
     assert result.high == pytest.approx(0.1 + half, abs=0.015)
+    # The general bootstrap over questions, which draws other samples.
+    bootstrap = scipy.stats.bootstrap((numpy.array(a, float) - numpy.array(b),), numpy.mean, method="percentile", rng=0)
+    assert (result.low, result.high) == pytest.approx(tuple(bootstrap.confidence_interval), abs=0.011)
+    alone = compare_paired([True], [False])  # one question, which the general one refuses
+    assert (alone.low, alone.high, alone.p_value) == (1, 1, 1)
     back = compare_paired(b, a)
     assert back.p_value == result.p_value
     same = compare_paired(a, a)
@@ -303,9 +343,9 @@ def test_selection_over_splits() -> None:
 # ---- commands ------------------------------------------------------------------------------------------------
 
 
-def test_sweep(export: ExportedModel, samples: list[Sample]) -> None:
+def test_block_budgets(export: LoadedModel, samples: list[Sample]) -> None:
     budgets = [1, 2, 5]
-    figures, probe = sweep(export, samples, budgets, Decoding(4, 16), timed=4, confidence=0.8)
+    figures, probe = measure_budgets(export, samples, budgets, Decoding(4, 16), timed=4, confidence=0.8)
     questions = [s.question for s in samples]
     for entry in figures["budgets"]:
         prompts = prompt_ids(export.tokenizer, questions, entry["blocks"])
@@ -326,7 +366,7 @@ def test_sweep(export: ExportedModel, samples: list[Sample]) -> None:
     assert figures["probe"]["any_block"] == pytest.approx(float(per_block.any(1).double().mean()))
 
 
-def test_evaluate_and_sweep_commands(
+def test_evaluate_and_blocks_commands(
     folder: Path, questions_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, data = str(folder), str(questions_file)
@@ -343,16 +383,24 @@ def test_evaluate_and_sweep_commands(
     assert figures["latency"]["batch"] == 2
     assert figures["method"] == "rim"
     assert "first_token_seconds_iqr" in figures["latency"]
-    sweep_out = tmp_path / "sweep"
-    assert main(["sweep", model, data, *short, "--probe-data", data, "--output", str(sweep_out)]) == 0
+    out = tmp_path / "blocks"
+    assert main(["blocks", model, data, *short, "--probe-data", data, "--output", str(out)]) == 0
     assert "block by block, stopping early" in capsys.readouterr().out
-    figures = json.loads((sweep_out / "sweep.json").read_text())
+    figures = json.loads((out / "blocks.json").read_text())
     assert [entry["blocks"] for entry in figures["budgets"]] == [1, 2, 3]
     assert figures["probe"]["questions"] == figures["probe"]["learned_from"] == 40
-    assert (sweep_out / "sweep.png").stat().st_size > 10_000
-    assert set(load_file(sweep_out / "probe.safetensors")) == {"mean", "scale", "weight"}
-    assert main(["sweep", model, "synthetic", *short, "--samples", "8", "--output", str(sweep_out)]) == 0
-    assert "no probe: " in capsys.readouterr().out
+    assert (out / "blocks.png").stat().st_size > 10_000
+    assert set(load_file(out / "probe.safetensors")) == {"mean", "scale", "weight"}
+    assert main(["blocks", model, "synthetic", *short, "--samples", "8", "--output", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "no probe: " in printed.out
+    assert "rim-dist blocks" not in printed.err
+    # The earlier name of the command, for one release: it says its new name, and writes the files of that name.
+    old = tmp_path / "old"
+    assert main(["sweep", model, data, *short, "--samples", "8", "--output", str(old)]) == 0
+    assert "`rim-dist sweep` is now `rim-dist blocks`" in capsys.readouterr().err
+    assert {"sweep.json", "sweep.png"} <= {path.name for path in old.iterdir()}
+    assert json.loads((old / "sweep.json").read_text())["questions"] == 8
 
 
 def test_columns_of_a_file(folder: Path, questions_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,23 +408,23 @@ def test_columns_of_a_file(folder: Path, questions_file: Path, tmp_path: Path, c
     rows = [json.loads(line) for line in questions_file.read_text().splitlines()[:6]]
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps({"prompt": r["question"], "result": r["answer"]}) + "\n" for r in rows))
-    asked = [str(file), "--timed", "1", "--max-new-tokens", "4"]
-    assert main(["evaluate", str(folder), *asked]) == 2
+    questions = [str(file), "--timed", "1", "--max-new-tokens", "4"]
+    assert main(["evaluate", str(folder), *questions]) == 2
     assert f"{file}:1: missing column (question)" in capsys.readouterr().err
     named = ["--column", "question=prompt", "--column", "answer=result"]
-    assert main(["evaluate", str(folder), *asked, *named, "--output", str(tmp_path / "a")]) == 0
+    assert main(["evaluate", str(folder), *questions, *named, "--output", str(tmp_path / "a")]) == 0
     own = tmp_path / "own"
     shutil.copytree(folder, own)
     about = json.loads((own / "rim_dist.json").read_text())
     about["recipe"] = {"data": {"columns": {"question": "prompt", "steps": None, "answer": "result"}}}
     (own / "rim_dist.json").write_text(json.dumps(about))
-    assert main(["evaluate", str(own), *asked, "--output", str(tmp_path / "b")]) == 0
+    assert main(["evaluate", str(own), *questions, "--output", str(tmp_path / "b")]) == 0
     first, second = (json.loads((tmp_path / x / "evaluation.json").read_text()) for x in "ab")
     assert first["questions"] == second["questions"] == 6
     assert first["per_block"] == second["per_block"]
     capsys.readouterr()
     for wrong in ("prompt", "text=prompt", "question="):
-        assert main(["evaluate", str(folder), *asked, "--column", wrong]) == 2
+        assert main(["evaluate", str(folder), *questions, "--column", wrong]) == 2
         assert f"--column: {wrong!r} is not allowed; write FIELD=NAME with one of question, steps, answer" in (
             capsys.readouterr().err
         )
@@ -439,12 +487,12 @@ def test_compare_command(folder: Path, questions_file: Path, tmp_path: Path, cap
         (["evaluate", "MODEL", "DATA", "--output", "/proc/none/x"], "--output: /proc/none/x cannot be written"),
         (["evaluate", "NONE", "DATA"], "not an HF model folder"),
         (["evaluate", "BARE", "DATA"], "its tokenizer has no chat template"),
-        (["sweep", "MODEL", "DATA", "--output", "OUT", "--budgets", "1,x"], "--budgets: '1,x' is not allowed"),
-        (["sweep", "MODEL", "DATA", "--output", "OUT", "--budgets", "0"], "--budgets: '0' is not allowed"),
-        (["sweep", "MODEL", "DATA", "--output", "OUT", "--budgets", "90"], "the model has 128 positions"),
-        (["sweep", "MODEL", "DATA", "--output", "OUT", "--confidence", "1"], "--confidence: 1 is not allowed"),
-        (["sweep", "MODEL", "NONE", "--output", "OUT"], "no such file"),
-        (["sweep", "PLAIN", "DATA", "--output", "OUT"], "this model has no memory blocks"),
+        (["blocks", "MODEL", "DATA", "--output", "OUT", "--budgets", "1,x"], "--budgets: '1,x' is not allowed"),
+        (["blocks", "MODEL", "DATA", "--output", "OUT", "--budgets", "0"], "--budgets: '0' is not allowed"),
+        (["blocks", "MODEL", "DATA", "--output", "OUT", "--budgets", "90"], "the model has 128 positions"),
+        (["blocks", "MODEL", "DATA", "--output", "OUT", "--confidence", "1"], "--confidence: 1 is not allowed"),
+        (["blocks", "MODEL", "NONE", "--output", "OUT"], "no such file"),
+        (["blocks", "PLAIN", "DATA", "--output", "OUT"], "this model has no memory blocks"),
     ],
 )
 def test_what_is_refused(

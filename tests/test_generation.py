@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rim_dist.attention.registration import use_plain_attention
 from rim_dist.data.synthetic import synthetic_tokenizer
-from rim_dist.evaluation import readouts
+from rim_dist.evaluation.prefixes import prefix_places
 from rim_dist.evaluation.readouts import readout_ids
 from rim_dist.model.generation import Decoding, answer_texts, generate_ids
 
@@ -129,7 +129,7 @@ def test_stop_texts() -> None:
 
 
 def test_prefix_places() -> None:
-    places = readouts.prefix_places([5, 7], 2, 2)
+    places = prefix_places([5, 7], 2, 2)
     assert places.segment.tolist() == [[-1, -1, 0, 0, 0, 0, 0], [0] * 7]
     assert places.kind.tolist() == [[0, 0, 0, 1, 1, 1, 1]] * 2
     assert places.block.tolist() == [[0, 0, 0, 1, 1, 2, 2]] * 2

@@ -23,8 +23,8 @@ from rim_dist.data.loader import BatchLoader, plan_stages
 from rim_dist.data.rows import pack
 from rim_dist.data.samples import EncodedSample, Readout, Row
 from rim_dist.errors import ConfigError, DataError
-from rim_dist.evaluation.evaluate import evaluate_export, evaluation_samples
-from rim_dist.evaluation.opened import open_export
+from rim_dist.evaluation.evaluate import evaluate_model, evaluation_samples
+from rim_dist.evaluation.loading import load_for_evaluation
 from rim_dist.methods import method_names, method_of
 from rim_dist.methods.base import Moment
 from rim_dist.model.generation import Decoding, generate_ids
@@ -347,14 +347,15 @@ def test_coconut_on_two_ranks_equals_one_process(tmp_path: Path) -> None:
     about = json.loads((folder / "rim_dist.json").read_text())
     assert (about["blocks"], about["thoughts"]) == (0, 4)
     assert "cannot feed that back" in (folder / "README.md").read_text()
-    export = open_export(folder)
+    export = load_for_evaluation(folder)
     recipe = load_recipe(tmp_path / "zero3-tensor1.yaml")
     samples = evaluation_samples("synthetic", "auto", 8, recipe.data.columns, 4)
-    result = evaluate_export(export, samples, export.blocks, Decoding(3, 8), timed_questions=2)
+    result = evaluate_model(export, samples, export.blocks, Decoding(3, 8), timed_questions=2)
     answers = [json.loads(line) for line in (tmp_path / "zero3-tensor1" / "report" / "answers.jsonl").read_text().splitlines()]
     given = {a["question"]: a["text"] for a in answers}
     assert given == {a["question"]: a["text"] for a in result.answers}
-    checkpoint = open_export(tmp_path / "zero3-tensor1" / "checkpoints" / "step-00000008")  # as it is, without an export
-    again = evaluate_export(checkpoint, samples, checkpoint.blocks, Decoding(3, 8), timed_questions=1)
+    # A checkpoint as it is, without an export.
+    checkpoint = load_for_evaluation(tmp_path / "zero3-tensor1" / "checkpoints" / "step-00000008")
+    again = evaluate_model(checkpoint, samples, checkpoint.blocks, Decoding(3, 8), timed_questions=1)
     assert again.answers == result.answers
     assert result.latency["first_token_seconds"] > 0

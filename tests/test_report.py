@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from asked import write_model
+from tiny_export import write_model
 
 from rim_dist.cli import main
 from rim_dist.report.build import build_report

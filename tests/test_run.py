@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rim_dist.cli import main
 from rim_dist.data.synthetic import SyntheticTask
-from rim_dist.evaluation.opened import open_export
+from rim_dist.evaluation.loading import load_for_evaluation
 from rim_dist.recipe import load_recipe
 from rim_dist.training.metrics import read_metrics
 
@@ -216,7 +216,7 @@ def test_checkpoints_are_asked_as_they_are(trained: Path, tmp_path: Path) -> Non
         out = tmp_path / str(number)
         assert main(["evaluate", str(model), *short, "--timed", "1", "--output", str(out)]) == 0
         answers.append((out / "answers.jsonl").read_text())
-        weights.append(open_export(model).model.state_dict())
+        weights.append(load_for_evaluation(model).model.state_dict())
     assert answers[0] == answers[1] == (trained / "report" / "answers.jsonl").read_text()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert weights[2].keys() == weights[0].keys()

@@ -50,13 +50,13 @@ def last_line(name: str, kind: str) -> dict[str, Any]:
 def measure(name: str, seed: int) -> dict[str, Any]:
     """Accuracy and latency of a run's export in this process."""
     from rim_dist.config import ColumnsSection
-    from rim_dist.evaluation.evaluate import evaluate_export, evaluation_samples
-    from rim_dist.evaluation.opened import open_export
+    from rim_dist.evaluation.evaluate import evaluate_model, evaluation_samples
+    from rim_dist.evaluation.loading import load_for_evaluation
     from rim_dist.model.generation import Decoding
 
-    export = open_export(ROOT / "runs" / name / "hf")
+    export = load_for_evaluation(ROOT / "runs" / name / "hf")
     samples = evaluation_samples(f"synthetic:{seed}", "auto", QUESTIONS, ColumnsSection(), export.synthetic_steps)
-    result = evaluate_export(export, samples, export.blocks, Decoding(32, QUESTIONS), timed_questions=50)
+    result = evaluate_model(export, samples, export.blocks, Decoding(32, QUESTIONS), timed_questions=50)
     line = last_line(name, "train")
     return {
         "accuracy": result.accuracy,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache
 
-from rim_dist.evaluation.latency import synchronise
+from rim_dist.data.samples import Sample
+from rim_dist.evaluation.latency import in_turns, spread, synchronise
+from rim_dist.evaluation.loading import LoadedModel
+from rim_dist.evaluation.prefixes import decode_greedily
 from rim_dist.evaluation.probe import Probe
-from rim_dist.model.generation import Decoding, check_prompts, generation_config, model_positions, stopped
+from rim_dist.evaluation.scoring import extract_answer, same_answer
+from rim_dist.model.generation import Decoding, answer_texts, check_prompts, model_positions
 
 
 @dataclass(frozen=True)
@@ -26,29 +31,26 @@ class SteppedAnswer:
 
 
 def answer_stepwise(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    loaded: LoadedModel,
     question: Sequence[int],
     block: Sequence[int],
-    blocks: int,
     decoding: Decoding,
     probe: Probe | None = None,
     confidence: float = 1.0,
 ) -> SteppedAnswer:
     """Answer one question (its prompt's token ids without blocks) greedily, with a key-value cache.
 
-    With a probe blocks of the ids `block` are run one by one until its probability reaches `confidence`, at most
-    `blocks`; without one all of them are part of the prefill. The same decoding follows.
+    With a probe blocks of the ids `block` are run one by one until its probability reaches `confidence`, at most as many as
+    the model was trained with; without one all of them are part of the prefill. The same decoding follows.
     """
-    positions = model_positions(model.config)
-    check_prompts([[*question, *list(block) * blocks]], positions)
-    device = next(model.parameters()).device
-    config = generation_config(tokenizer)
+    positions = model_positions(loaded.model.config)
+    check_prompts([[*question, *list(block) * loaded.blocks]], positions)
+    device = next(loaded.model.parameters()).device
     cache = DynamicCache()
 
-    def run(ids: Sequence[int]) -> Any:
-        return model(
-            input_ids=torch.tensor([list(ids)], device=device),
+    def run(ids: torch.Tensor) -> Any:
+        return loaded.model(
+            input_ids=ids,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -58,20 +60,45 @@ def answer_stepwise(
     synchronise()
     start = time.perf_counter()
     with torch.no_grad():
-        used = 1 if probe is not None else blocks
-        output = run([*question, *list(block) * used])
-        while probe is not None and used < blocks:
+        used = 1 if probe is not None else loaded.blocks
+        output = run(torch.tensor([[*question, *list(block) * used]], device=device))
+        while probe is not None and used < loaded.blocks:
             if float(probe.probabilities(output.hidden_states[-1][0, -1].float().cpu())) >= confidence:
                 break
-            output = run(block)
+            output = run(torch.tensor([list(block)], device=device))
             used += 1
-        ids: list[int] = []
-        token = int(output.logits[0, -1].argmax())
+        token = output.logits[:, -1].argmax(dim=-1)  # [1]
+        synchronise()
         first = time.perf_counter()
-        room = min(decoding.max_new_tokens, positions - len(question) - used * len(block))
-        while token != config.eos_token_id:
-            ids.append(token)
-            if len(ids) == room or (decoding.stop and bool(stopped(tokenizer, torch.tensor([ids]), decoding.stop))):
-                break
-            token = int(run([token]).logits[0, -1].argmax())
+        room = positions - len(question) - used * len(block)
+        (ids,) = decode_greedily(
+            loaded.tokenizer, token, room, decoding, lambda t, _: run(t.unsqueeze(1)).logits[:, -1].argmax(dim=-1)
+        )
     return SteppedAnswer(ids, used, first - start, time.perf_counter() - start)
+
+
+def time_early_exit(
+    loaded: LoadedModel, samples: Sequence[Sample], probe: Probe, confidence: float, decoding: Decoding
+) -> dict[str, Any]:
+    """Stopping early against all blocks in one prefill, in turns, by the same decoding loop; accuracy on these questions."""
+    questions = loaded.prompts([sample.question for sample in samples], 0)
+    block = loaded.prompts(["?"], 1)[0][-loaded.block_size :]
+
+    def run(used: Probe | None, number: int) -> SteppedAnswer:
+        return answer_stepwise(loaded, questions[number], block, decoding, used, confidence)
+
+    figures: dict[str, Any] = {"questions": len(samples), "confidence": confidence}
+    for name, answers in in_turns({"all_blocks": None, "early_exit": probe}, len(samples), run).items():
+        texts = answer_texts(loaded.tokenizer, [answer.ids for answer in answers], decoding)
+        right = [same_answer(extract_answer(t, s.answer), s.answer) for t, s in zip(texts, samples, strict=True)]
+        first = [answer.first_token_seconds for answer in answers]
+        blocks = statistics.fmean(answer.blocks for answer in answers)
+        figures[name] = {
+            "accuracy": statistics.fmean(right),
+            "blocks": blocks,
+            "memory_tokens": blocks * loaded.block_size,
+            "first_token_seconds": statistics.median(first),
+            "first_token_seconds_iqr": spread(first),
+            "answer_seconds": statistics.median(answer.answer_seconds for answer in answers),
+        }
+    return figures

@@ -1,11 +1,11 @@
-"""Accuracy after every block and latency, of an exported folder or of the model in training."""
+"""Accuracy after every block and latency, of a loaded model or of the model in training."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rim_dist.data.sources import read_file
 from rim_dist.data.synthetic import SyntheticTask
 from rim_dist.errors import DataError, ModelError
 from rim_dist.evaluation.latency import Candidate, time_side_by_side
-from rim_dist.evaluation.opened import ExportedModel
+from rim_dist.evaluation.loading import LoadedModel
 from rim_dist.evaluation.readouts import readout_ids
 from rim_dist.evaluation.rules import RULES
 from rim_dist.evaluation.scoring import extract_answer, majority_answer, pass_at_k, same_answer
@@ -33,7 +33,7 @@ _TAKES_MASK = "_rim_dist_takes_mask"
 
 @dataclass
 class Evaluation:
-    """Result over `questions` questions, accuracies as shares.
+    """Result over `questions` questions, accuracies as fractions.
 
     `accuracy`: after the last block. `per_block[k - 1]`: after block k (one entry without blocks). `any_block`: after at least
     one. `majority`: of the answer most blocks give. `rules`: after the last block, by the rules of others (`evaluation.rules`).
@@ -48,6 +48,15 @@ class Evaluation:
     pass_at_k: dict[str, float] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
     latency: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def correct(self) -> torch.Tensor:
+        """Whether the answer to each question is right after each block: boolean `[questions, blocks]`."""
+        return torch.tensor([answer["correct"] for answer in self.answers], dtype=torch.bool)
+
+    def figures(self) -> dict[str, Any]:
+        """Everything but the answers."""
+        return {name: value for name, value in vars(self).items() if name != "answers"}
 
 
 def evaluation_samples(data: str, file_format: str, limit: int, columns: ColumnsSection, steps: int = 5) -> list[Sample]:
@@ -139,10 +148,11 @@ def score(samples: Sequence[Sample], texts: Sequence[Sequence[str]]) -> Evaluati
             }
         )
     correct = torch.tensor([a["correct"] for a in answers], dtype=torch.float64)
+    per_block = correct.mean(dim=0).tolist()
     return Evaluation(
         questions=len(answers),
-        accuracy=float(correct[:, -1].mean()),
-        per_block=correct.mean(dim=0).tolist(),
+        accuracy=per_block[-1],
+        per_block=per_block,
         any_block=float(correct.any(dim=1).double().mean()),
         majority=statistics.fmean(a["majority_correct"] for a in answers),
         rules={name: statistics.fmean(rule(a["text"], a["target"]) for a in answers) for name, rule in RULES.items()},
@@ -151,12 +161,12 @@ def score(samples: Sequence[Sample], texts: Sequence[Sequence[str]]) -> Evaluati
 
 
 def sampled_pass_at_k(
-    export: ExportedModel, samples: Sequence[Sample], blocks: int, decoding: Decoding, sampling: Sampling
+    loaded: LoadedModel, samples: Sequence[Sample], blocks: int, decoding: Decoding, sampling: Sampling
 ) -> dict[str, float]:
     """Chance of a right answer among k drawn ones, for k = 1, 2, 4 .. up to the number drawn; keys are k as text."""
-    prompts = prompt_ids(export.tokenizer, [sample.question for sample in samples], blocks or None)
-    ids = generate_ids(export.model, export.tokenizer, prompts, decoding, sampling)
-    texts = iter(answer_texts(export.tokenizer, ids, decoding))
+    prompts = loaded.prompts([sample.question for sample in samples], blocks or None)
+    ids = generate_ids(loaded.model, loaded.tokenizer, prompts, decoding, sampling)
+    texts = iter(answer_texts(loaded.tokenizer, ids, decoding))
     n = sampling.answers
     right = [
         sum(same_answer(extract_answer(next(texts), sample.answer), sample.answer) for _ in range(n)) for sample in samples
@@ -165,8 +175,8 @@ def sampled_pass_at_k(
     return {str(k): statistics.fmean(pass_at_k(n, c, k) for c in right) for k in budgets}
 
 
-def evaluate_export(
-    export: ExportedModel,
+def evaluate_model(
+    loaded: LoadedModel,
     samples: Sequence[Sample],
     blocks: int,
     decoding: Decoding,
@@ -179,19 +189,17 @@ def evaluate_export(
     `timed_questions`: the first so many questions are timed in batches of `timed_batch`, after a warm-up.
     """
     questions = [sample.question for sample in samples]
-    result = score(samples, block_answers(export.model, export.tokenizer, questions, blocks, decoding))
+    result = score(samples, block_answers(loaded.model, loaded.tokenizer, questions, blocks, decoding))
     if sampling is not None:
-        result.pass_at_k = sampled_pass_at_k(export, samples, blocks, decoding, sampling)
-    prompts = prompt_ids(export.tokenizer, questions[: max(timed_batch, timed_questions)], blocks or None)
-    candidate = Candidate(export.model, export.tokenizer, prompts, decoding)
-    result.latency = time_side_by_side({"": candidate}, min(timed_batch, len(prompts)))[""]
+        result.pass_at_k = sampled_pass_at_k(loaded, samples, blocks, decoding, sampling)
+    prompts = loaded.prompts(questions[: max(timed_batch, timed_questions)], blocks or None)
+    result.latency = time_side_by_side({"": Candidate(loaded, prompts, decoding)}, min(timed_batch, len(prompts)))[""]
     return result
 
 
 def write_evaluation(result: Evaluation, folder: Path, about: dict[str, Any]) -> None:
     """`evaluation.json` (figures) and `answers.jsonl` (every question with its answers by block)."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {k: v for k, v in asdict(result).items() if k != "answers"}
-    (folder / "evaluation.json").write_text(json.dumps({**about, **figures}, indent=1) + "\n", encoding="utf-8")
+    (folder / "evaluation.json").write_text(json.dumps({**about, **result.figures()}, indent=1) + "\n", encoding="utf-8")
     lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in result.answers)
     (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")

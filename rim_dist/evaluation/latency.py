@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from rim_dist.evaluation.loading import LoadedModel
 from rim_dist.model.generation import Decoding, generate_ids
 
+Subject = TypeVar("Subject")
+Result = TypeVar("Result")
 WARM_UP = 3
 _ANSWER = re.compile(r"#+[^#]*$")
 
@@ -69,17 +73,15 @@ def measure_latency(
 
 def answer_place(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
     """Which token of a generated text is the first of the answer proper; one past the last where there is no answer."""
+
+    def length(tokens: int) -> int:
+        return len(tokenizer.decode(ids[:tokens], skip_special_tokens=True))
+
     found = _ANSWER.search(tokenizer.decode(ids, skip_special_tokens=True))
     if found is None:
         return len(ids)
-    before, after = 0, len(ids)  # the fewest tokens whose text goes beyond the marker's first character
-    while after - before > 1:
-        middle = (before + after) // 2
-        if len(tokenizer.decode(ids[:middle], skip_special_tokens=True)) > found.start():
-            after = middle
-        else:
-            before = middle
-    return after - 1
+    # The fewest tokens whose text goes beyond the marker's first character end with the token that is looked for.
+    return bisect.bisect_right(range(len(ids) + 1), found.start(), key=length) - 1
 
 
 def spread(values: Sequence[float]) -> float:
@@ -103,26 +105,34 @@ def latency_summary(runs: Sequence[Latency], batch: int = 1) -> dict[str, float]
 class Candidate:
     """Something to be timed: a model with the prompts (token ids) of the same questions as the others have."""
 
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
+    loaded: LoadedModel
     prompts: Sequence[Sequence[int]]
     decoding: Decoding
 
 
-def time_side_by_side(candidates: Mapping[Any, Candidate], batch: int = 1) -> dict[Any, dict[str, float]]:
-    """`latency_summary` of every candidate, `batch` prompts at a time (a last batch that is not full is left out).
+def in_turns(candidates: Mapping[Any, Subject], count: int, run: Callable[[Subject, int], Result]) -> dict[Any, list[Result]]:
+    """Results of `run(candidate, number)` for all candidates and the numbers 0 to `count` - 1, after a warm-up.
 
-    After a warm-up the candidates take turns with every batch, so that a slow spell of the machine hits all alike.
+    The candidates take turns with every number, so that a slow spell of the machine hits all alike.
     """
-    runs: dict[Any, list[Latency]] = {name: [] for name in candidates}
-    count = min(len(c.prompts) for c in candidates.values()) // batch
+    results: dict[Any, list[Result]] = {name: [] for name in candidates}
     for number in range(-min(WARM_UP, count), count):
-        start = max(0, number) * batch
-        for name, c in candidates.items():
-            run = measure_latency(c.model, c.tokenizer, c.prompts[start : start + batch], c.decoding)
+        for name, candidate in candidates.items():
+            result = run(candidate, max(0, number))
             if number >= 0:
-                runs[name].append(run)
-    return {name: latency_summary(made, batch) for name, made in runs.items()}
+                results[name].append(result)
+    return results
+
+
+def time_side_by_side(candidates: Mapping[Any, Candidate], batch: int = 1) -> dict[Any, dict[str, float]]:
+    """`latency_summary` of every candidate, `batch` prompts at a time (a last batch that is not full is left out)."""
+
+    def run(c: Candidate, number: int) -> Latency:
+        prompts = c.prompts[number * batch : (number + 1) * batch]
+        return measure_latency(c.loaded.model, c.loaded.tokenizer, prompts, c.decoding)
+
+    count = min(len(c.prompts) for c in candidates.values()) // batch
+    return {name: latency_summary(runs, batch) for name, runs in in_turns(candidates, count, run).items()}
 
 
 def device_name() -> str:

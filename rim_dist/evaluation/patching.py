@@ -7,25 +7,26 @@ throughout, so an answer that becomes b's was carried by the block.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache
 
+from rim_dist.evaluation.loading import LoadedModel
+from rim_dist.evaluation.prefixes import decode_greedily
 from rim_dist.evaluation.scoring import extract_answer, same_answer
-from rim_dist.model.generation import Decoding, answer_texts, check_prompts, generation_config, model_positions
+from rim_dist.model.generation import Decoding, answer_texts, check_prompts, model_positions
 
 Pieces = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values `[prompts, heads, tokens, head_dim]` of every layer
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Prompts of one length that have been run: their ids `[prompts, tokens]`, cache, and the logits that answer them."""
+    """Prompts of one length that have been run: their cache, and the logits `[prompts, vocabulary]` that answer them."""
 
-    ids: torch.Tensor
     layers: Pieces
     logits: torch.Tensor
 
@@ -37,75 +38,58 @@ def _extend(model: Any, layers: Pieces, ids: torch.Tensor, first_position: int |
         cache.update(keys, values, number)
     extra: dict[str, Any] = {}
     if first_position is not None:
-        places = torch.arange(first_position, first_position + ids.shape[1], device=ids.device)
-        extra["position_ids"] = places.expand(ids.shape)
+        positions = torch.arange(first_position, first_position + ids.shape[1], device=ids.device)
+        extra["position_ids"] = positions.expand(ids.shape)
     with torch.no_grad():
         output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
-    return Prefixes(ids, [(layer.keys, layer.values) for layer in cache.layers], output.logits[:, -1])
+    return Prefixes([(layer.keys, layer.values) for layer in cache.layers], output.logits[:, -1])
 
 
 def _cut(layers: Pieces, start: int, end: int) -> Pieces:
     return [(keys[:, :, start:end], values[:, :, start:end]) for keys, values in layers]
 
 
-def _joined(*parts: Pieces) -> Pieces:
+def _joined(*pieces: Pieces) -> Pieces:
     return [
-        (torch.cat([k for k, _ in layer], dim=2), torch.cat([v for _, v in layer], dim=2)) for layer in zip(*parts, strict=True)
+        (torch.cat([k for k, _ in layer], dim=2), torch.cat([v for _, v in layer], dim=2))
+        for layer in zip(*pieces, strict=True)
     ]
 
 
-def _decoded(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prefix: Prefixes, position: int, decoding: Decoding
-) -> list[list[int]]:
-    """Greedy answers, without the end-of-text token; the first new token stands at `position`."""
-    end = generation_config(tokenizer).eos_token_id
-    written: list[torch.Tensor] = []
-    done = torch.zeros(len(prefix.ids), dtype=torch.bool, device=prefix.ids.device)
-    room = min(decoding.max_new_tokens, model_positions(model.config) - position)
-    while len(written) < room:
-        tokens = torch.where(done, end, prefix.logits.argmax(dim=-1))
-        written.append(tokens)
-        done = done | (tokens == end)
-        if bool(done.all()) or len(written) == room:
-            break
-        prefix = _extend(model, prefix.layers, tokens.unsqueeze(1), position + len(written) - 1)
-    rows = torch.stack(written, dim=1).tolist()
-    return [row[: row.index(end)] if end in row else row for row in rows]
-
-
-def exchanged_answers(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: torch.Tensor,
-    donors: torch.Tensor,
-    block_size: int,
-    blocks: int,
-    decoding: Decoding,
-) -> dict[str, list[str]]:
+def exchanged_answers(loaded: LoadedModel, ids: torch.Tensor, donors: torch.Tensor, decoding: Decoding) -> dict[str, list[str]]:
     """Answer texts of prompts `ids` `[prompts, tokens]` (with their blocks): as they are, and with blocks of others.
 
     `donors`: for each prompt the row whose blocks it gets. Keys: `own`; `block 1` ..: one block exchanged; `all`: every block;
     `without 1` ..: one block left out, everything else at its place.
     """
-    length = ids.shape[1]
-    question = length - blocks * block_size
+    model, blocks, length = loaded.model, loaded.blocks, ids.shape[1]
+    question = length - blocks * loaded.block_size
     own = _extend(model, [], ids)
     other = [(keys[donors], values[donors]) for keys, values in own.layers]
 
     def answers(prefix: Prefixes, position: int = length) -> list[str]:
-        return answer_texts(tokenizer, _decoded(model, tokenizer, prefix, position, decoding), decoding)
+        """Greedy answers; the first new token stands at `position`."""
+
+        def next_tokens(tokens: torch.Tensor, step: int) -> torch.Tensor:
+            nonlocal prefix
+            prefix = _extend(model, prefix.layers, tokens.unsqueeze(1), position + step)
+            return prefix.logits.argmax(dim=-1)
+
+        room = model_positions(model.config) - position
+        new = decode_greedily(loaded.tokenizer, prefix.logits.argmax(dim=-1), room, decoding, next_tokens)
+        return answer_texts(loaded.tokenizer, new, decoding)
 
     result = {"own": answers(own)}
-    for k in range(1, blocks + 1):
-        start, end = question + (k - 1) * block_size, question + k * block_size
+    bounds = [(question + k * loaded.block_size, question + (k + 1) * loaded.block_size) for k in range(blocks)]
+    for k, (start, end) in enumerate(bounds, 1):
         patched = _joined(_cut(own.layers, 0, start), _cut(other, start, end))
         # After the last block the answer starts from the state of that block, so from the donor's.
-        prefix = _extend(model, patched, ids[:, end:]) if k < blocks else Prefixes(ids, patched, own.logits[donors])
-        result[f"block {k}"] = answers(prefix)
+        result[f"block {k}"] = answers(
+            _extend(model, patched, ids[:, end:]) if k < blocks else Prefixes(patched, own.logits[donors])
+        )
     everything = _joined(_cut(own.layers, 0, question), _cut(other, question, length))
-    result["all"] = answers(Prefixes(ids, everything, own.logits[donors]))
-    for k in range(1, blocks + 1):
-        start, end = question + (k - 1) * block_size, question + k * block_size
+    result["all"] = answers(Prefixes(everything, own.logits[donors]))
+    for k, (start, end) in enumerate(bounds, 1):
         before = _extend(model, [], ids[:, :start])
         if k < blocks:
             result[f"without {k}"] = answers(_extend(model, before.layers, ids[:, end:], end))
@@ -114,52 +98,44 @@ def exchanged_answers(
     return result
 
 
-def exchange_blocks(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    block_size: int,
-    blocks: int,
-    decoding: Decoding,
-) -> dict[str, Any]:
-    """Shares over pairs of questions of equal length whose own answers differ; `pairs` is their number.
+def exchange_blocks(loaded: LoadedModel, prompts: Sequence[Sequence[int]], decoding: Decoding) -> dict[str, Any]:
+    """Fractions over pairs of questions of equal length whose own answers differ; `pairs` is their number.
 
     `exchanged`: by block, and for all blocks: the answer stays (`own`), becomes the donor's (`donor`), or something else
-    (`other`). `left_out`: by block, the share of answers that stay. Empty lists where no two prompts are of one length.
+    (`other`). `left_out`: by block, the fraction of answers that stay. Empty lists where no two prompts are of one length.
     """
-    check_prompts(prompts, model_positions(model.config))
-    device = next(model.parameters()).device
+    check_prompts(prompts, model_positions(loaded.model.config))
+    device = next(loaded.model.parameters()).device
     by_length: dict[int, list[Sequence[int]]] = defaultdict(list)
     for prompt in prompts:
         by_length[len(prompt)].append(prompt)
-    names = [*(f"block {k}" for k in range(1, blocks + 1)), "all"]
-    exchanged = {name: {"own": 0, "donor": 0, "other": 0} for name in names}
-    kept = [0] * blocks
+    blocks = range(1, loaded.blocks + 1)
+    names = [*(f"block {k}" for k in blocks), "all"]
+    counts: Counter[tuple[str, str]] = Counter()
     pairs = 0
     for group in by_length.values():
         for start in range(0, len(group), decoding.batch):
-            part = group[start : start + decoding.batch]
-            ids = torch.tensor([list(prompt) for prompt in part], device=device)
-            donors = torch.arange(len(part), device=device).roll(-1)
-            if len(part) < 2:
+            ids = torch.tensor([list(prompt) for prompt in group[start : start + decoding.batch]], device=device)
+            donors = torch.arange(len(ids), device=device).roll(-1)
+            if len(ids) < 2:
                 continue
-            texts = exchanged_answers(model, tokenizer, ids, donors, block_size, blocks, decoding)
+            texts = exchanged_answers(loaded, ids, donors, decoding)
             for i, donor in enumerate(donors.tolist()):
                 own, others = texts["own"][i], texts["own"][donor]
                 if _same(own, others):
                     continue
                 pairs += 1
-                for name in names:
+                for name in (*names, *(f"without {k}" for k in blocks)):
                     text = texts[name][i]
-                    exchanged[name]["own" if _same(text, own) else "donor" if _same(text, others) else "other"] += 1
-                for k in range(blocks):
-                    kept[k] += _same(texts[f"without {k + 1}"][i], own)
+                    counts[name, "own" if _same(text, own) else "donor" if _same(text, others) else "other"] += 1
     if not pairs:
         return {"pairs": 0, "exchanged": [], "left_out": []}
     return {
         "pairs": pairs,
-        "exchanged": [{"blocks": name, **{k: v / pairs for k, v in counts.items()}} for name, counts in exchanged.items()],
-        "left_out": [{"block": k, "own": count / pairs} for k, count in enumerate(kept, 1)],
+        "exchanged": [
+            {"blocks": name, **{kind: counts[name, kind] / pairs for kind in ("own", "donor", "other")}} for name in names
+        ],
+        "left_out": [{"block": k, "own": counts[f"without {k}", "own"] / pairs} for k in blocks],
     }
 
 

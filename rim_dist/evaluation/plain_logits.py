@@ -1,8 +1,8 @@
 """Run as a file in a process of its own: logits of an exported folder in plain transformers, nothing of rim_dist loaded.
 
-    python plain_logits.py HF_DIR QUESTIONS.json OUT.safetensors
+    python plain_logits.py HF_DIR TASK.json OUT.safetensors
 
-QUESTIONS.json: {"questions": [...], "blocks": [...]}; the result has `ids/I/K` and `logits/I/K`.
+TASK.json: {"questions": [...], "blocks": [...]}; the result has `ids/I/K` and `logits/I/K`.
 """
 
 import json
@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def main(folder: str, asked: str, out: str) -> None:
-    with open(asked, encoding="utf-8") as file:
+def main(folder: str, task_file: str, out: str) -> None:
+    with open(task_file, encoding="utf-8") as file:
         task = json.load(file)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()

@@ -1,17 +1,14 @@
-"""A linear probe on block states that says how likely the answer after a block is right, and what it is good for."""
+"""A linear probe: from the state of a block, how likely the answer after it is right; and how well it predicts that."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from rim_dist.errors import DataError
-from rim_dist.evaluation.ranking import auprc, auroc
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # of the mean loss; states have unit variance
 FOLDS = 5
@@ -40,32 +37,22 @@ class Probe:
         save_file(tensors, path, metadata={name: repr(value) for name, value in numbers.items()})
 
 
-def _fit(states: torch.Tensor, right: torch.Tensor, penalty: float) -> tuple[torch.Tensor, float]:
-    """Weight and bias that minimise mean cross-entropy + penalty / 2 |weight|^2: convex, so the start does not matter."""
-    parameters = torch.zeros(states.shape[1] + 1, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS(
-        [parameters], max_iter=500, tolerance_grad=1e-9, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
+def _logistic_regression(states: torch.Tensor, right: torch.Tensor, penalty: float) -> Any:
+    """Fit on `[..., hidden]` and `[...]`: minimises mean cross-entropy + penalty / 2 |weight|^2."""
+    from sklearn.linear_model import LogisticRegression
 
-    def loss() -> torch.Tensor:
-        optimiser.zero_grad()
-        weight, bias = parameters[:-1], parameters[-1]
-        value = F.binary_cross_entropy_with_logits(states @ weight + bias, right.double()) + penalty / 2 * weight.square().sum()
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimiser.step(loss)
-    fitted = parameters.detach()
-    return fitted[:-1], float(fitted[-1])
+    model = LogisticRegression(C=1 / (penalty * right.numel()), tol=1e-8, max_iter=1000)
+    return model.fit(states.flatten(0, -2).numpy(), right.flatten().numpy())
 
 
 def fit_probe(states: torch.Tensor, right: torch.Tensor) -> Probe:
     """Fit on `[questions, blocks, hidden]` and boolean `[questions, blocks]`: one probe for all blocks.
 
-    The penalty is the one of `PENALTIES` with the least cross-entropy over `FOLDS` parts of the questions. Raises DataError if
-    all answers are right, or all wrong, or there are fewer questions than parts.
+    The penalty is the one of `PENALTIES` with the least cross-entropy in cross-validation over `FOLDS` folds of the questions.
+    Raises DataError if all answers are right, or all wrong, or there are fewer questions than folds.
     """
+    from sklearn.metrics import log_loss
+
     if len(states) < FOLDS:
         raise DataError(f"the probe needs at least {FOLDS} questions to learn from, there are {len(states)}")
     if bool(right.all()) or not bool(right.any()):
@@ -75,19 +62,22 @@ def fit_probe(states: torch.Tensor, right: torch.Tensor) -> Probe:
     rows = states.double()
     mean, scale = rows.mean(dim=(0, 1)), rows.std(dim=(0, 1)).clamp_min(1e-6)
     rows = (rows - mean) / scale
-    fold = torch.arange(len(rows)) % FOLDS
+    folds = torch.arange(len(rows)) % FOLDS
 
     def held_out_loss(penalty: float) -> float:
         total = 0.0
-        for part in range(FOLDS):
-            weight, bias = _fit(rows[fold != part].flatten(0, 1), right[fold != part].flatten(), penalty)
-            logits = rows[fold == part] @ weight + bias
-            total += float(F.binary_cross_entropy_with_logits(logits, right[fold == part].double(), reduction="sum"))
+        for fold in range(FOLDS):
+            held_out = folds == fold
+            if len(right[~held_out].unique()) < 2:
+                continue  # without this fold all answers are right, or all wrong: nothing to fit
+            model = _logistic_regression(rows[~held_out], right[~held_out], penalty)
+            predicted = model.predict_proba(rows[held_out].flatten(0, 1).numpy())
+            total += log_loss(right[held_out].flatten().numpy(), predicted, normalize=False, labels=[False, True])
         return total
 
     penalty = min(PENALTIES, key=held_out_loss)
-    weight, bias = _fit(rows.flatten(0, 1), right.flatten(), penalty)
-    return Probe(mean, scale, weight, bias, penalty)
+    model = _logistic_regression(rows, right, penalty)
+    return Probe(mean, scale, torch.from_numpy(model.coef_[0].copy()), float(model.intercept_[0]), penalty)
 
 
 def halves(questions: int, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -109,47 +99,51 @@ def exit_blocks(probabilities: torch.Tensor, confidence: float) -> torch.Tensor:
     return reached.int().argmax(dim=1)
 
 
+def auroc(scores: torch.Tensor, right: torch.Tensor) -> float | None:
+    """Chance that a right answer has a higher score than a wrong one, ties counting half; None if there are not both."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(right.numpy(), scores.numpy())) if len(right.unique()) == 2 else None
+
+
+def auprc(scores: torch.Tensor, right: torch.Tensor) -> float | None:
+    """Average precision, without interpolation, equal scores as one step; None if no answer is right."""
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score(right.numpy(), scores.numpy())) if bool(right.any()) else None
+
+
 def judge_probe(probabilities: torch.Tensor, right: torch.Tensor) -> dict[str, Any]:
     """The probe's figures on questions it did not learn from; both tensors `[questions, blocks]`.
 
     `selected`: accuracy of the answer after the block with the highest probability. `recoverable`: the same on the questions
-    that at least one block answers right. `early_exit`: by confidence; `saved` is the share of blocks not run.
+    that at least one block answers right. `early_exit`: by confidence; `saved` is the fraction of blocks not run.
     """
     blocks = right.shape[1]
-
-    def accuracy(block: torch.Tensor, rows: torch.Tensor) -> float | None:
-        return float(right[rows].gather(1, block[rows].unsqueeze(1)).double().mean()) if bool(rows.any()) else None
-
-    everything = torch.ones(len(right), dtype=torch.bool)
-    selected, final = chosen_blocks(probabilities), torch.full((len(right),), blocks - 1)
     recoverable = right.any(dim=1)
-    exits = {confidence: exit_blocks(probabilities, confidence) for confidence in CONFIDENCES}
+    selected, final = chosen_blocks(probabilities), torch.full((len(right),), blocks - 1)
+
+    def accuracy(block: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> float:
+        return float(right[rows].gather(1, block[rows].unsqueeze(1)).double().mean())
+
+    def early_exit(confidence: float) -> dict[str, float]:
+        block = exit_blocks(probabilities, confidence)
+        used = float(block.double().mean()) + 1
+        return {"confidence": confidence, "accuracy": accuracy(block), "blocks": used, "saved": 1 - used / blocks}
+
     return {
         "questions": len(right),
         "share_right": float(right.double().mean()),
         "auroc": auroc(probabilities.flatten(), right.flatten()),
         "auprc": auprc(probabilities.flatten(), right.flatten()),
         "auroc_per_block": [auroc(probabilities[:, k], right[:, k]) for k in range(blocks)],
-        "final_block": accuracy(final, everything),
+        "final_block": accuracy(final),
         "any_block": float(recoverable.double().mean()),
-        "selected": accuracy(selected, everything),
+        "selected": accuracy(selected),
         "recoverable": {
             "questions": int(recoverable.sum()),
-            "final_block": accuracy(final, recoverable),
-            "selected": accuracy(selected, recoverable),
+            "final_block": accuracy(final, recoverable) if recoverable.any() else None,
+            "selected": accuracy(selected, recoverable) if recoverable.any() else None,
         },
-        "early_exit": [
-            {
-                "confidence": confidence,
-                "accuracy": accuracy(block, everything),
-                "blocks": float(block.double().mean()) + 1,
-                "saved": 1 - (float(block.double().mean()) + 1) / blocks,
-            }
-            for confidence, block in exits.items()
-        ],
+        "early_exit": [early_exit(confidence) for confidence in CONFIDENCES],
     }
-
-
-def right_answers(answers: Sequence[dict[str, Any]]) -> torch.Tensor:
-    """Boolean `[questions, blocks]` from the answers of an evaluation."""
-    return torch.tensor([answer["correct"] for answer in answers], dtype=torch.bool)

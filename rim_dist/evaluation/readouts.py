@@ -10,24 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rim_dist.attention.registration import use_plain_attention, use_rim_attention
-from rim_dist.attention.visibility import MEMORY, PADDING_SEGMENT, QUESTION, READOUT, Places, RowLayout
-from rim_dist.model.generation import Decoding, check_prompts, generation_config, model_positions, stopped
+from rim_dist.attention.visibility import READOUT, Places, RowLayout
+from rim_dist.evaluation.prefixes import decode_greedily, prefix_batches
+from rim_dist.model.generation import Decoding, model_positions
 from rim_dist.unwrap import bare_model
-
-
-def prefix_places(lengths: Sequence[int], blocks: int, block_size: int) -> Places:
-    """Places `[prompts, longest]` of prompts of the given lengths, blocks at their end, padded on the left."""
-    longest, memory = max(lengths), blocks * block_size
-    column = torch.arange(longest).expand(len(lengths), longest)
-    position = column - (longest - torch.tensor(lengths)).unsqueeze(1)
-    in_memory = column >= longest - memory
-    block = torch.where(in_memory, (column - (longest - memory)).div(max(1, block_size), rounding_mode="floor") + 1, 0)
-    segment = torch.where(position >= 0, 0, PADDING_SEGMENT)
-    return Places(segment, torch.where(in_memory, MEMORY, QUESTION), block, position.clamp_min(0))
 
 
 def readout_ids(
@@ -44,89 +33,48 @@ def readout_ids(
     `prompts` end with max(budgets) blocks of `block_size` tokens. Greedy. The model's family must take the RiM mask
     (`probe_family`); its attention is the plain one afterwards. Raises DataError if a prompt does not fit the model.
     """
-    check_prompts(prompts, model_positions(model.config))
-    answers: list[list[list[int]]] = []
-    with torch.no_grad():
-        for start in range(0, len(prompts), decoding.batch):
-            part = prompts[start : start + decoding.batch]
-            answers += _decode(model, tokenizer, part, block_size, budgets, decoding, bidirectional)
-    return answers
+    bare, most = bare_model(model), max(budgets)
 
+    def decode(arguments: dict[str, Any], prefix: Places) -> list[list[int]]:
+        """Answers of one batch, prompt by prompt, each prompt's in the order of the budgets."""
+        budget = torch.tensor(budgets, device=prefix.block.device)
+        unseen = (most - budget) * block_size  # tokens of the blocks that a readout does not see
+        ends = prefix.block.shape[1] - 1 - unseen  # columns of the last token of each budget's prefix
+        cache = DynamicCache()  # all layers in full: a windowed cache would drop keys that shorter readouts still see
+        if bidirectional:
+            use_rim_attention(bare, "dense")
+            arguments = {
+                **{name: arguments[name] for name in ("input_ids", "position_ids")},
+                "rim_layout": RowLayout(prefix, prefix, bidirectional=True),
+            }
+        else:
+            use_plain_attention(bare)
+        logits = model(**arguments, past_key_values=cache, use_cache=True, logits_to_keep=ends).logits
+        # Token t of a readout stands at the position after its prefix; the last one must fit the model.
+        first = prefix.position[:, -1:] + 1 - unseen  # [prompts, budgets]
+        room = model_positions(model.config) - first
+        keys = prefix
 
-def _decode(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    block_size: int,
-    budgets: Sequence[int],
-    decoding: Decoding,
-    bidirectional: bool,
-) -> list[list[list[int]]]:
-    device = next(model.parameters()).device
-    bare = bare_model(model)
-    config = generation_config(tokenizer)
-    lengths = [len(prompt) for prompt in prompts]
-    longest, most = max(lengths), max(budgets)
-    ids = torch.tensor([[config.pad_token_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    places = prefix_places(lengths, most, block_size).map(lambda t: t.to(device))
-    budget = torch.tensor(budgets, device=device)
-    ends = longest - 1 - (most - budget) * block_size  # columns of the last token of each budget's prefix
+        def next_tokens(tokens: torch.Tensor, step: int) -> torch.Tensor:
+            nonlocal keys
+            queries = Places(
+                torch.zeros_like(tokens),
+                torch.full_like(tokens, READOUT),
+                budget.expand(tokens.shape),
+                torch.minimum(first + step, first + room - 1),
+            )
+            keys = Places(*(torch.cat(pair, dim=1) for pair in zip(keys, queries, strict=True)))
+            layout = RowLayout(queries, keys, bidirectional=bidirectional)
+            return model(
+                input_ids=tokens, position_ids=queries.position, past_key_values=cache, use_cache=True, rim_layout=layout
+            ).logits.argmax(dim=-1)
 
-    cache = DynamicCache()  # all layers in full: a windowed cache would drop keys that shorter readouts still see
-    extra: dict[str, Any] = {}
-    if bidirectional:
         use_rim_attention(bare, "dense")
-        extra["rim_layout"] = RowLayout(places, places, bidirectional=True)
-    else:
+        answers = decode_greedily(tokenizer, logits.argmax(dim=-1), room, decoding, next_tokens)
         use_plain_attention(bare)
-        if min(lengths) < longest:
-            extra["attention_mask"] = (places.segment != PADDING_SEGMENT).long()
-    logits = model(
-        input_ids=ids, position_ids=places.position, past_key_values=cache, use_cache=True, logits_to_keep=ends, **extra
-    ).logits
-    tokens = logits.argmax(dim=-1)  # [prompts, budgets]
+        return answers
 
-    # Readout token t of budget k stands at the position after its prefix; the last one must fit the model.
-    first = torch.tensor(lengths, device=device).unsqueeze(1) - (most - budget) * block_size
-    room = model_positions(model.config) - first
-    done = torch.zeros_like(tokens, dtype=torch.bool)
-    written: list[torch.Tensor] = []
-    keys = places
-    use_rim_attention(bare, "dense")
-    for step in range(decoding.max_new_tokens):
-        tokens = torch.where(done, config.eos_token_id, tokens)
-        written.append(tokens)
-        done = done | (tokens == config.eos_token_id) | (step + 1 >= room)
-        if decoding.stop:
-            so_far = torch.stack(written, dim=2).flatten(0, 1)
-            done = done | stopped(tokenizer, so_far, decoding.stop).view_as(done)
-        if _all_done(done, decoding.synced_ranks) or step + 1 == decoding.max_new_tokens:
-            break
-        shape = tokens.shape
-        queries = Places(
-            torch.zeros(shape, dtype=torch.long, device=device),
-            torch.full(shape, READOUT, device=device),
-            budget.expand(shape),
-            torch.minimum(first + step, first + room - 1),
-        )
-        keys = Places(*(torch.cat(pair, dim=1) for pair in zip(keys, queries, strict=True)))
-        layout = RowLayout(queries, keys, bidirectional=bidirectional)
-        tokens = model(
-            input_ids=tokens, position_ids=queries.position, past_key_values=cache, use_cache=True, rim_layout=layout
-        ).logits.argmax(dim=-1)
-    use_plain_attention(bare)
-    rows = torch.stack(written, dim=2).tolist()
-    return [[_until(answer, config.eos_token_id) for answer in row] for row in rows]
-
-
-def _all_done(done: torch.Tensor, synced_ranks: bool) -> bool:
-    everything = done.all()
-    if synced_ranks:
-        flag = everything.int()
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        return bool(flag)
-    return bool(everything)
-
-
-def _until(row: list[int], token: int) -> list[int]:
-    return row[: row.index(token)] if token in row else row
+    with torch.no_grad():
+        batches = prefix_batches(model, tokenizer, prompts, most, block_size, decoding.batch)
+        answers = [answer for batch in batches for answer in decode(*batch)]
+    return [answers[i : i + len(budgets)] for i in range(0, len(answers), len(budgets))]

@@ -71,15 +71,11 @@ def _words(text: str) -> str:
 
 def majority_answer(answers: Sequence[str]) -> str:
     """The answer given most often (equal as `same_answer` has it); of several, the one given last."""
-    groups: list[list[int]] = []
-    for place, answer in enumerate(answers):
-        for group in groups:
-            if same_answer(answer, answers[group[0]]):
-                group.append(place)
-                break
-        else:
-            groups.append([place])
-    return answers[max(groups, key=lambda group: (len(group), group[-1]))[-1]]
+
+    def rank(i: int) -> tuple[int, int]:
+        return sum(same_answer(answer, answers[i]) for answer in answers), i
+
+    return answers[max(range(len(answers)), key=rank)]
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

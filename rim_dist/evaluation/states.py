@@ -1,4 +1,4 @@
-"""Hidden states at the end of every memory block, all from one prefill."""
+"""Hidden states at the end of every memory block, and where they lie."""
 
 from __future__ import annotations
 
@@ -6,39 +6,53 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from rim_dist.evaluation.readouts import prefix_places
-from rim_dist.model.generation import check_prompts, generation_config, model_positions
+from rim_dist.evaluation.loading import LoadedModel
+from rim_dist.evaluation.prefixes import prefix_batches
 
 
-def block_states(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    block_size: int,
-    blocks: int,
-    batch: int = 64,
-) -> torch.Tensor:
+def block_states(loaded: LoadedModel, prompts: Sequence[Sequence[int]], batch: int = 64) -> torch.Tensor:
     """States `[prompts, blocks, hidden]` at the end token of each block, as the output head sees them; float32 on the CPU.
 
-    `prompts` (token ids) end with `blocks` blocks. The state after block k does not depend on later blocks: it is the one
-    that the first token of the answer after k blocks is read from. Plain causal attention, as a server runs it. Raises
-    DataError if a prompt does not fit the model.
+    `prompts` (token ids) end with the model's trained blocks. All states come from one prefill: the state after block k does
+    not depend on later blocks. The first token of the answer after k blocks is predicted from it. Attention is plain and
+    causal, as a server runs it. Raises DataError if a prompt does not fit the model.
     """
-    check_prompts(prompts, model_positions(model.config))
-    device = next(model.parameters()).device
-    pad = generation_config(tokenizer).pad_token_id
     states = []
-    for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        lengths = [len(prompt) for prompt in part]
-        longest = max(lengths)
-        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in part], device=device)
-        places = prefix_places(lengths, blocks, block_size).map(lambda t: t.to(device))
-        ends = longest - 1 - torch.arange(blocks - 1, -1, -1, device=device) * block_size
-        padded = {"attention_mask": (places.segment >= 0).long()} if min(lengths) < longest else {}
+    batches = prefix_batches(loaded.model, loaded.tokenizer, prompts, loaded.blocks, loaded.block_size, batch)
+    for arguments, places in batches:
+        ends = places.block.shape[1] - 1 - torch.arange(loaded.blocks - 1, -1, -1) * loaded.block_size
         with torch.no_grad():
-            hidden = model.base_model(input_ids=ids, position_ids=places.position, use_cache=False, **padded)[0]
-        states.append(hidden[:, ends].float().cpu())
+            hidden = loaded.model.base_model(**arguments, use_cache=False)[0]
+        states.append(hidden[:, ends.to(hidden.device)].float().cpu())
     return torch.cat(states)
+
+
+def principal_axes(states: torch.Tensor) -> Any:
+    """scikit-learn's PCA of states `[..., hidden]` with two components.
+
+    The largest entry of each axis is positive, so that equal states give equal pictures.
+    """
+    from sklearn.decomposition import PCA
+
+    return PCA(n_components=2, svd_solver="full").fit(states.double().flatten(0, -2).numpy())
+
+
+def project(axes: Any, states: torch.Tensor) -> torch.Tensor:
+    """States `[..., hidden]` on principal axes: `[..., 2]`."""
+    points = torch.from_numpy(axes.transform(states.double().flatten(0, -2).numpy()))
+    return points.unflatten(0, states.shape[:-1])
+
+
+def variance_fractions(states: torch.Tensor) -> dict[str, float]:
+    """How the variance of `[questions, blocks, hidden]` divides: between blocks, between questions, and the rest of it.
+
+    Two-way analysis of variance, summed over the hidden channels; the three fractions sum to 1.
+    """
+    values = states.double()
+    centre = values.mean(dim=(0, 1), keepdim=True)
+    total = (values - centre).square().sum()
+    blocks = (values.mean(dim=0, keepdim=True) - centre).square().sum() * values.shape[0] / total
+    questions = (values.mean(dim=1, keepdim=True) - centre).square().sum() * values.shape[1] / total
+    fractions = {"blocks": float(blocks), "questions": float(questions)}
+    return {**fractions, "both": 1.0 - sum(fractions.values())}

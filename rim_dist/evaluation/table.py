@@ -7,10 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rim_dist.evaluation.comparison import PairedComparison, SplitFigures
 from rim_dist.evaluation.evaluate import Evaluation
 from rim_dist.evaluation.scoring import number
-from rim_dist.evaluation.significance import PairedComparison
-from rim_dist.evaluation.splits import SplitFigures
 
 
 def percent(share: float | None) -> str:

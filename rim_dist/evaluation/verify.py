@@ -21,7 +21,7 @@ from rim_dist.methods import method_of
 from rim_dist.model.generation import model_positions
 from rim_dist.tokens import prompt_ids
 
-# Rounding of weights to the export's dtype, and another order of additions, as a share of the largest logit.
+# Rounding of weights to the export's dtype, and another order of additions, as a fraction of the largest logit.
 _TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 _QUESTIONS = ["Tom has 3 bags of 4 nuts and eats 2. How many are left?", "What is left of 1,000 after paying 250?"]
 _COUNT = 4
@@ -64,16 +64,16 @@ def verify_export(checkpoint: Path, out: Path) -> Verification:
         )
     adapter = out / ADAPTER if (out / ADAPTER / "adapter_config.json").is_file() else None
     with tempfile.TemporaryDirectory() as folder:
-        asked, answer = Path(folder) / "asked.json", Path(folder) / "logits.safetensors"
+        task_file, answer = Path(folder) / "task.json", Path(folder) / "logits.safetensors"
         task = {
             "questions": questions,
             "blocks": blocks if with_blocks else [None],
             "adapter": str(adapter) if adapter else None,
         }
-        asked.write_text(json.dumps(task), encoding="utf-8")
+        task_file.write_text(json.dumps(task), encoding="utf-8")
         # -P and the file's own path: what runs there cannot import rim_dist by accident of the working folder.
         script = Path(__file__).with_name("plain_logits.py")
-        command = [sys.executable, "-P", str(script), str(out), str(asked), str(answer)]
+        command = [sys.executable, "-P", str(script), str(out), str(task_file), str(answer)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise CheckpointError(f"{out}: does not load in plain transformers: {done.stderr.strip().splitlines()[-1]}")

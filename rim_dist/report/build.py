@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rim_dist.errors import ConfigError
+from rim_dist.evaluation.comparison import SPLITS, compare_paired, select_by_splits
 from rim_dist.evaluation.rules import RULES
 from rim_dist.evaluation.scoring import number
-from rim_dist.evaluation.significance import compare_paired
-from rim_dist.evaluation.splits import SPLITS, select_by_splits
 from rim_dist.evaluation.table import comparison_cells, milliseconds, percent
 from rim_dist.methods import method_class, method_names
 from rim_dist.report.collect import Evaluated, Pictured, RunFacts, differences

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from rim_dist.errors import DataError
-from rim_dist.evaluation.answers import ANSWERS, read_answers
+from rim_dist.evaluation.comparison import ANSWERS, read_answers
 from rim_dist.training.metrics import Metrics, read_metrics
 
 

@@ -6,16 +6,15 @@ The harness loads this file by its path, so it imports by full names only.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from rim_dist.config import ColumnsSection
-from rim_dist.data.formats import recognise
-from rim_dist.data.samples import BadSample
-from rim_dist.data.sources import read_file
 from rim_dist.errors import DataError
+from rim_dist.evaluation.evaluate import evaluation_samples
 from rim_dist.evaluation.scoring import extract_answer, same_answer
 
 
@@ -23,12 +22,8 @@ def _questions(data: str | None, usual: str) -> dict[str, datasets.Dataset]:
     if data is None and "RIM_DIST_DATA" not in os.environ:
         raise DataError(f'no data: set RIM_DIST_DATA to a folder with {usual}, or give --metadata \'{{"data": "FILE"}}\'')
     path = Path(data) if data is not None else Path(os.environ["RIM_DIST_DATA"]) / usual
-    rows = []
-    for row in read_file(path, recognise(path), ColumnsSection()):
-        if isinstance(row, BadSample):
-            raise DataError(f"{path}:{row.line}: {row.reason}")
-        rows.append({"question": row.question, "answer": row.answer})
-    return {"test": datasets.Dataset.from_list(rows)}
+    samples = evaluation_samples(str(path), "auto", sys.maxsize, ColumnsSection())
+    return {"test": datasets.Dataset.from_list([{"question": s.question, "answer": s.answer} for s in samples])}
 
 
 def gsm8k(data: str | None = None, **_metadata: Any) -> dict[str, datasets.Dataset]:

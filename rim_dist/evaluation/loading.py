@@ -1,9 +1,9 @@
-"""A model to ask: an exported folder, any HF causal LM folder, or a checkpoint as it is."""
+"""Load a model to be evaluated: an exported folder, any HF causal LM folder, or a checkpoint."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +23,39 @@ from rim_dist.tokens import add_memory_tokens, prompt_ids
 
 
 @dataclass(frozen=True)
-class ExportedModel:
-    """A model on its device, ready to answer: `blocks` memory blocks come with every prompt (0: none).
+class LoadedModel:
+    """A model on its device, ready to answer. Every prompt has `blocks` memory blocks (0: none) of `block_size` tokens.
 
-    `columns`: of the data that it was trained on, as far as that is known; so questions can come from a file like it.
+    `columns`: of the data that it was trained on, as far as that is known, so that questions can come from a similar file.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     blocks: int
-    method: str
-    synthetic_steps: int
-    columns: ColumnsSection
+    block_size: int
+    method: str = "rim"
+    synthetic_steps: int = 5
+    columns: ColumnsSection = field(default_factory=ColumnsSection)
 
-    def block_size(self) -> int:
-        """Tokens of a memory block, begin and end included; 0 without blocks."""
-        if not self.blocks:
-            return 0
-        with_one, without = (len(prompt_ids(self.tokenizer, ["?"], k)[0]) for k in (1, 0))
-        return with_one - without
+    def prompts(self, questions: list[str], blocks: int | None = None) -> list[list[int]]:
+        """Token ids of the prompts of questions, with the trained number of blocks unless another is given."""
+        return prompt_ids(self.tokenizer, questions, (self.blocks or None) if blocks is None else blocks)
 
 
-def open_export(folder: str | Path) -> ExportedModel:
+def load_for_evaluation(folder: str | Path) -> LoadedModel:
     """Load an exported folder, any HF causal LM folder, a checkpoint, or a run's newest checkpoint.
 
     Raises CheckpointError if it is none of them, cannot be loaded, or has blocks that only training can run.
     """
     folder = Path(folder)
     if (folder / "config.json").is_file():
-        return _open_hf(folder)
+        return _load_hf(folder)
     if (folder / "checkpoints").is_dir() or (folder / "state.json").is_file():
-        return open_checkpoint(find_checkpoint(folder))
+        return load_checkpoint(find_checkpoint(folder))
     raise CheckpointError(f"{folder}: not an HF model folder (no config.json); `rim-dist export` makes one")
 
 
-def open_checkpoint(checkpoint: Path) -> ExportedModel:
+def load_checkpoint(checkpoint: Path) -> LoadedModel:
     """The model of a checkpoint, LoRA merged, in the precision that its export would have. Raises CheckpointError."""
     recipe = read_recipe(checkpoint)
     if not recipe.exportable:
@@ -70,10 +68,10 @@ def open_checkpoint(checkpoint: Path) -> ExportedModel:
     method = method_of(recipe)
     if method.thoughts:
         think_before_answers(model, method.thoughts, add_memory_tokens(tokenizer, recipe.memory).ids)
-    return _opened(model, tokenizer, method.prompt_blocks, recipe.method, recipe.data.synthetic.max_steps, recipe.data.columns)
+    return _ready(model, tokenizer, method.prompt_blocks, recipe.method, recipe.data.synthetic.max_steps, recipe.data.columns)
 
 
-def _open_hf(folder: Path) -> ExportedModel:
+def _load_hf(folder: Path) -> LoadedModel:
     about: dict[str, Any] = {}
     try:
         if (folder / "rim_dist.json").is_file():
@@ -90,14 +88,14 @@ def _open_hf(folder: Path) -> ExportedModel:
         raise CheckpointError(f"{folder}: its tokenizer has no chat template, so it is not known how to ask it a question")
     if thoughts := about.get("thoughts", 0):
         think_before_answers(model, thoughts, about["memory_token_ids"])
-    return _opened(model, tokenizer, about.get("blocks", 0), method, about.get("synthetic_steps", 5), columns)
+    return _ready(model, tokenizer, about.get("blocks", 0), method, about.get("synthetic_steps", 5), columns)
 
 
-def _opened(
-    model: Any, tokenizer: PreTrainedTokenizerBase, blocks: int, method: str, synthetic_steps: int, columns: ColumnsSection
-) -> ExportedModel:
+def _ready(model: Any, tokenizer: PreTrainedTokenizerBase, blocks: int, *origin: Any) -> LoadedModel:
+    """The model on its device. `origin`: method, synthetic steps and columns, as in LoadedModel."""
     if note := padding_note(tokenizer):
         say(note)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    return ExportedModel(model, tokenizer, blocks, method, synthetic_steps, columns)
+    with_one, without = (len(prompt_ids(tokenizer, ["?"], k)[0]) for k in (1, 0))
+    return LoadedModel(model, tokenizer, blocks, with_one - without if blocks else 0, *origin)
