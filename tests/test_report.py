@@ -168,13 +168,14 @@ def test_differences_of_recipes() -> None:
 
 
 def test_what_evaluation_commands_wrote(tmp_path: Path) -> None:
-    """Folders of evaluate, sweep and analyse in a run's report/, and one alone; sections appear for what there is."""
+    """Folders of evaluate, blocks and analyse in a run's report/, and one alone; sections appear for what there is."""
     model = str(write_model(tmp_path / "hf"))
     run = tmp_path / "run"
     short = ["synthetic", "--samples", "12", "--max-new-tokens", "3"]
     evaluated = run / "report" / "evaluation-step-00000001"
     assert main(["evaluate", model, *short, "--timed", "2", "--output", str(evaluated)]) == 0
-    assert main(["sweep", model, *short, "--timed", "2", "--output", str(run / "report" / "sweep")]) == 0
+    for command in ("blocks", "sweep"):  # the second is the first one's earlier name, whose files stay readable
+        assert main([command, model, *short, "--timed", "2", "--output", str(run / "report" / command)]) == 0
     assert main(["analyse", model, *short, "--output", str(run / "report" / "analysis")]) == 0
     assert main(["report", str(run), str(evaluated), "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
@@ -189,7 +190,12 @@ def test_what_evaluation_commands_wrote(tmp_path: Path) -> None:
     assert "| run: evaluation-step-00000001 | synthetic | 12 |" in text
     assert "| evaluation-step-00000001 | synthetic | 12 |" in text
     names = {p.name for p in (tmp_path / "out" / "pictures").iterdir()}
-    assert {"run--sweep-sweep.png", "run--analysis-states.png", "run--analysis-attention.png"} <= names
+    assert {
+        "run--blocks-blocks.png",
+        "run--sweep-sweep.png",
+        "run--analysis-states.png",
+        "run--analysis-attention.png",
+    } <= names
 
 
 def test_what_is_refused(runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

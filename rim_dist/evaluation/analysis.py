@@ -59,8 +59,8 @@ def analyse(
         figures["training"] = {
             "explained": axes.explained_variance_ratio_.tolist(),
             "checkpoints": [
-                {"checkpoint": path.name, "variance": variance_fractions(part)}
-                for path, part in zip(taken, over_time, strict=True)
+                {"checkpoint": path.name, "variance": variance_fractions(states)}
+                for path, states in zip(taken, over_time, strict=True)
             ],
         }
         draw_training(axes, over_time, [path.name for path in taken], folder / "training.png")

@@ -1,4 +1,4 @@
-"""The commands that ask a model: arguments and calls. Imports what a command needs when it runs."""
+"""The commands that evaluate a model: arguments and calls. Imports what a command needs when it runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "FIELD=NAME",
         "help": "column of the question, the steps or the answer, as in question=prompt (default: as the model was trained)",
     },
-    "--stop": {"action": "append", "default": [], "metavar": "TEXT", "help": "text that ends an answer too (repeatable)"},
+    "--stop": {"action": "append", "default": [], "metavar": "TEXT", "help": "an answer ends before this text (repeatable)"},
     "--blocks": {"type": int, "metavar": "K", "help": "memory blocks (default: as trained)"},
     "--output": {"metavar": "DIR"},
 }

@@ -13,6 +13,7 @@ import numpy
 from rim_dist.errors import DataError
 
 ANSWERS = "answers.jsonl"
+DRAWS = 10_000  # of the bootstrap
 SPLITS = 16
 SELECTION_FRACTION = 0.2  # 264 of GSM8K's 1,319 test questions
 
@@ -36,7 +37,7 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
 
 
 def same_questions(names: Sequence[str], answers: Sequence[Sequence[dict[str, Any]]]) -> None:
-    """Raise DataError, naming the first difference, unless all evaluations asked the same questions in the same order."""
+    """Raise DataError, naming the first difference, unless all evaluations have the same questions in the same order."""
     for name, rows in zip(names[1:], answers[1:], strict=True):
         if len(rows) != len(answers[0]):
             raise DataError(f"{name} has {len(rows)} questions, {names[0]} has {len(answers[0])}; the same ones are needed")
@@ -76,7 +77,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def compare_paired(a: Sequence[bool], b: Sequence[bool], draws: int = 10_000, seed: int = 0) -> PairedComparison:
+def compare_paired(a: Sequence[bool], b: Sequence[bool]) -> PairedComparison:
     """Compare right and wrong on the same questions, in the same order.
 
     A bootstrap sample of questions is, for the difference, a multinomial draw of its three outcomes: +1, -1, 0. This draws from
@@ -85,7 +86,7 @@ def compare_paired(a: Sequence[bool], b: Sequence[bool], draws: int = 10_000, se
     n = len(a)
     only_a = sum(x and not y for x, y in zip(a, b, strict=True))
     only_b = sum(y and not x for x, y in zip(a, b, strict=True))
-    outcomes = numpy.random.default_rng(seed).multinomial(n, [only_a / n, only_b / n, (n - only_a - only_b) / n], draws)
+    outcomes = numpy.random.default_rng(0).multinomial(n, [only_a / n, only_b / n, (n - only_a - only_b) / n], DRAWS)
     low, high = numpy.quantile((outcomes[:, 0] - outcomes[:, 1]) / n, [0.025, 0.975])
     return PairedComparison(n, sum(a) / n, sum(b) / n, only_a, only_b, float(low), float(high), mcnemar(only_a, only_b))
 
@@ -108,24 +109,22 @@ class SplitFigures:
     standard_error: float
 
 
-def select_by_splits(
-    correct: Sequence[Sequence[bool]], selection: int | None = None, splits: int = SPLITS, seed: int = 0
-) -> SplitFigures:
+def select_by_splits(correct: Sequence[Sequence[bool]]) -> SplitFigures:
     """`correct[c][q]`: whether checkpoint c, in the order of training, answers question q right.
 
-    In each split `selection` questions (default: `SELECTION_FRACTION` of them) choose the checkpoint; the earliest of equals.
-    Needs at least two questions.
+    In each split `SELECTION_FRACTION` of the questions choose the checkpoint; the earliest of equals. Needs at least two
+    questions.
     """
     table = numpy.asarray(correct, dtype=numpy.float64)
     questions = table.shape[1]
-    size = selection or max(1, round(SELECTION_FRACTION * questions))
-    random = numpy.random.default_rng(seed)
+    size = max(1, round(SELECTION_FRACTION * questions))
+    random = numpy.random.default_rng(0)
     chosen, accuracies = [], []
-    for _ in range(splits):
+    for _ in range(SPLITS):
         order = random.permutation(questions)
         best = int(table[:, order[:size]].mean(axis=1).argmax())
         chosen.append(best)
         accuracies.append(float(table[best, order[size:]].mean()))
     values = numpy.asarray(accuracies)
-    error = float(values.std(ddof=1) / numpy.sqrt(splits))
+    error = float(values.std(ddof=1) / numpy.sqrt(SPLITS))
     return SplitFigures(size, chosen, accuracies, float(values.mean()), error)

@@ -82,7 +82,7 @@ def _pictured(path: Path, label: str) -> Pictured:
 
 
 def collect(path: str | Path, name: str) -> RunFacts:
-    """Read a run's folder, or one that evaluate, sweep or analyse wrote.
+    """Read a run's folder, or one that evaluate, blocks or analyse wrote.
 
     Looked at: the folder itself, its `report/`, and the folders in both. Raises DataError if there is nothing, or naming the
     file that cannot be read.
@@ -101,12 +101,14 @@ def collect(path: str | Path, name: str) -> RunFacts:
         label = f"{name}: {inside}" if inside else name
         if (place / "evaluation.json").is_file() and (place / ANSWERS).is_file():
             run.evaluations.append(Evaluated(label, _json(place / "evaluation.json"), read_answers(place)))
-        if (place / "sweep.json").is_file():
-            run.sweeps.append(_pictured(place / "sweep.json", label))
+        for written in ("blocks.json", "sweep.json"):  # by `rim-dist blocks`, and under its earlier name
+            if (place / written).is_file():
+                run.sweeps.append(_pictured(place / written, label))
+                break
         if (place / "analysis.json").is_file():
             run.analyses.append(_pictured(place / "analysis.json", label))
     if not (run.recipe or run.evaluations or run.sweeps or run.analyses):
-        raise DataError(f"{folder}: neither a run (recipe.yaml) nor written by evaluate, sweep or analyse")
+        raise DataError(f"{folder}: neither a run (recipe.yaml) nor written by evaluate, blocks or analyse")
     return run
 
 

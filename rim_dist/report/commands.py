@@ -18,7 +18,7 @@ def add_report_command(command: Callable[..., argparse.ArgumentParser]) -> None:
         "rim-dist report runs/demo runs/demo-direct --output comparison/",
         "rim-dist report runs/demo evaluated/llama --output comparison/",
     )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or one that evaluate, sweep or analyse wrote")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or one that evaluate, blocks or analyse wrote")
     report.add_argument("--output", metavar="DIR", default="report", help="write report.html and report.md here (report)")
 
 
