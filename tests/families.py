@@ -20,7 +20,7 @@ from rim_dist.attention.registration import use_plain_attention, use_rim_attenti
 from rim_dist.data.rows import Batch, pack
 from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ModelError
-from rim_dist.model.proof import probe_family
+from rim_dist.model.proof import prove_family
 from rim_dist.objective.forward import install_readout_loss, run_batch
 
 NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -161,7 +161,7 @@ def measure(family: str, path: str, seed: int = 0, bidirectional: bool = False) 
 def refusal(config: transformers.PretrainedConfig) -> str:
     """Why a family is refused; empty if it is not."""
     try:
-        probe_family(config)
+        prove_family(config)
     except ModelError as error:
         return str(error).splitlines()[0]
     return ""

@@ -24,7 +24,7 @@ from rim_dist.evaluation.readouts import readout_ids
 from rim_dist.evaluation.rules import RULES
 from rim_dist.evaluation.scoring import extract_answer, majority_answer, pass_at_k, same_answer
 from rim_dist.model.generation import Decoding, Sampling, answer_questions, answer_texts, generate_ids
-from rim_dist.model.proof import probe_family
+from rim_dist.model.proof import prove_family
 from rim_dist.tokens import prompt_ids
 from rim_dist.unwrap import bare_model
 
@@ -124,7 +124,7 @@ def _takes_mask(model: Any) -> bool:
     """Whether a model can decode all readouts from one prefix: its family honours the RiM mask."""
     if not hasattr(model, _TAKES_MASK):
         try:
-            probe_family(model.config)
+            prove_family(model.config)
             setattr(model, _TAKES_MASK, True)
         except ModelError:
             setattr(model, _TAKES_MASK, False)

@@ -31,7 +31,7 @@ def readout_ids(
     """New token ids of every prompt after each of the `budgets` (numbers of blocks), without the end-of-text token.
 
     `prompts` end with max(budgets) blocks of `block_size` tokens. Greedy. The model's family must take the RiM mask
-    (`probe_family`); its attention is the plain one afterwards. Raises DataError if a prompt does not fit the model.
+    (`prove_family`); its attention is the plain one afterwards. Raises DataError if a prompt does not fit the model.
     """
     bare, most = bare_model(model), max(budgets)
 

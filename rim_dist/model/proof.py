@@ -84,7 +84,7 @@ def tiny_row() -> tuple[Row, list[int]]:
     return Row(question, 2, len(block), readouts), block
 
 
-def probe_family(config: PretrainedConfig, trust_remote_code: bool = False) -> float:
+def prove_family(config: PretrainedConfig, trust_remote_code: bool = False) -> float:
     """Largest logit difference between a packed row and its unrolled runs on a tiny model of the family.
 
     Raises ModelError, with the family's name and the reason, if the attention of any layer was not called with
@@ -135,7 +135,7 @@ def probe_family(config: PretrainedConfig, trust_remote_code: bool = False) -> f
     return worst
 
 
-def probe_thoughts(config: PretrainedConfig, trust_remote_code: bool = False) -> float:
+def prove_thoughts(config: PretrainedConfig, trust_remote_code: bool = False) -> float:
     """Largest difference of a token loss between the passes of continuous thoughts and slow runs without a cache.
 
     On a tiny model of the family. Raises ModelError, with its name and the reason, if it cannot take hidden states as inputs.

@@ -15,7 +15,7 @@ from rim_dist.errors import ConfigError, ModelError, RimError, first_line
 from rim_dist.methods import method_of
 from rim_dist.methods.base import Method
 from rim_dist.model.generation import model_positions
-from rim_dist.model.proof import probe_family, probe_thoughts
+from rim_dist.model.proof import prove_family, prove_thoughts
 from rim_dist.model.skeleton import skeleton
 from rim_dist.parallel.degrees import Mode, check_tensor_degree, choose_mode, head_counts
 from rim_dist.parallel.tensor import TensorRank, split_model
@@ -112,9 +112,9 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
     mode = choose_mode(recipe.parallel.sequence_mode, recipe.parallel.sequence, heads, kv_heads)
     requirements = Requirements(tokenizer, tokens, config, source, start.checkpoint, _attention(recipe, config), mode)
     _check_positions(method, requirements)
-    probe_family(config, section.trust_remote_code)
+    prove_family(config, section.trust_remote_code)
     if method.thoughts:
-        probe_thoughts(config, section.trust_remote_code)
+        prove_thoughts(config, section.trust_remote_code)
     if recipe.parallel.tensor > 1:
         split_model(skeleton(recipe, config, tokens), TensorRank(0, recipe.parallel.tensor))  # refused here, if at all
     return requirements

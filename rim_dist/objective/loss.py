@@ -28,7 +28,7 @@ class LogitRule:
 
     @staticmethod
     def of(config: Any) -> LogitRule:
-        """The rule in a transformers config (Cohere, Granite, Gemma 2 and 3); `probe_family` proves it right."""
+        """The rule in a transformers config (Cohere, Granite, Gemma 2 and 3); `prove_family` proves it right."""
         config = config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
         return LogitRule(scale, getattr(config, "final_logit_softcapping", None))
