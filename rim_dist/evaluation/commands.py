@@ -97,13 +97,14 @@ def add_evaluation_commands(command: Command) -> None:
     _add(latency, "--format", "--column", "--max-new-tokens", "--stop", "--timed", "--timed-batch")
     _add(latency, "--output", help="write latency.json here")
 
-    for name in ("blocks", "sweep"):
+    for name, text in (
+        ("blocks", "Accuracy and latency at many block budgets; a probe that selects an answer; stopping early."),
+        ("sweep", "The earlier name of `blocks`, for one release."),
+    ):
         blocks = command(
             name,
             _block_budgets,
-            "Accuracy and latency at many block budgets; a probe that selects an answer; stopping early."
-            if name == "blocks"
-            else "The earlier name of `blocks`, for one release.",
+            text,
             f"rim-dist {name} runs/demo/hf synthetic:1 --budgets 1,2,3,4,5,6,8 --output {name}/",
             f"rim-dist {name} exported/ gsm8k/test.jsonl --samples 1319 --probe-data gsm8k/train.jsonl --output {name}/",
         )
@@ -230,10 +231,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     blocks = _blocks(arguments.blocks, loaded.blocks)
     if arguments.every_block and not blocks:
         raise ConfigError("--every-block: this model has no memory blocks")
-    lines = [arguments.question] if arguments.question is not None else sys.stdin
+    questions = [arguments.question] if arguments.question is not None else (line.strip() for line in sys.stdin)
     decoding = Decoding(arguments.max_new_tokens, stop=tuple(arguments.stop))
     answered = 0
-    for question in filter(None, map(str.strip, lines)):
+    for question in filter(str.strip, questions):
         answered += 1
         if arguments.every_block:
             for k, text in enumerate(block_answers(loaded.model, loaded.tokenizer, [question], blocks, decoding)[0], 1):
