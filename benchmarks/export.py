@@ -141,9 +141,9 @@ def measure(what: str, checkpoint: Path, out: Path, processes: int) -> dict[str,
         from transformers import LlamaForCausalLM, LlamaTokenizer  # noqa: F401 - loaded, not used
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-        from rim_dist.checkpoint import adapters, contents  # noqa: F401
-        from rim_dist.checkpoint.assemble import Workers
+        from rim_dist.checkpoint import adapters, index  # noqa: F401
         from rim_dist.checkpoint.hf_export import ExportOptions, export_checkpoint
+        from rim_dist.checkpoint.workers import Workers
         from rim_dist.training import engine  # noqa: F401
 
         get_checkpoint_conversion_mapping("llama")  # compiles 900 patterns at its first call, about a second

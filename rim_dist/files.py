@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic replacement, checksums while writing, manifests and what differs from them."""
+"""Files that are whole or absent: atomic replacement, checksums while writing, manifests and the damage they show."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,95 +20,91 @@ from rim_dist.errors import CheckpointError
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
-# Guards against damage, not against an attacker; as fast as memory, so it costs no time. A checksum a block: an export
-# reads the weights of a shard, not the optimizer's moments beside them, and checks what it reads.
+# Guards against damage, not against an attacker; as fast as memory, so it costs no time. One checksum for each block: an
+# export reads the weights of a shard without the optimizer's moments, which are twice as large, and checks what it reads.
 _CHECKSUM = "xxh3_64"
 _BLOCK_BYTES = 1 << 24
 _DIGITS = 16
-ByteRange = tuple[int, int]  # first byte and the one after the last
+_CHUNK_BYTES = 1 << 21
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest says of a file. `checksum`: 16 hexadecimal digits for every block of 16 MiB."""
+    """A file's entry in a manifest. `checksum`: 16 hexadecimal digits for every block of 16 MiB."""
 
     size: int
     checksum: str
 
 
-class _Checksum:
-    """The checksums of the blocks of what goes through."""
+class _Recorder:
+    """Makes the record of a file from its bytes, given in order."""
 
     def __init__(self) -> None:
         self._hash = xxhash.xxh3_64()
-        self._left = _BLOCK_BYTES
-        self._done: list[str] = []
+        self._size = 0
+        self._full_blocks = ""
 
-    def update(self, view: memoryview) -> None:
-        while view.nbytes:
-            part = view[: self._left]
-            self._hash.update(part)
-            self._left -= part.nbytes
-            view = view[part.nbytes :]
-            if not self._left:
-                self._close_block()
+    def update(self, data: memoryview) -> None:
+        while data.nbytes:
+            chunk = data[: _BLOCK_BYTES - self._size % _BLOCK_BYTES]
+            self._hash.update(chunk)
+            self._size += chunk.nbytes
+            data = data[chunk.nbytes :]
+            if self._size % _BLOCK_BYTES == 0:
+                self._full_blocks += self._hash.hexdigest()
+                self._hash.reset()
 
-    def _close_block(self) -> None:
-        self._done.append(self._hash.hexdigest())
-        self._hash = xxhash.xxh3_64()
-        self._left = _BLOCK_BYTES
-
-    def digits(self) -> str:
-        if self._left < _BLOCK_BYTES:
-            self._close_block()
-        return "".join(self._done)
+    def record(self) -> FileRecord:
+        last = self._hash.hexdigest() if self._size % _BLOCK_BYTES else ""
+        return FileRecord(self._size, self._full_blocks + last)
 
 
 class ChecksumWriter:
-    """A binary file that sums up what goes through it, so that no file is read again for its checksum."""
+    """A binary file that computes its checksums while it is written, so that it is not read again for them."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
-        self._sum = _Checksum()
-        self._size = 0
-        self.error: OSError | None = None  # kept for callers behind a library that words it in its own way
+        self._recorder = _Recorder()
+        self.error: OSError | None = None  # torch.save raises an error of its own instead of this one
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
         rest = view.cast("B") if view.nbytes else view
-        self._sum.update(rest)
+        self._recorder.update(rest)
         try:
-            while rest.nbytes:  # a disk that fills up takes a part and refuses the next write
+            while rest.nbytes:  # a disk that fills up takes some bytes and refuses the next write
                 rest = rest[self._file.write(rest) or 0 :]
         except OSError as error:
             self.error = error
             raise
-        self._size += view.nbytes
         return view.nbytes
 
     def flush(self) -> None:
         self._file.flush()
 
     def close(self, sync: bool = True) -> FileRecord:
-        try:
-            self._file.flush()
+        with self._file:
             if sync:
                 os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
-        return FileRecord(self._size, self._sum.digits())
+        return self._recorder.record()
+
+
+def _read_chunks(file: Path, start: int = 0, length: int = sys.maxsize) -> Iterator[memoryview]:
+    """The bytes of a file from `start` on, at most `length` of them. A chunk is valid until the next one."""
+    view = memoryview(bytearray(_CHUNK_BYTES))
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        while count := stream.readinto(view[:length]):
+            yield view[:count]
+            length -= count
 
 
 def record_of(file: Path) -> FileRecord:
-    """Size and checksum of a file as it is on disk."""
-    digest = _Checksum()
-    size = 0
-    buffer = bytearray(1 << 21)
-    with file.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-            size += count
-    return FileRecord(size, digest.digits())
+    """Size and checksums of a file as it is on disk."""
+    recorder = _Recorder()
+    for chunk in _read_chunks(file):
+        recorder.update(chunk)
+    return recorder.record()
 
 
 def sync_path(path: Path) -> None:
@@ -121,7 +118,7 @@ def sync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def os_errors(path: Path) -> Iterator[None]:
-    """Raise what the Rust writers of tokenizers and safetensors word as a plain Exception as the OSError it is."""
+    """Turn the plain Exception that the Rust writers of tokenizers and safetensors raise for a full disk into an OSError."""
     try:
         yield
     except Exception as error:
@@ -136,7 +133,7 @@ def mib(size: float) -> str:
 
 
 def room_for(needed: int, folder: Path) -> str:
-    """How much of so many bytes the disk of a folder has: `it takes ..., ... are free`, and what is missing if it is."""
+    """Free space on the disk of a folder in words: what `needed` bytes take, what is free, and what is missing if it is."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     text = f"it takes {mib(needed)}, {mib(free)} are free" if needed else f"{mib(free)} are free"
@@ -150,7 +147,7 @@ def require_room(needed: int, folder: Path, what: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a crash leaves the old or the new one, never a part."""
+    """Replace a small file so that a crash leaves the old one or the new one."""
     partial = path.with_name(path.name + PARTIAL)
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -161,8 +158,16 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_manifest(folder: Path, records: Mapping[str, FileRecord]) -> None:
-    """The manifest of a folder of finished, synced files. Everything below the folder must be in `records`."""
-    files = {name: {"size": r.size, "checksum": r.checksum} for name, r in sorted(records.items())}
+    """Bring a folder to the disk and write its manifest. `records`: files that are synced already; the others are read."""
+    complete = dict(records)
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.is_dir():
+            sync_path(path)
+        elif name not in complete and name != MANIFEST:
+            sync_path(path)
+            complete[name] = record_of(path)
+    files = {name: {"size": r.size, "checksum": r.checksum} for name, r in sorted(complete.items())}
     write_atomically(folder / MANIFEST, json.dumps({"checksum": _CHECKSUM, "files": files}, indent=1) + "\n")
 
 
@@ -177,41 +182,42 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         raise CheckpointError(f"{folder}: it has no readable {MANIFEST}") from None
 
 
-def _blocks_of(record: FileRecord, spans: Iterable[ByteRange] | None) -> list[int]:
-    """Numbers of the blocks to compare: all, or those of the spans with the first and the last (a shard's structure)."""
+def _blocks_of(record: FileRecord, ranges: Iterable[tuple[int, int]] | None) -> list[int]:
+    """Numbers of the blocks to compare: all, or the first, the last (a shard's structure) and those with bytes of `ranges`."""
     count = len(record.checksum) // _DIGITS
-    if spans is None:
+    if ranges is None:
         return list(range(count))
     wanted = {0, count - 1} if count else set()
-    for start, stop in spans:
+    for start, stop in ranges:
         wanted.update(range(start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES)))
     return sorted(wanted)
 
 
-def _contents_damage(file: Path, name: str, record: FileRecord, number: int) -> str:
+def _block_damage(file: Path, name: str, record: FileRecord, block: int) -> str:
     digest = xxhash.xxh3_64()
-    buffer = bytearray(1 << 21)
-    left = min(_BLOCK_BYTES, record.size - number * _BLOCK_BYTES)
+    start = block * _BLOCK_BYTES
     try:
-        with file.open("rb", buffering=0) as stream:
-            stream.seek(number * _BLOCK_BYTES)
-            while left and (count := stream.readinto(memoryview(buffer)[: min(left, len(buffer))])):
-                digest.update(memoryview(buffer)[:count])
-                left -= count
+        for chunk in _read_chunks(file, start, _BLOCK_BYTES):
+            digest.update(chunk)
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
-    if digest.hexdigest() != record.checksum[number * _DIGITS : (number + 1) * _DIGITS]:
-        where = f" (in its {_BLOCK_BYTES >> 20} MiB from byte {number * _BLOCK_BYTES:,})" if number else ""
+    if digest.hexdigest() != record.checksum[block * _DIGITS : (block + 1) * _DIGITS]:
+        where = f" (in its {_BLOCK_BYTES >> 20} MiB from byte {start:,})" if block else ""
         return f"{name} has other contents than its manifest says{where}"
     return ""
 
 
 def damage_of(
-    folder: Path, checksums: bool, rank: int = 0, ranks: int = 1, only: Mapping[str, list[ByteRange]] | None = None
+    folder: Path,
+    checksums: bool,
+    rank: int = 0,
+    ranks: int = 1,
+    only: Mapping[str, list[tuple[int, int]]] | None = None,
 ) -> str:
     """What is wrong with a folder that has a manifest; empty if nothing.
 
-    Sizes are compared for every file. `checksums`: contents too, divided among `ranks`; of the files in `only` the spans given.
+    Compares the size of every file; with `checksums` also the contents, block by block, divided among `ranks`. Of the files
+    in `only` it compares the blocks that hold the given ranges of bytes (first, one after the last), of others all.
     """
     try:
         records = read_manifest(folder)
@@ -224,11 +230,10 @@ def damage_of(
             return f"{name} is missing"
         if size != record.size:
             return f"{name} has {size} bytes instead of {record.size}"
-    if checksums:
-        blocks = [(n, i) for n, r in sorted(records.items()) for i in _blocks_of(r, only.get(n) if only is not None else None)]
-        # Hashing and reading leave Python's lock: a few blocks at a time.
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            for wrong in pool.map(lambda b: _contents_damage(folder / b[0], b[0], records[b[0]], b[1]), blocks[rank::ranks]):
-                if wrong:
-                    return wrong
-    return ""
+    if not checksums:
+        return ""
+    blocks = [(n, i) for n, r in sorted(records.items()) for i in _blocks_of(r, (only or {}).get(n))]
+    # Hashing and reading leave Python's lock: a few blocks at a time.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        found = pool.map(lambda b: _block_damage(folder / b[0], b[0], records[b[0]], b[1]), blocks[rank::ranks])
+        return next((wrong for wrong in found if wrong), "")

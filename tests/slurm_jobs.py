@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from conftest import TINY_MODEL, tiny_recipe, write_recipe
 from slurm_cluster import Cluster
+from states import trained_weights
 
-from rim_dist.checkpoint.hf_export import trained_weights
 from rim_dist.checkpoint.store import find_checkpoint
 from rim_dist.cluster.attempts import Attempt, attempts_of
 from rim_dist.training.metrics import read_metrics

@@ -15,12 +15,11 @@ import pytest
 import torch
 from conftest import tiny_recipe, write_recipe
 from ranks import ROOT, environment, run
-from states import same_state
+from states import read_saves, same_state
 
 from rim_dist.checkpoint import retention, store
-from rim_dist.checkpoint.contents import read_contents
+from rim_dist.checkpoint.index import index_checkpoint
 from rim_dist.checkpoint.resume import agree_on_checkpoint
-from rim_dist.checkpoint.saver import read_saves
 from rim_dist.checkpoint.snapshot import Snapshotter
 from rim_dist.config import CheckpointSection
 from rim_dist.data.synthetic import synthetic_tokenizer
@@ -250,7 +249,7 @@ def test_background_saves_change_nothing(tmp_path: Path, zero: int) -> None:
     for front, background in zip(*map(store.complete_checkpoints, folders), strict=True):
         assert not damage_of(background, checksums=True)
         assert store.read_state(front) == store.read_state(background)
-        same_state(read_contents(front), read_contents(background))
+        same_state(index_checkpoint(front), index_checkpoint(background))
 
 
 @pytest.mark.timeout(300)

@@ -21,11 +21,11 @@ from ranks import ROOT, environment, run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from rim_dist.checkpoint.assemble import Workers
-from rim_dist.checkpoint.contents import read_contents
 from rim_dist.checkpoint.hf_export import load_module
+from rim_dist.checkpoint.index import index_checkpoint
+from rim_dist.checkpoint.safetensors_files import read_folder_index
 from rim_dist.checkpoint.store import find_checkpoint
-from rim_dist.checkpoint.tensors import read_folder_index
+from rim_dist.checkpoint.workers import Workers
 from rim_dist.cli import main
 from rim_dist.errors import CheckpointError
 from rim_dist.evaluation import verify
@@ -89,7 +89,7 @@ def test_shards_are_read_as_zero_to_fp32_reads_them(runs: Path, kind: str) -> No
     """Bit for bit, several groups and sub-groups, parameters cut between ranks. (With ZeRO-1 it leaves frozen ones out.)"""
     checkpoint = find_checkpoint(runs / kind)
     expected = zero_to_fp32(checkpoint)
-    module = load_module(read_contents(checkpoint))
+    module = load_module(index_checkpoint(checkpoint))
     own = module.state_dict()
     assert own.keys() - expected.keys() <= {"lm_head.weight", *(n for n in own if "lm_head" in n)}
     for name, tensor in expected.items():
@@ -100,7 +100,7 @@ def test_shards_are_read_as_zero_to_fp32_reads_them(runs: Path, kind: str) -> No
 def test_without_zero_the_optimizers_copy_counts(runs: Path, kind: str) -> None:
     checkpoint = find_checkpoint(runs / kind)
     state = torch.load(checkpoint / "engine" / "mp_rank_00_model_states.pt", weights_only=True)
-    weights = load_module(read_contents(checkpoint)).state_dict()
+    weights = load_module(index_checkpoint(checkpoint)).state_dict()
     for name, tensor in state["module"].items():
         assert torch.equal(weights[name].to(tensor.dtype), tensor), name
     if kind.startswith("bf16"):
@@ -110,7 +110,7 @@ def test_without_zero_the_optimizers_copy_counts(runs: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", LORA)
 def test_merged_as_peft_merges(runs: Path, tmp_path: Path, kind: str) -> None:
     assert main(["export", str(runs / kind), str(tmp_path / "out"), "--dtype", "fp32", "--max-shard-size", "20KB"]) == 0
-    expected = load_module(read_contents(find_checkpoint(runs / kind))).merge_and_unload().state_dict()
+    expected = load_module(index_checkpoint(find_checkpoint(runs / kind))).merge_and_unload().state_dict()
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -192,7 +192,7 @@ def test_one_mpi_rank_that_fails_ends_all(runs: Path, tmp_path: Path, error: str
         "import os, sys\nfrom rim_dist.checkpoint import hf_export\nfrom rim_dist.cli import main\n"
         "from rim_dist.errors import CheckpointError\n"
         f"def fail(_): raise {error}\n"
-        "if os.environ['OMPI_COMM_WORLD_RANK'] == '1': hf_export.read_contents = fail\n"
+        "if os.environ['OMPI_COMM_WORLD_RANK'] == '1': hf_export.index_checkpoint = fail\n"
         f"sys.exit(main(['export', {str(runs / 'full1')!r}, {str(tmp_path / 'out')!r}]))"
     )
     failed = run("mpirun", 2, ["-c", code], timeout=200, check=False)
@@ -357,7 +357,7 @@ def test_inspect_and_diff(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     copy = tmp_path / "copy"
     shutil.copytree(hf, copy)
     file = copy / "model.safetensors"
-    tensor = read_folder_index(copy)["model.norm.weight"].extents[0]
+    tensor = read_folder_index(copy)["model.norm.weight"].ranges[0]
     data = bytearray(file.read_bytes())
     data[tensor.offset + 3] ^= 1
     file.write_bytes(data)
@@ -452,7 +452,7 @@ def test_killed_process_is_named(tmp_path: Path) -> None:
 def _workers_script(body: str) -> list[str]:
     code = f"""
 import os, signal, sys, time
-from rim_dist.checkpoint.assemble import Workers
+from rim_dist.checkpoint.workers import Workers
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts the tests in the background ignores it

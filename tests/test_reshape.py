@@ -14,10 +14,10 @@ from ranks import ROOT, run
 from safetensors.torch import load_file
 from states import same_state
 
-from rim_dist.checkpoint import portable
-from rim_dist.checkpoint.contents import read_contents
+from rim_dist.checkpoint import safetensors_files
+from rim_dist.checkpoint.index import index_checkpoint
 from rim_dist.checkpoint.store import find_checkpoint, folder_of, read_state
-from rim_dist.checkpoint.tensors import read_tensor
+from rim_dist.checkpoint.stored_tensors import read_tensor
 from rim_dist.cli import main
 from rim_dist.recipe import load_recipe
 from rim_dist.training.metrics import read_metrics
@@ -81,7 +81,7 @@ def test_goes_on_at_other_ranks(runs: Path, tmp_path: Path, ranks: int) -> None:
         source, target = folder_of(runs / kind / "checkpoints", SAVED), tmp_path / f"{kind}-{tensor}-{sequence}"
         degrees = ["--tensor", str(tensor), "--sequence", str(sequence), "--data", str(data)]
         assert main(["convert", "reshape", str(source), str(target), *degrees]) == 0
-        same_state(read_contents(source), read_contents(find_checkpoint(target)))
+        same_state(index_checkpoint(source), index_checkpoint(find_checkpoint(target)))
         state = read_state(find_checkpoint(target))
         assert state == replace(read_state(source), ranks=ranks)
         targets.append(target)
@@ -89,10 +89,10 @@ def test_goes_on_at_other_ranks(runs: Path, tmp_path: Path, ranks: int) -> None:
     for (kind, degrees), target in zip(moves, targets, strict=True):
         source = folder_of(runs / kind / "checkpoints", SAVED)
         resaved = find_checkpoint(target / "resaved")
-        same_state(read_contents(source), read_contents(resaved))  # sharded by these ranks, and read back
+        same_state(index_checkpoint(source), index_checkpoint(resaved))  # sharded by these ranks, and read back
         back = tmp_path / f"{target.name}-back"
         assert main(["convert", "reshape", str(resaved), str(back), "--data", "2"]) == 0
-        same_state(read_contents(source), read_contents(find_checkpoint(back)))
+        same_state(index_checkpoint(source), index_checkpoint(find_checkpoint(back)))
         expected, found = losses(runs / kind), losses(target)
         assert len(expected) == len(found) == STEPS
         worst = max(abs(a / b - 1) for a, b in zip(found[SAVED:], expected[SAVED:], strict=True))
@@ -128,7 +128,7 @@ def test_a_reshape_that_fails_can_be_tried_again(
 
     arguments = ["convert", "reshape", str(runs / "zero1"), str(tmp_path / "out"), "--data", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(portable, "write_all", full)
+        patch.setattr(safetensors_files, "write_all", full)
         assert main(arguments) == 2
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -202,7 +202,7 @@ def test_from_a_plain_model_into_a_stage(runs: Path, tmp_path: Path, capsys: pyt
     assert main(["convert", "from-hf", str(plain), str(tmp_path / "s"), "--recipe", str(path), "--stage", "2"]) == 0
     state = read_state(find_checkpoint(tmp_path / "s"))
     assert (state.stage, state.step, state.samples) == ("stage2", STEPS, 16 * STEPS)
-    rows = read_tensor(read_contents(find_checkpoint(tmp_path / "s")).module["model.embed_tokens.weight"])
+    rows = read_tensor(index_checkpoint(find_checkpoint(tmp_path / "s")).module["model.embed_tokens.weight"])
     assert torch.equal(rows[:-3], model.get_input_embeddings().weight)
     assert rows[-3:].any(dim=1).all()
     run("fork", 1, ["-m", "rim_dist", "train", str(tmp_path / "s" / "recipe.yaml")])

@@ -18,8 +18,8 @@ import torch
 from conftest import tiny_recipe, write_recipe
 from ranks import ROOT, command, environment, run
 from safetensors.torch import load_file
+from states import trained_weights
 
-from rim_dist.checkpoint.hf_export import trained_weights
 from rim_dist.checkpoint.store import complete_checkpoints, find_checkpoint, read_state
 from rim_dist.training.metrics import read_metrics
 

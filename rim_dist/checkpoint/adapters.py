@@ -1,4 +1,4 @@
-"""LoRA adapters as peft writes them: out of a checkpoint, merged into a folder, extracted from two."""
+"""LoRA adapters as peft writes them: taken from a checkpoint, merged into a folder, extracted from two folders."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rim_dist.checkpoint.contents import Contents, with_rows
-from rim_dist.checkpoint.tensors import LowRank, ModelTensor, StoredTensor, read_folder_index, read_tensor
-from rim_dist.errors import CheckpointError
+from rim_dist.checkpoint.index import CheckpointIndex
+from rim_dist.checkpoint.safetensors_files import read_folder_index
+from rim_dist.checkpoint.stored_tensors import LowRank, ModelTensor, as_model_tensors, read_tensor, with_rows
+from rim_dist.errors import CheckpointError, first_line
 
 _PREFIX = "base_model.model."
 _ROWS = "token_adapter.trainable_tokens_delta"
@@ -19,29 +20,33 @@ _ROWS = "token_adapter.trainable_tokens_delta"
 _OTHER_KINDS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layer_replication")
 
 
-def adapter_tensors(contents: Contents, with_rows: bool) -> dict[str, ModelTensor]:
-    """The adapter's tensors under peft's names; `with_rows`: the memory rows too."""
-    tensors = {}
-    for name, stored in contents.module.items():
-        if ".lora_" in name or (with_rows and ".trainable_tokens_" in name):
-            tensors[name.replace(".default.", ".").removesuffix(".default")] = ModelTensor((stored,), stored.shape)
-    return tensors
+def adapter_tensors(index: CheckpointIndex, rows: bool) -> dict[str, ModelTensor]:
+    """The adapter's tensors under peft's names; `rows`: the memory rows too."""
+    return {
+        name.replace(".default.", ".").removesuffix(".default"): ModelTensor((stored,))
+        for name, stored in index.module.items()
+        if ".lora_" in name or (rows and ".trainable_tokens_" in name)
+    }
 
 
-def adapter_config(contents: Contents, with_rows: bool) -> dict[str, Any]:
-    """adapter_config.json for `adapter_tensors`."""
-    lora = contents.recipe.model.lora
+def adapter_config(index: CheckpointIndex, rows: bool) -> dict[str, Any]:
+    """adapter_config.json for `adapter_tensors`. An adapter with the memory rows goes on the base that the run started from."""
+    lora = index.recipe.model.lora
     assert lora is not None
-    names = [name for name in contents.module if name.endswith(".lora_A.default.weight")]
-    rows = {name.split(f".{_ROWS}")[0].rpartition(".")[2] for name in contents.module if f".{_ROWS}" in name}
+    matrices = {_module_of(name).rpartition(".")[2] for name in index.module if f".{_ROWS}" in name}
     return _config(
         rank=lora.rank,
         alpha=lora.alpha,
-        modules=[name.removesuffix(".lora_A.default.weight").removeprefix(_PREFIX) for name in names],
-        rows={name: list(contents.tokens.ids) for name in sorted(rows)} if with_rows else None,
-        base=contents.recipe.model.init_from if with_rows else "..",
-        transposed=any(t.low_rank is not None and t.low_rank.transposed for t in contents.model.values()),
+        modules=[_module_of(name) for name in index.module if ".lora_A." in name],
+        rows={name: list(index.tokens.ids) for name in sorted(matrices)} if rows else None,
+        base=index.recipe.model.init_from if rows else "..",
+        transposed=any(t.low_rank is not None and t.low_rank.transposed for t in index.model.values()),
     )
+
+
+def _module_of(name: str) -> str:
+    """The layer of an adapter's tensor."""
+    return name.removeprefix(_PREFIX).partition(".lora_")[0].partition(f".{_ROWS}")[0]
 
 
 def _config(
@@ -62,17 +67,19 @@ def _config(
     }
 
 
-def _empty(folder: Path) -> tuple[Any, torch.nn.Module]:
+def _empty_model(folder: Path) -> tuple[Any, Any, dict[str, torch.nn.Module]]:
+    """The configuration of an HF folder, its model on the meta device, and the model's layers by name."""
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:
-        raise CheckpointError(f"{folder}: not an HF model folder ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(f"{folder}: not an HF model folder ({first_line(error)})") from error
     with torch.device("meta"):
-        return config, AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
+    return config, model, dict(model.named_modules())
 
 
-def _transposed(module: torch.nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"  # GPT-2 keeps its matrices the other way round
+def _is_conv1d(layer: torch.nn.Module | None) -> bool:
+    return type(layer).__name__ == "Conv1D"  # GPT-2 keeps its matrices as [in, out]
 
 
 def merged_tensors(base: Path, adapter: Path) -> tuple[Any, dict[str, ModelTensor]]:
@@ -87,38 +94,29 @@ def merged_tensors(base: Path, adapter: Path) -> tuple[Any, dict[str, ModelTenso
         raise CheckpointError(f"{adapter}: not a PEFT adapter ({error})") from None
     if settings.get("peft_type") != "LORA" or (odd := [k for k in _OTHER_KINDS if settings.get(k)]):
         raise CheckpointError(f"{adapter}: only plain LoRA is merged, not {settings.get('peft_type')} with {odd}")
-    config, module = _empty(base)
-    layers = dict(module.named_modules())
-    tensors = {name: ModelTensor((stored,), stored.shape) for name, stored in read_folder_index(base).items()}
-    found = dict(read_folder_index(adapter, "adapter_model"))
+    config, _, layers = _empty_model(base)
+    tensors = as_model_tensors(read_folder_index(base))
+    found = read_folder_index(adapter, "adapter_model")
     scaling = settings["lora_alpha"] / settings["r"]
     for name in [n for n in found if n.endswith(".lora_A.weight")]:
-        layer = name.removesuffix(".lora_A.weight").removeprefix(_PREFIX)
+        weight = f"{_module_of(name)}.weight"
         a, b = found.pop(name), found.pop(name.replace(".lora_A.", ".lora_B."))
-        target = tensors.get(f"{layer}.weight")
-        transposed = layer in layers and _transposed(layers[layer])
+        transposed = _is_conv1d(layers.get(_module_of(name)))
         shape = (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])
-        if target is None or target.shape != shape:
-            raise CheckpointError(f"{adapter}: {name} does not fit the base's {layer}.weight")
-        tensors[f"{layer}.weight"] = ModelTensor(target.parts, shape, LowRank(a, b, scaling, transposed))
+        if weight not in tensors or tensors[weight].shape != shape:
+            raise CheckpointError(f"{adapter}: {name} does not fit the base's {weight}")
+        tensors[weight] = ModelTensor(tensors[weight].stacked, LowRank(a, b, scaling, transposed))
     for name in [n for n in found if n.endswith(_ROWS)]:
-        layer = name.removesuffix(f".{_ROWS}").removeprefix(_PREFIX)
-        ids = settings["trainable_token_indices"][layer.rpartition(".")[2]]
-        target = tensors[f"{layer}.weight"]
-        merged = _replace_rows(target.parts[0], found.pop(name), ids)
-        tensors[f"{layer}.weight"] = merged
-        config.get_text_config().vocab_size = merged.shape[0]
+        weight = f"{_module_of(name)}.weight"
+        ids = settings["trainable_token_indices"][_module_of(name).rpartition(".")[2]]
+        matrix = tensors[weight].stacked[0]
+        if missing := sorted(set(range(matrix.shape[0], max(ids) + 1)) - set(ids)):
+            raise CheckpointError(f"row {missing[0]} is neither in the base ({matrix.shape[0]} rows) nor in the adapter")
+        tensors[weight] = with_rows(matrix, found.pop(name), ids)
+        config.get_text_config().vocab_size = tensors[weight].shape[0]
     if found:
         raise CheckpointError(f"{adapter}: {len(found)} tensors unexpected, first {min(found)}")
     return config, tensors
-
-
-def _replace_rows(matrix: StoredTensor, rows: StoredTensor, ids: list[int]) -> ModelTensor:
-    """A matrix with rows replaced, and added at its end."""
-    count = max(matrix.shape[0], max(ids) + 1)
-    if missing := sorted(set(range(matrix.shape[0], count)) - set(ids)):
-        raise CheckpointError(f"row {missing[0]} is neither in the base ({matrix.shape[0]} rows) nor in the adapter")
-    return ModelTensor(with_rows(matrix, rows, ids), (count, *matrix.shape[1:]))
 
 
 def extract_lora(base: Path, tuned: Path, out: Path, rank: int) -> dict[str, float]:
@@ -129,48 +127,42 @@ def extract_lora(base: Path, tuned: Path, out: Path, rank: int) -> dict[str, flo
     """
     from safetensors.torch import save_file
 
-    _, module = _empty(tuned)
-    model: Any = module
+    _, model, layers = _empty_model(tuned)
     before, after = read_folder_index(base), read_folder_index(tuned)
     if set(before) != set(after):
         raise CheckpointError(f"{tuned}: other tensors than {base}, first {min(set(before) ^ set(after))}")
-    layers = dict(module.named_modules())
-    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     rows: dict[str, list[int]] = {}
     adapter: dict[str, torch.Tensor] = {}
     errors: dict[str, float] = {}
     transposed = False
     for name in after:
-        layer = name.removesuffix(".weight")
+        layer_name = name.removesuffix(".weight")
+        layer = layers.get(layer_name)
         new, old = read_tensor(after[name]).float(), read_tensor(before[name]).float()
-        if layer in layers and id(getattr(layers[layer], "weight", None)) in embeddings:
-            known = old.shape[0]
-            changed = [i for i in range(new.shape[0]) if i >= known or not torch.equal(new[i], old[i])]
+        if layer in embeddings and layer is not None:
+            changed = [i for i in range(new.shape[0]) if i >= old.shape[0] or not torch.equal(new[i], old[i])]
             if changed:
-                rows[layer.rpartition(".")[2]] = changed
-                adapter[f"{_PREFIX}{layer}.{_ROWS}"] = new[changed].contiguous()
+                rows[layer_name.rpartition(".")[2]] = changed
+                adapter[f"{_PREFIX}{layer_name}.{_ROWS}"] = new[changed].contiguous()
             continue
         if new.shape != old.shape:
             raise CheckpointError(f"{tuned}: {name} has another shape than in {base}")
         if torch.equal(new, old):
             continue
-        linear = layer in layers and (isinstance(layers[layer], torch.nn.Linear) or _transposed(layers[layer]))
-        if not linear or not name.endswith(".weight"):
+        if not name.endswith(".weight") or not (isinstance(layer, torch.nn.Linear) or _is_conv1d(layer)):
             raise CheckpointError(f"{tuned}: {name} differs from {base}, and an adapter cannot hold it")
         update = new - old
-        if _transposed(layers[layer]):
+        if _is_conv1d(layer):
             transposed, update = True, update.T
         u, s, v = torch.linalg.svd(update, full_matrices=False)
-        keep = min(rank, len(s))
-        root = torch.zeros(rank)
-        root[:keep] = s[:keep].sqrt()
-        b = torch.zeros(update.shape[0], rank)
-        a = torch.zeros(rank, update.shape[1])
-        b[:, :keep], a[:keep] = u[:, :keep], v[:keep]
-        adapter[f"{_PREFIX}{layer}.lora_A.weight"] = (a * root[:, None]).contiguous()
-        adapter[f"{_PREFIX}{layer}.lora_B.weight"] = (b * root).contiguous()
-        errors[name] = float(s[keep:].norm() / s.norm())
-    modules = [n.removesuffix(".lora_A.weight").removeprefix(_PREFIX) for n in adapter if n.endswith(".lora_A.weight")]
+        root = s[:rank].sqrt()
+        a, b = torch.zeros(rank, update.shape[1]), torch.zeros(update.shape[0], rank)
+        a[: len(root)], b[:, : len(root)] = root[:, None] * v[:rank], u[:, :rank] * root
+        adapter[f"{_PREFIX}{layer_name}.lora_A.weight"] = a
+        adapter[f"{_PREFIX}{layer_name}.lora_B.weight"] = b
+        errors[name] = float(s[rank:].norm() / s.norm())
+    modules = [_module_of(name) for name in adapter if ".lora_A." in name]
     settings = _config(rank, float(rank), modules, rows or None, str(base), transposed)
     save_file(adapter, out / "adapter_model.safetensors", {"format": "pt"})
     (out / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

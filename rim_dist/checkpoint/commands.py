@@ -1,15 +1,20 @@
-"""The verbs of `rim-dist convert`: arguments and calls. Imports what a verb needs when it runs."""
+"""The verbs of `rim-dist convert`: arguments and calls. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rim_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError
 from rim_dist.messages import say
 from rim_dist.parallel.mesh import Degrees
+
+if TYPE_CHECKING:
+    from rim_dist.checkpoint.workers import Workers
 
 Command = Callable[..., argparse.ArgumentParser]
 _CHECKPOINT = "a checkpoint folder, or a run's folder (its newest checkpoint)"
@@ -136,21 +141,34 @@ def add_verbs(command: Command) -> None:
     extract.add_argument("--rank", type=int, default=128, metavar="R", help="rank of the adapter (128)")
 
 
+def _workers(arguments: argparse.Namespace) -> Workers:
+    from rim_dist.checkpoint.workers import Workers
+
+    return Workers(_at_least_one("--processes", arguments.processes), mpi=True)
+
+
+def _shard_bytes(text: str) -> int:
+    """Bytes of a size as transformers writes it: `5GB`, `200MB`, `64MiB`."""
+    match = re.fullmatch(r"\s*(\d+)\s*(?:([KMG])(I?)B)?\s*", text.upper())
+    if not match or not int(match[1]):
+        raise ConfigError(f"--max-shard-size: {text!r} is not a size; write for example 5GB, 200MB or 64MiB")
+    return int(match[1]) * (1024 if match[3] else 1000) ** ("KMG".index(match[2]) + 1 if match[2] else 0)
+
+
 def export(arguments: argparse.Namespace) -> int:
-    from rim_dist.checkpoint.assemble import Workers, parse_size
     from rim_dist.checkpoint.hf_export import ExportOptions, export_checkpoint
     from rim_dist.checkpoint.retention import choose
 
     options = ExportOptions(
         arguments.dtype,
-        parse_size(arguments.max_shard_size),
+        _shard_bytes(arguments.max_shard_size),
         not arguments.no_merge_lora,
         arguments.adapter_only,
         _at_least_one("--pad-vocabulary", arguments.pad_vocabulary),
     )
     if arguments.verify and arguments.adapter_only:
         raise ConfigError("--verify: an adapter alone is no model; verify with --no-merge-lora or the merged folder")
-    workers = Workers(_at_least_one("--processes", arguments.processes), mpi=True)
+    workers = _workers(arguments)
     checkpoint = choose(arguments.checkpoint, arguments.stage, arguments.step, arguments.best)
     out = export_checkpoint(checkpoint, arguments.out_dir, options, workers)
     if workers.is_first:
@@ -163,42 +181,42 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def _from_hf(arguments: argparse.Namespace) -> int:
-    from rim_dist.checkpoint.assemble import Workers
     from rim_dist.checkpoint.reshape import from_hf
 
-    workers = Workers(_at_least_one("--processes", arguments.processes), mpi=True)
     recipe = Path(arguments.recipe) if arguments.recipe else None
-    degrees = Degrees(arguments.tensor, arguments.sequence, arguments.data)
-    run = from_hf(Path(arguments.hf_dir), Path(arguments.out_dir), recipe, arguments.stage, degrees, workers)
-    if workers.is_first:
-        print(f"{run}: go on with `rim-dist train {run / 'recipe.yaml'}` on {degrees.ranks} rank(s) ({degrees})")
-    return EXIT_DONE
+
+    def convert(degrees: Degrees, workers: Workers) -> Path:
+        return from_hf(Path(arguments.hf_dir), Path(arguments.out_dir), recipe, arguments.stage, degrees, workers)
+
+    return _make_run(arguments, convert)
 
 
 def _reshape(arguments: argparse.Namespace) -> int:
-    from rim_dist.checkpoint.assemble import Workers
     from rim_dist.checkpoint.reshape import reshape
     from rim_dist.checkpoint.store import find_checkpoint
 
-    workers = Workers(_at_least_one("--processes", arguments.processes), mpi=True)
     source = find_checkpoint(arguments.checkpoint)
-    degrees = Degrees(arguments.tensor, arguments.sequence, arguments.data)
-    run = reshape(source, Path(arguments.out_dir), degrees, workers)
+    return _make_run(arguments, lambda degrees, workers: reshape(source, Path(arguments.out_dir), degrees, workers))
+
+
+def _make_run(arguments: argparse.Namespace, convert: Callable[[Degrees, Workers], Path]) -> int:
+    workers, degrees = _workers(arguments), Degrees(arguments.tensor, arguments.sequence, arguments.data)
+    run = convert(degrees, workers)
     if workers.is_first:
         print(f"{run}: go on with `rim-dist train {run / 'recipe.yaml'}` on {degrees.ranks} rank(s) ({degrees})")
     return EXIT_DONE
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from rim_dist.checkpoint.facts import describe, inspect_path
+    from rim_dist.checkpoint.describe import describe, inspect_path
 
-    facts = inspect_path(arguments.path)
-    print(json.dumps(facts, indent=1) if arguments.json else describe(facts))
-    return EXIT_FAILED if facts["damage"] else EXIT_DONE
+    fields = inspect_path(arguments.path)
+    print(json.dumps(fields, indent=1) if arguments.json else describe(fields))
+    return EXIT_FAILED if fields["damage"] else EXIT_DONE
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from rim_dist.checkpoint.facts import differences
+    from rim_dist.checkpoint.diff import differences
 
     lines = differences(arguments.a, arguments.b)
     for line in lines:
@@ -209,14 +227,11 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from rim_dist.checkpoint.assemble import Workers, parse_size
     from rim_dist.checkpoint.hf_export import merge_adapter
 
-    workers = Workers(_at_least_one("--processes", arguments.processes), mpi=True)
-    shard_bytes = parse_size(arguments.max_shard_size)
-    out = merge_adapter(
-        Path(arguments.adapter), Path(arguments.base), Path(arguments.out_dir), arguments.dtype, shard_bytes, workers
-    )
+    workers = _workers(arguments)
+    paths = Path(arguments.adapter), Path(arguments.base), Path(arguments.out_dir)
+    out = merge_adapter(*paths, arguments.dtype, _shard_bytes(arguments.max_shard_size), workers)
     if workers.is_first:
         print(out)
     return EXIT_DONE
@@ -225,9 +240,8 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _extract(arguments: argparse.Namespace) -> int:
     from rim_dist.checkpoint.hf_export import extract_adapter
 
-    errors = extract_adapter(
-        Path(arguments.tuned), Path(arguments.base), Path(arguments.out_dir), _at_least_one("--rank", arguments.rank)
-    )
+    paths = Path(arguments.tuned), Path(arguments.base), Path(arguments.out_dir)
+    errors = extract_adapter(*paths, _at_least_one("--rank", arguments.rank))
     worst = max(errors.values(), default=0.0)
     print(f"{arguments.out_dir}: {len(errors)} matrices, largest relative error {worst:.2e}")
     return EXIT_DONE

@@ -11,15 +11,15 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from rim_dist.checkpoint import store
-from rim_dist.checkpoint.assemble import Workers
-from rim_dist.checkpoint.card import recipe_of_export
-from rim_dist.checkpoint.contents import account, read_contents
 from rim_dist.checkpoint.hf_export import check_intact
-from rim_dist.checkpoint.portable import is_portable, read_portable, write_run
-from rim_dist.checkpoint.shards import MOMENTS
+from rim_dist.checkpoint.index import index_checkpoint, match_tensors
+from rim_dist.checkpoint.model_card import recipe_of_export
+from rim_dist.checkpoint.portable import starts_fresh, write_run
+from rim_dist.checkpoint.safetensors_files import read_folder_index
 from rim_dist.checkpoint.start import model_of, requirements_of
-from rim_dist.checkpoint.store import MODEL, PORTABLE, TrainingState
-from rim_dist.checkpoint.tensors import ModelTensor, StoredTensor, read_folder_index, read_safetensors_index
+from rim_dist.checkpoint.store import MODEL, TrainingState
+from rim_dist.checkpoint.workers import Workers
+from rim_dist.checkpoint.zero_shards import MOMENTS
 from rim_dist.config import Recipe
 from rim_dist.data.loader import plan_stages
 from rim_dist.errors import ConfigError
@@ -32,8 +32,8 @@ from rim_dist.parallel.mesh import Degrees
 from rim_dist.recipe import load_recipe, validate_recipe
 
 
-def _placed(recipe: Recipe, run: Path, degrees: Degrees, **model: Any) -> Recipe:
-    """The recipe of a run that lives in another folder and has other degrees."""
+def _recipe_for(recipe: Recipe, run: Path, degrees: Degrees, **model: Any) -> Recipe:
+    """The recipe with another run folder, other degrees, and these fields of `model`."""
     tree = recipe.model_dump(mode="json")
     tree["run"] |= {"name": run.name, "output_dir": str(run.parent)}
     tree["model"] |= model
@@ -62,33 +62,29 @@ def reshape(source: Path, run: Path, degrees: Degrees, workers: Workers) -> Path
     """
     check_degrees(store.read_recipe(source), degrees, AutoConfig.from_pretrained(source / MODEL))
     check_intact(source, workers)
-    contents = read_contents(source)
-    if contents.recipe.model.dtype == "fp16":
+    index = index_checkpoint(source)
+    if index.recipe.model.dtype == "fp16":
         raise ConfigError(f"{source}: fp16 is not reshaped: its loss scale would start anew; use bf16")
-    trained = [name for name in contents.module if name in contents.index.steps]
-    tensors = {f"weight/{name}": ModelTensor((stored,), stored.shape) for name, stored in contents.module.items()}
+    steps = {name: index.tensors.steps[name] for name in index.module if name in index.tensors.steps}
+    stored = {f"weight/{name}": tensor for name, tensor in index.module.items()}
     for kind in MOMENTS:
-        moments = contents.index.moments.get(kind, {})
-        tensors |= {f"{kind}/{name}": ModelTensor((moments[name],), moments[name].shape) for name in trained}
-    plain = is_portable(source) and read_portable(source / PORTABLE).names == "model"
-    description = {"names": "model" if plain else "module", "steps": {name: contents.index.steps[name] for name in trained}}
+        stored |= {f"{kind}/{name}": index.tensors.moments[kind][name] for name in steps}
+    description = {"names": "model" if starts_fresh(source) else "module", "steps": steps}
 
     def write_model(folder: Path) -> None:
         shutil.copytree(source / MODEL, folder)
-        metrics = source.parent.parent / "metrics.jsonl"  # the curves go on
-        if metrics.is_file():
-            shutil.copy(metrics, run / "metrics.jsonl")
 
-    state = replace(contents.state, ranks=degrees.ranks)
-    return write_run(run, _placed(contents.recipe, run, degrees), state, tensors, description, write_model, workers)
+    state = replace(index.state, ranks=degrees.ranks)
+    recipe = _recipe_for(index.recipe, run, degrees)
+    metrics = source.parent.parent / "metrics.jsonl"  # the curves go on
+    return write_run(run, recipe, state, stored, description, write_model, workers, metrics)
 
 
 def from_hf(folder: Path, run: Path, recipe_path: Path | None, stage: int | None, degrees: Degrees, workers: Workers) -> Path:
     """An HF folder as the start of a run: its weights with memory rows, a fresh optimizer, the beginning of a stage."""
-
     recipe = load_recipe(recipe_path) if recipe_path else recipe_of_export(folder)
     check_degrees(recipe, degrees, AutoConfig.from_pretrained(folder))
-    recipe = _placed(recipe, run, degrees, init_from=str(folder.resolve()), config=None, tokenizer=None)
+    recipe = _recipe_for(recipe, run, degrees, init_from=str(folder.resolve()), config=None, tokenizer=None)
     first = recipe.curriculum.stage1 if recipe.curriculum.stage1.enabled else recipe.curriculum.stage2
     if stage == 2 and first is recipe.curriculum.stage1 and not first.samples:
         raise ConfigError(
@@ -100,52 +96,38 @@ def from_hf(folder: Path, run: Path, recipe_path: Path | None, stage: int | None
     plan = plans[0]
     state = TrainingState(plan.name, 0, plan.first_step, plan.first_sample, 0.0, degrees.ranks)
     requirements = requirements_of(recipe)
-    rows = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
-    stored: dict[str, ModelTensor]
-    scratch: Path | None = None
-    if requirements.tokens.added or max(requirements.tokens.ids) >= rows or recipe.memory.initialise == "mean":
-        # A plain model: memory rows are made as training would make them.
-        scratch = run.with_name(run.name + ".rows")
-        stored = _built(recipe, requirements, scratch, workers)
-    else:
-        stored = {name: ModelTensor((t,), t.shape) for name, t in read_folder_index(folder).items()}
-    _account(folder, recipe, requirements, {name: t.parts[0] for name, t in stored.items()})
+    config = AutoConfig.from_pretrained(folder)
+    text_config, last_token = config.get_text_config(), max(requirements.tokens.ids)
+    # A plain model: memory rows are made as training would make them.
+    makes_rows = bool(requirements.tokens.added) or last_token >= text_config.vocab_size or recipe.memory.initialise == "mean"
+    text_config.vocab_size = max(text_config.vocab_size, last_token + 1)
+    scratch = run.with_name(run.name + ".rows")
 
     def write_model(target: Path) -> None:
-        config = AutoConfig.from_pretrained(folder)
-        config.get_text_config().vocab_size = max(rows, max(requirements.tokens.ids) + 1)
         config.save_pretrained(target)
         generation_config(requirements.tokenizer).save_pretrained(target)
         with os_errors(target):
             requirements.tokenizer.save_pretrained(target)
 
     try:
+        if makes_rows:
+            workers.on_first(lambda: _build(recipe, requirements, scratch))
+        stored = read_folder_index(scratch if makes_rows else folder)
+        match_tensors(folder, stored, empty_module(recipe, config, None))
         tensors = {f"weight/{name}": tensor for name, tensor in stored.items()}
         return write_run(run, recipe, state, tensors, {"names": "model", "steps": {}}, write_model, workers)
     finally:
-        if scratch is not None and workers.is_first:
+        if makes_rows and workers.is_first:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _built(recipe: Recipe, requirements: Requirements, scratch: Path, workers: Workers) -> dict[str, ModelTensor]:
-    """The model with its memory rows, put into a file from which it can be read as any other."""
+def _build(recipe: Recipe, requirements: Requirements, scratch: Path) -> None:
+    """Write the model with its memory rows into a folder that is read as any other."""
     plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": None})})
-
-    def build() -> None:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        model = model_of(plain, requirements)
-        weights = {name: p.detach().contiguous() for name, p in [*model.named_parameters(), *model.named_buffers()]}
-        with os_errors(scratch):
-            save_file({name: weights[name] for name in weights if name in model.state_dict()}, scratch / "model.safetensors")
-
-    workers.on_first(build)
-    return {name: ModelTensor((t,), t.shape) for name, t in read_safetensors_index(scratch / "model.safetensors").items()}
-
-
-def _account(where: Path, recipe: Recipe, requirements: Requirements, found: dict[str, StoredTensor]) -> None:
-
-    config = requirements.config
-    rows = max(config.get_text_config().vocab_size, max(requirements.tokens.ids) + 1)
-    config.get_text_config().vocab_size = rows
-    account(where, found, empty_module(recipe, config, None), ())
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    model = model_of(plain, requirements)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    saved = model.state_dict().keys()
+    with os_errors(scratch):
+        save_file({name: t.detach().contiguous() for name, t in named if name in saved}, scratch / "model.safetensors")

@@ -1,8 +1,8 @@
-"""A portable checkpoint's optimizer state into a DeepSpeed engine of any number of ranks: each rank reads its own fragments.
+"""Loads a portable checkpoint's optimizer state into a DeepSpeed engine of any number of ranks.
 
-DeepSpeed's universal checkpoints carry the same tensors, one pickle a parameter and state; their loader needs pickle's full
-powers, leaves frozen parameters (LoRA) out, and has nothing for ZeRO-0. So whole tensors lie in safetensors here, and what
-DeepSpeed's own fragment map says is this rank's is copied out of them.
+Each rank reads the fragments of whole tensors that DeepSpeed's own fragment map assigns to it. DeepSpeed's universal
+checkpoints are not used: they carry the same tensors, but their loader needs pickle's full powers, leaves frozen parameters
+(LoRA) out, and has nothing for ZeRO-0.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from typing import Any
 import torch
 
 from rim_dist.checkpoint.portable import read_portable
-from rim_dist.checkpoint.shards import MOMENTS
-from rim_dist.checkpoint.store import PORTABLE
-from rim_dist.checkpoint.tensors import StoredTensor, elements_of, read_tensor, sliced
+from rim_dist.checkpoint.stored_tensors import StoredTensor, elements_of, read_tensor, sliced
+from rim_dist.checkpoint.zero_shards import MOMENTS
 from rim_dist.errors import CheckpointError
 from rim_dist.parallel.tensor import Slice, slice_of
 
 
 @dataclass(frozen=True)
 class _Fragment:
-    """Elements `start` to `start + count` of a parameter lie at `position` of `flat`, a parameter of the inner optimizer.
+    """Elements `start` to `start + count` of a parameter. They are at `position` of `flat`, which the inner optimizer updates.
 
-    The parameter is a tensor rank's; `split` says what part of the whole one that is.
+    `split`: the slice of the whole parameter that this tensor rank has; None if it has all of it.
     """
 
     name: str
@@ -39,9 +38,8 @@ class _Fragment:
 
 def restore_optimizer(checkpoint: Path, engine: Any, inner: torch.optim.Optimizer, zero_stage: int) -> None:
     """Set fp32 weights, moments and step counts of an engine whose module already has the checkpoint's weights."""
-    index = read_portable(checkpoint / PORTABLE).index
+    index, _ = read_portable(checkpoint)
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    fused = any(group.get("fused") for group in inner.param_groups)
     seen: set[str] = set()
     for fragment in _fragments(engine, inner, zero_stage, names):
         seen.add(fragment.name)
@@ -49,7 +47,8 @@ def restore_optimizer(checkpoint: Path, engine: Any, inner: torch.optim.Optimize
             raise CheckpointError(f"{checkpoint}: no optimizer state for {fragment.name}")
         state = inner.state[fragment.flat]
         if not state:
-            _begin(state, fragment.flat, index.steps[fragment.name], inner, fused)
+            state["step"] = _step_count(index.steps[fragment.name], fragment.flat, inner)
+            state |= {kind: torch.zeros_like(fragment.flat.data) for kind in MOMENTS}
         with torch.no_grad():
             _copy(fragment, index.weights[fragment.name], fragment.flat)
             for kind in MOMENTS:
@@ -58,30 +57,32 @@ def restore_optimizer(checkpoint: Path, engine: Any, inner: torch.optim.Optimize
         raise CheckpointError(f"{checkpoint}: the model does not train {left[0]}")
 
 
-def _begin(state: dict[str, Any], flat: torch.Tensor, step: float, inner: torch.optim.Optimizer, fused: bool) -> None:
-    if isinstance(inner, torch.optim.AdamW):
-        state["step"] = torch.tensor(step, dtype=torch.float32, device=flat.device if fused else "cpu")
-    else:  # DeepSpeed's CPUAdam counts with an int
-        state["step"] = int(step)
-    for kind in MOMENTS:
-        state[kind] = torch.zeros_like(flat.data)
+def _step_count(step: float, flat: torch.Tensor, inner: torch.optim.Optimizer) -> torch.Tensor | int:
+    if not isinstance(inner, torch.optim.AdamW):
+        return int(step)  # DeepSpeed's CPUAdam counts with an int
+    fused = any(group.get("fused") for group in inner.param_groups)
+    return torch.tensor(step, dtype=torch.float32, device=flat.device if fused else "cpu")
 
 
 def _copy(fragment: _Fragment, stored: StoredTensor, target: torch.Tensor) -> None:
     if fragment.split is not None:
         split = fragment.split
         stored = sliced(stored, split.dim, min(split.start, split.full_size), min(split.start, split.full_size) + split.real)
-    count = max(0, min(fragment.count, stored.elements - fragment.start))  # what is left is padding of the vocabulary
-    part = target.data.view(-1)[fragment.position : fragment.position + fragment.count]
-    part[count:].zero_()
+    count = max(0, min(fragment.count, stored.elements - fragment.start))  # the rest is padding of the vocabulary
+    own = target.data.view(-1)[fragment.position : fragment.position + fragment.count]
+    own[count:].zero_()
     if count:
-        part[:count].copy_(read_tensor(elements_of(stored, fragment.start, count)))
+        own[:count].copy_(read_tensor(elements_of(stored, fragment.start, count)))
 
 
 def _fragments(engine: Any, inner: torch.optim.Optimizer, zero_stage: int, names: dict[int, str]) -> Iterator[_Fragment]:
     optimizer = engine.optimizer
     if zero_stage == 0:
-        yield from _whole(optimizer, inner, names)
+        # The inner optimizer's parameters are the module's, or fp32 copies of them in the same order.
+        originals = getattr(optimizer, "fp16_groups", None) or [group["params"] for group in inner.param_groups]
+        for parameters, own in zip(originals, inner.param_groups, strict=True):
+            for parameter, flat in zip(parameters, own["params"], strict=True):
+                yield _Fragment(names[id(parameter)], slice_of(parameter), 0, flat.numel(), flat, 0)
     elif zero_stage == 3:
         for parameter in engine.module.parameters():
             if not parameter.requires_grad:
@@ -98,12 +99,3 @@ def _fragments(engine: Any, inner: torch.optim.Optimizer, zero_stage: int, names
                 if mapping is not None:
                     low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
                     yield _Fragment(names[id(parameter)], slice_of(parameter), low.start, low.numel, flat, high.start)
-
-
-def _whole(optimizer: Any, inner: torch.optim.Optimizer, names: dict[int, str]) -> Iterator[_Fragment]:
-    """Without ZeRO: the inner optimizer's parameters are the module's, or fp32 copies of them in the same order."""
-    groups = getattr(optimizer, "fp16_groups", None)
-    lists = groups if groups is not None else [group["params"] for group in inner.param_groups]
-    for originals, group in zip(lists, inner.param_groups, strict=True):
-        for original, flat in zip(originals, group["params"], strict=True):
-            yield _Fragment(names[id(original)], slice_of(original), 0, flat.numel(), flat, 0)

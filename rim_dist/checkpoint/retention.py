@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the last N, every M steps, the ends of stages, the best by a metric; never none."""
+"""Which checkpoints are kept: the last N, every M steps, the ends of stages, the best by a metric; always an intact one."""
 
 from __future__ import annotations
 
@@ -37,12 +37,9 @@ def note_scores(checkpoints: Path, step: int, scores: dict[str, float]) -> None:
 def best_first(found: Collection[Path], metric: str) -> list[Path]:
     """Checkpoints that have the metric, best first; the later one of equals."""
     sign = -1.0 if metric in _LOWER_IS_BETTER else 1.0
-    scored = []
-    for checkpoint in found:
-        value = read_scores(checkpoint.parent).get(checkpoint.name, {}).get(metric)
-        if value is not None:
-            scored.append((sign * value, checkpoint.name, checkpoint))
-    return [checkpoint for *_, checkpoint in sorted(scored, reverse=True)]
+    values = {p: read_scores(p.parent).get(p.name, {}).get(metric) for p in found}
+    scored = {p: sign * value for p, value in values.items() if value is not None}
+    return sorted(scored, key=lambda p: (scored[p], p.name), reverse=True)
 
 
 def choose(path: str | Path, stage: int | None, step: int | None, best: bool) -> Path:
@@ -51,34 +48,19 @@ def choose(path: str | Path, stage: int | None, step: int | None, best: bool) ->
     Raises CheckpointError naming what there is.
     """
     found = store.run_checkpoints(path)
-    names = ", ".join(p.name for p in found)
+    matching, wanted = found, ""
     if step is not None:
-        if matching := [p for p in found if store.read_state(p).step == step]:
-            return matching[-1]
-        raise CheckpointError(f"{path}: no complete checkpoint of step {step}; there are {names}")
-    if stage is not None:
-        if matching := [p for p in found if store.read_state(p).stage == f"stage{stage}"]:
-            return matching[-1]
-        raise CheckpointError(f"{path}: no complete checkpoint of stage {stage}; there are {names}")
-    if best:
+        matching, wanted = [p for p in found if store.read_state(p).step == step], f"no complete checkpoint of step {step}"
+    elif stage is not None:
+        matching = [p for p in found if store.read_state(p).stage == f"stage{stage}"]
+        wanted = f"no complete checkpoint of stage {stage}"
+    elif best:
         metric = store.read_recipe(found[-1]).checkpoint.metric
-        if ranked := best_first(found, metric):
-            return ranked[0]
-        raise CheckpointError(
-            f"{path}: none of its checkpoints has a figure for {metric} (checkpoint.metric); there are {names}"
-        )
-    return found[-1]
-
-
-def _kept(found: list[Path], policy: CheckpointSection) -> set[Path]:
-    kept = set(found[-policy.keep :])
-    if policy.keep_every_steps:
-        kept |= {p for p in found if store.read_state(p).step % policy.keep_every_steps == 0}
-    if policy.keep_stage_ends:
-        kept |= set({store.read_state(p).stage: p for p in found}.values())
-    if policy.keep_best:
-        kept |= set(best_first(found, policy.metric)[: policy.keep_best])
-    return kept
+        matching = best_first(found, metric)[:1]
+        wanted = f"none of its checkpoints has a figure for {metric} (checkpoint.metric)"
+    if not matching:
+        raise CheckpointError(f"{path}: {wanted}; there are {', '.join(p.name for p in found)}")
+    return matching[-1]
 
 
 def retain(checkpoints: Path, policy: CheckpointSection, good: Collection[Path] = ()) -> list[Path]:
@@ -88,13 +70,16 @@ def retain(checkpoints: Path, policy: CheckpointSection, good: Collection[Path] 
     is known to be intact: in `good` (this process has just written and synced it), or by its checksums.
     """
     found = store.complete_checkpoints(checkpoints)
-    kept = _kept(found, policy)
-    doomed = [p for p in found if p not in kept]
-    if not doomed:
+    kept = set(found[-policy.keep :])
+    if policy.keep_every_steps:
+        kept |= {p for p in found if store.read_state(p).step % policy.keep_every_steps == 0}
+    if policy.keep_stage_ends:
+        kept |= set({store.read_state(p).stage: p for p in found}.values())
+    if policy.keep_best:
+        kept |= set(best_first(found, policy.metric)[: policy.keep_best])
+    surplus = [p for p in found if p not in kept]
+    if surplus and not kept & set(good) and all(damage_of(p, checksums=True) for p in sorted(kept, reverse=True)):
         return []
-    newest_first = sorted(kept, reverse=True)
-    if not any(p in good for p in kept) and all(damage_of(p, checksums=True) for p in newest_first):
-        return []
-    for checkpoint in doomed:
+    for checkpoint in surplus:
         store.remove(checkpoint)
-    return doomed
+    return surplus

@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from rim_dist.checkpoint import retention, store
 from rim_dist.checkpoint.snapshot import Snapshotter, size_bytes, write_files
-from rim_dist.checkpoint.store import Part, TrainingState
+from rim_dist.checkpoint.store import RankReport, TrainingState
 from rim_dist.config import Recipe
-from rim_dist.errors import TrainingError
+from rim_dist.errors import TrainingError, first_line
 from rim_dist.files import FileRecord, room_for
 from rim_dist.parallel.launch import Process
 from rim_dist.recipe import dump_recipe
@@ -28,16 +28,18 @@ _SMALL_FILES_BYTES = 1 << 24  # recipe, state, tokenizer (Llama 3's takes 9 MB)
 _POLL_SECONDS = 0.02
 
 
-def _describe(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+def _describe(error: Exception) -> str:
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 @dataclass
-class _Background:
-    """A save that is still being written by this rank (and, on the first rank, waits for the others)."""
+class _Save:
+    """A checkpoint that this rank writes, and what went wrong (empty: nothing so far)."""
 
-    step: int
+    state: TrainingState
+    partial: Path
     needed_bytes: int
+    scores: dict[str, float]
     error: str = ""
     thread: threading.Thread | None = None
 
@@ -45,15 +47,15 @@ class _Background:
 class CheckpointSaver:
     """Writes the checkpoints of a run. `save` and `wait` are collective: every rank calls them in the same order.
 
-    No rank depends on another's exception: what went wrong on one is told to all, and all raise the same TrainingError with
-    the last complete checkpoint in place.
+    What goes wrong on one rank is told to all, and all raise the same TrainingError with the last complete checkpoint in
+    place: none waits in a collective for one that has raised.
     """
 
     def __init__(self, recipe: Recipe, checkpoints: Path, process: Process) -> None:
         self._recipe, self._checkpoints, self._process = recipe, checkpoints, process
         self._policy = recipe.checkpoint
         self._snapshotter = Snapshotter()
-        self._background: _Background | None = None
+        self._background: _Save | None = None
 
     @property
     def failed(self) -> bool:
@@ -67,49 +69,39 @@ class CheckpointSaver:
         write_model: Callable[[Path], None],
         scores: dict[str, float],
     ) -> None:
-        """Save what `capture` gives (this rank's files; collective) and what `write_model` writes (first rank only).
+        """Save what `capture` returns (this rank's files; collective) and what `write_model` writes (first rank only).
 
         With `checkpoint.background` it returns when the state is copied. Raises TrainingError if it cannot be written.
         """
         started = time.perf_counter()
         self.wait()
-        step = state.step
-        partial = store.partial_folder(self._checkpoints, step)
-        self._agree(step, 0, self._attempt(lambda: store.start_writing(self._checkpoints, step)) if self._first else "")
+        partial = store.partial_folder(self._checkpoints, state.step)
+        self._agree(state.step, 0, self._on_first(lambda: store.start_writing(self._checkpoints, state.step)))
         files = capture(partial)
-        needed = self._check_space(step, size_bytes(files))
-        self._agree(step, needed, self._attempt(lambda: write_model(partial / store.MODEL)) if self._first else "")
+        save = _Save(state, partial, self._check_space(state.step, size_bytes(files)), scores)
+        self._agree(state.step, save.needed_bytes, self._on_first(lambda: write_model(partial / store.MODEL)))
         if self._policy.background:
             copy = self._snapshotter.copy(files)
             del files
-            running = self._background = _Background(step, needed)
             blocked = time.perf_counter() - started
-            running.thread = threading.Thread(
-                target=self._write_in_background, args=(running, state, partial, copy, scores, blocked), daemon=True
-            )
-            running.thread.start()
+            save.thread = threading.Thread(target=self._write_in_background, args=(save, copy, blocked), daemon=True)
+            self._background = save
+            save.thread.start()
             return
-        self._agree(step, needed, self._write_part(partial, files))
-        if self._first:
-            error = self._attempt(lambda: self._finish(state, partial, scores))
-        self._agree(step, needed, error if self._first else "")
-        if self._first:
-            seconds = time.perf_counter() - started
-            self._log(step, needed, seconds, seconds)
+        self._agree(state.step, save.needed_bytes, self._write_own(save, files))
+        self._agree(state.step, save.needed_bytes, self._on_first(lambda: self._finish(save)))
+        seconds = time.perf_counter() - started
+        self._log(save, seconds, seconds)
 
     def wait(self) -> None:
-        """Until a background save is complete on every rank. Raises TrainingError if it failed on any."""
-        running, self._background = self._background, None
-        if running is not None:
-            assert running.thread is not None
-            running.thread.join()
-            self._agree(running.step, running.needed_bytes, running.error)
+        """Wait until a background save is complete on every rank. Raises TrainingError if it failed on any."""
+        save, self._background = self._background, None
+        if save is not None:
+            assert save.thread is not None
+            save.thread.join()
+            self._agree(save.state.step, save.needed_bytes, save.error)
 
-    # ---- this rank's share ---------------------------------------------------------------------------
-
-    @property
-    def _first(self) -> bool:
-        return self._process.is_first
+    # ---- one rank ------------------------------------------------------------------------------------
 
     def _attempt(self, action: Callable[[], object]) -> str:
         """What went wrong in an action on files; empty if nothing did. Bugs keep their traceback."""
@@ -119,78 +111,70 @@ class CheckpointSaver:
             return _describe(error)
         return ""
 
-    def _write_part(self, partial: Path, files: dict[str, Any]) -> str:
+    def _on_first(self, action: Callable[[], object]) -> str:
+        return self._attempt(action) if self._process.is_first else ""
+
+    def _write_own(self, save: _Save, files: dict[str, Any]) -> str:
         """Write this rank's files and tell the first rank; returns what went wrong."""
         records: dict[str, FileRecord] = {}
+        error = self._attempt(lambda: records.update(write_files(save.partial, files)))
+        report = RankReport({} if error else records, error)
+        return self._attempt(lambda: store.write_report(save.partial, self._process.rank, report)) or error
 
-        def write() -> None:
-            records.update(write_files(partial, files))
-
-        error = self._attempt(write)
-        part = Part({} if error else records, error)
-        return self._attempt(lambda: store.write_part(partial, self._process.rank, part)) or error
-
-    def _finish(self, state: TrainingState, partial: Path, scores: dict[str, float]) -> None:
-        """First rank, when all parts are there: announce, note scores, let old ones go."""
+    def _finish(self, save: _Save) -> None:
+        """First rank, when all have written: announce, note scores, remove old checkpoints. Raises OSError."""
+        deadline = time.monotonic() + self._recipe.parallel.timeout_seconds
         records: dict[str, FileRecord] = {}
         for rank in range(self._process.ranks):
-            part = store.read_part(partial, rank)
-            if part is None:
-                raise OSError(f"rank {rank} has not said that its share is written")
-            records |= part.records
-        final = store.announce(partial, state, dump_recipe(self._recipe), records)
-        if scores:
-            retention.note_scores(self._checkpoints, state.step, scores)
+            while (report := store.read_report(save.partial, rank)) is None:
+                if time.monotonic() > deadline:
+                    raise OSError(f"rank {rank} did not write its files in time")
+                time.sleep(_POLL_SECONDS)
+            if report.error:
+                raise OSError(report.error)
+            records |= report.records
+        final = store.announce(save.partial, save.state, dump_recipe(self._recipe), records)
+        if save.scores:
+            retention.note_scores(self._checkpoints, save.state.step, save.scores)
         retention.retain(self._checkpoints, self._policy, good={final})
 
-    def _write_in_background(
-        self,
-        running: _Background,
-        state: TrainingState,
-        partial: Path,
-        files: dict[str, Any],
-        scores: dict[str, float],
-        blocked: float,
-    ) -> None:
+    def _write_in_background(self, save: _Save, files: dict[str, Any], blocked: float) -> None:
         started = time.perf_counter()
         try:
-            running.error = self._write_part(partial, files)
-            if self._first and not running.error:
-                running.error = self._wait_for_parts(partial) or self._attempt(lambda: self._finish(state, partial, scores))
-                if not running.error:
-                    self._log(state.step, running.needed_bytes, blocked, time.perf_counter() - started)
-        except BaseException as error:
-            running.error = f"{type(error).__name__}: {_describe(error)}"
+            save.error = self._write_own(save, files) or self._on_first(lambda: self._finish(save))
+            if not save.error:
+                self._log(save, blocked, time.perf_counter() - started)
+        except Exception as error:
+            save.error = f"{type(error).__name__}: {_describe(error)}"
             raise
 
-    def _wait_for_parts(self, partial: Path) -> str:
-        deadline = time.monotonic() + self._recipe.parallel.timeout_seconds
-        for rank in range(self._process.ranks):
-            while (part := store.read_part(partial, rank)) is None:
-                if time.monotonic() > deadline:
-                    return f"rank {rank} did not write its share in time"
-                time.sleep(_POLL_SECONDS)
-            if part.error:
-                return part.error
-        return ""
+    def _log(self, save: _Save, blocked: float, written: float) -> None:
+        """First rank: a line on how long the loop stood still and how long the write took."""
+        if not self._process.is_first:
+            return
+        line = {
+            "step": save.state.step,
+            "bytes": save.needed_bytes,
+            "blocked_seconds": round(blocked, 4),
+            "write_seconds": round(written, 4),
+            "background": self._policy.background,
+        }
+        with (self._checkpoints / _SAVES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     # ---- all ranks -----------------------------------------------------------------------------------
 
-    def _check_space(self, step: int, mine: int) -> int:
-        """Bytes the checkpoint will take over all ranks; raises TrainingError, saying how many are missing, if they do not fit.
+    def _check_space(self, step: int, own: int) -> int:
+        """Bytes the checkpoint will take over all ranks; raises TrainingError if they do not fit.
 
-        One file system is assumed to hold all shares, as resuming needs one.
+        One file system is assumed to hold the files of all ranks, as resuming needs one.
         """
-        total = torch.tensor([float(mine)], dtype=torch.float64, device=self._process.device)
+        total = torch.tensor([float(own)], dtype=torch.float64, device=self._process.device)
         if self._process.ranks > 1:
             dist.all_reduce(total)
         needed = int(total.item()) + _SMALL_FILES_BYTES
-        error = ""
-        if self._first:
-            free = shutil.disk_usage(self._checkpoints).free
-            if needed > free:
-                error = "not enough space"
-        self._agree(step, needed, error)
+        too_small = self._process.is_first and needed > shutil.disk_usage(self._checkpoints).free
+        self._agree(step, needed, "not enough space" if too_small else "")
         return needed
 
     def _agree(self, step: int, needed: int, error: str) -> None:
@@ -201,37 +185,17 @@ class CheckpointSaver:
             dist.all_gather_object(errors, error)
         if not any(errors):
             return
-        message = ""
-        if self._first:
-            store.discard(self._checkpoints, step)
+        message: list[Any] = [""]
+        if self._process.is_first:
+            shutil.rmtree(store.partial_folder(self._checkpoints, step), ignore_errors=True)
             earlier = store.complete_checkpoints(self._checkpoints)
             kept = f"{earlier[-1].name} is kept" if earlier else "there is no earlier one"
-            space = f"; {room_for(needed, self._checkpoints)}"
-            whose = next((f" on rank {rank}" for rank, e in enumerate(errors) if e and rank), "")
+            rank = next((f" on rank {rank}" for rank, e in enumerate(errors) if e and rank), "")
             why = next(e for e in errors if e)
-            message = (
-                f"{self._checkpoints}: the checkpoint of step {step} cannot be written ({why}{whose}{space}); {kept}; "
-                "make room and start the same command again"
+            message[0] = (
+                f"{self._checkpoints}: the checkpoint of step {step} cannot be written ({why}{rank}; "
+                f"{room_for(needed, self._checkpoints)}); {kept}; make room and start the same command again"
             )
-        told: list[Any] = [message]
         if self._process.ranks > 1:
-            dist.broadcast_object_list(told, src=0)
-        raise TrainingError(told[0])
-
-    def _log(self, step: int, size: int, blocked: float, written: float) -> None:
-        """A line on how long the loop stood still and how long the write took."""
-        line = {
-            "step": step,
-            "bytes": size,
-            "blocked_seconds": round(blocked, 4),
-            "write_seconds": round(written, 4),
-            "background": self._policy.background,
-        }
-        with (self._checkpoints / _SAVES).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def read_saves(checkpoints: Path) -> list[dict[str, Any]]:
-    """What `saves.jsonl` says: step, bytes, seconds the loop was blocked, seconds until it was on disk."""
-    path = checkpoints / _SAVES
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+            dist.broadcast_object_list(message, src=0)
+        raise TrainingError(message[0])

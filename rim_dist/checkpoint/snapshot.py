@@ -1,4 +1,4 @@
-"""A rank's shards as DeepSpeed would write them: caught before they are written, copied, measured, written."""
+"""A rank's shards as DeepSpeed would write them: kept instead, then measured, copied and written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OVERHEAD_PER_FILE_BYTES = 1 << 18
 
 
 class Capture:
-    """Stands in for DeepSpeed's checkpoint engine during a save: keeps what it is asked to write."""
+    """Stands in for DeepSpeed's checkpoint engine during a save: keeps the states that it would write."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -45,21 +45,16 @@ def _storages(tree: Any, found: dict[int, torch.UntypedStorage]) -> dict[int, to
     if torch.is_tensor(tree):
         storage = tree.untyped_storage()
         found.setdefault(storage._cdata, storage)
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            _storages(value, found)
-    elif isinstance(tree, list | tuple):
-        for value in tree:
+    elif isinstance(tree, dict | list | tuple):
+        for value in tree.values() if isinstance(tree, dict) else tree:
             _storages(value, found)
     return found
 
 
 def size_bytes(files: dict[str, Any]) -> int:
     """Bytes the files will take on disk (a little more)."""
-    total = 0
-    for tree in files.values():
-        total += sum(s.nbytes() for s in _storages(tree, {}).values()) + _OVERHEAD_PER_FILE_BYTES
-    return total
+    tensors = sum(s.nbytes() for tree in files.values() for s in _storages(tree, {}).values())
+    return tensors + len(files) * _OVERHEAD_PER_FILE_BYTES
 
 
 def _rebuilt(tree: Any, copies: dict[int, torch.UntypedStorage]) -> Any:

@@ -1,26 +1,26 @@
-"""What a run starts from: the weights that its recipe names, or those of the checkpoint it goes on from."""
+"""The weights that a run starts from: those that its recipe names, or those of the checkpoint it goes on from."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rim_dist.checkpoint.assemble import tensor_values
-from rim_dist.checkpoint.contents import read_contents
+from rim_dist.checkpoint.index import index_checkpoint, second_names
 from rim_dist.checkpoint.portable import is_portable, starts_fresh
+from rim_dist.checkpoint.safetensors_files import read_folder_index
 from rim_dist.checkpoint.store import MODEL, find_checkpoint
-from rim_dist.checkpoint.tensors import ModelTensor, read_folder_index
+from rim_dist.checkpoint.stored_tensors import ModelTensor, as_model_tensors, read_model_tensor
 from rim_dist.config import Recipe
 from rim_dist.errors import ModelError, RimError, first_line
 from rim_dist.model.build import Weights, build_model
 from rim_dist.model.requirements import Requirements, Start, gather_requirements
+from rim_dist.model.skeleton import plain_name
 from rim_dist.model.weights import WeightSource
 from rim_dist.parallel.mesh import Mesh
 
@@ -63,82 +63,55 @@ def model_of(
     return build_model(recipe, requirements, weights_of(recipe, requirements, resume), mesh, partition)
 
 
-@dataclass(frozen=True)
-class StoredWeights:
-    """Tensors that lie in files."""
+def _source(tensors: Mapping[str, Any], read: Callable[[Any], torch.Tensor], plain: bool = True) -> WeightSource:
+    """A source that reads these tensors. `plain`: they have the names of the plain model, not those of the trained module."""
 
-    tensors: Mapping[str, ModelTensor]
+    def source(name: str) -> torch.Tensor | None:
+        known = plain_name(name) if plain else name
+        return read(tensors[known]) if known is not None and known in tensors else None
 
-    def __call__(self, name: str) -> torch.Tensor | None:
-        if name not in self.tensors:
-            return None
-        tensor = self.tensors[name]
-        values = torch.empty(math.prod(tensor.shape), dtype=torch.float32)
-        start = 0
-        for chunk in tensor_values(tensor, torch.float32):
-            values[start : start + chunk.numel()] = chunk
-            start += chunk.numel()
-        return values.reshape(tensor.shape)
+    return source
 
 
-@dataclass(frozen=True)
-class LoadedWeights:
-    """Tensors that are in memory."""
-
-    tensors: Mapping[str, torch.Tensor]
-
-    def __call__(self, name: str) -> torch.Tensor | None:
-        return self.tensors[name].detach().float() if name in self.tensors else None
+def _read_fp32(tensor: ModelTensor) -> torch.Tensor:
+    return read_model_tensor(tensor, torch.float32)
 
 
-def folder_weights(folder: Path, model: PreTrainedModel) -> StoredWeights | None:
-    """The safetensors files of an HF folder, if they hold the tensors of this class by the names it gives them.
+def folder_tensors(folder: Path, model: PreTrainedModel) -> dict[str, ModelTensor] | None:
+    """The tensors of an HF folder's safetensors files by their names in `model`, if the files have all of them and no others.
 
     None for other files (.bin, GGUF), and for families that transformers converts while it loads them.
     """
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         return None
-    stored = read_folder_index(folder)
-    prefix = f"{model.base_model_prefix}."
-    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in _second_names(model)}
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"inv_freq$", r"masked_bias$", r"attn\.bias$"]
-    found: dict[str, ModelTensor] = {}
-    used: set[str] = set()
-    for name in expected:
-        place = next((n for n in (name, name.removeprefix(prefix)) if n in stored), None)
-        if place is None:
+    left = read_folder_index(folder)
+    second = second_names(model)
+    found = {}
+    for name in model.state_dict().keys() - second:
+        # Files of a backbone alone have names without its prefix.
+        known = next((n for n in (name, name.removeprefix(f"{model.base_model_prefix}.")) if n in left), None)
+        if known is None:
             return None
-        found[name] = ModelTensor((stored[place],), stored[place].shape)
-        used.add(place)
-    second = _second_names(model)
-    left = [n for n in stored if n not in used and n not in second and not any(re.search(p, n) for p in ignored)]
-    return None if left else StoredWeights(found)
-
-
-def _second_names(model: nn.Module) -> set[str]:
-    """Names of tied parameters beside their first."""
-    first = {id(p) for p in model.parameters()}
-    named = [name for name, _ in model.named_parameters()]
-    return {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in first} - set(named)
+        found[name] = left.pop(known)
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"inv_freq$", r"masked_bias$", r"attn\.bias$"]
+    surplus = [name for name in left.keys() - second if not any(re.search(pattern, name) for pattern in ignored)]
+    return None if surplus else as_model_tensors(found)
 
 
 def weights_of(recipe: Recipe, requirements: Requirements, resume: Path | None = None) -> Weights:
     """Where the weights of a run come from.
 
-    `resume`: the checkpoint that it goes on from; one of whole tensors has them, one of shards gives them to the engine later.
+    `resume`: the checkpoint that it goes on from. A portable one has the weights; the engine loads those of shards later.
     """
-    initialise = recipe.memory.initialise
     if resume is not None and is_portable(resume):
-        contents = read_contents(resume)
-        if starts_fresh(resume):
-            return Weights(StoredWeights(contents.model), "model", "keep")
-        whole = {name: ModelTensor((stored,), stored.shape) for name, stored in contents.module.items()}
-        return Weights(StoredWeights(whole), "module", "keep")
+        index, plain = index_checkpoint(resume), starts_fresh(resume)
+        return Weights(_source(index.model if plain else as_model_tensors(index.module), _read_fp32, plain), "keep")
+    source: WeightSource | None = None
     if requirements.checkpoint is not None:
-        return Weights(StoredWeights(read_contents(requirements.checkpoint).model), "model", initialise)
-    if requirements.source is None:
-        return Weights(None, "model", initialise)
-    return Weights(_pretrained(recipe, requirements), "model", initialise)
+        source = _source(index_checkpoint(requirements.checkpoint).model, _read_fp32)
+    elif requirements.source is not None:
+        source = _pretrained(recipe, requirements)
+    return Weights(source, recipe.memory.initialise)
 
 
 def _pretrained(recipe: Recipe, requirements: Requirements) -> WeightSource:
@@ -148,8 +121,8 @@ def _pretrained(recipe: Recipe, requirements: Requirements) -> WeightSource:
         folder = _local_folder(requirements.source, section.revision)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(requirements.config, trust_remote_code=section.trust_remote_code)
-        if (stored := folder_weights(folder, empty)) is not None:
-            return stored
+        if (stored := folder_tensors(folder, empty)) is not None:
+            return _source(stored, _read_fp32)
         loaded = AutoModelForCausalLM.from_pretrained(
             requirements.source, revision=section.revision, trust_remote_code=section.trust_remote_code, dtype=torch.float32
         )
@@ -157,7 +130,7 @@ def _pretrained(recipe: Recipe, requirements: Requirements) -> WeightSource:
         raise
     except Exception as error:
         raise ModelError(f"model.init_from: {section.init_from!r} cannot be loaded ({first_line(error)})") from error
-    return LoadedWeights(loaded.state_dict())
+    return _source(loaded.state_dict(), lambda tensor: tensor.detach().float())
 
 
 def _local_folder(source: Path | str | None, revision: str | None) -> Path:

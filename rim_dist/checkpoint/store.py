@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written beside, announced by a rename, verified before use, never half a one.
+"""Checkpoints on disk: written into a folder beside, announced by its rename, verified before use.
 
 checkpoints/step-00000500/
     engine/        DeepSpeed's shards of parameters and optimizer, or
@@ -22,11 +22,11 @@ from pathlib import Path
 
 from rim_dist.config import Recipe, StageName
 from rim_dist.errors import CheckpointError
-from rim_dist.files import PARTIAL, FileRecord, damage_of, record_of, sync_path, write_atomically, write_manifest
+from rim_dist.files import PARTIAL, FileRecord, damage_of, sync_path, write_atomically, write_manifest
 from rim_dist.recipe import load_recipe
 
 _PREFIX = "step-"
-_PARTS = "parts"
+_REPORTS = "parts"  # of ranks, while a checkpoint is written
 FORMAT = 1  # of checkpoints; those that do not say are of the first
 ENGINE = "engine"
 MODEL = "model"
@@ -92,8 +92,7 @@ def read_state(checkpoint: Path) -> TrainingState:
     """The training state of a checkpoint. Raises CheckpointError if it cannot be read, or is of a newer format."""
     try:
         tree = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        version = tree.pop("format", 1)
-        if version > FORMAT:
+        if (version := tree.pop("format", 1)) > FORMAT:
             raise CheckpointError(
                 f"{checkpoint}: format {version} is of a newer rim_dist; this one reads checkpoints up to format {FORMAT}; "
                 "update it"
@@ -124,60 +123,47 @@ def start_writing(checkpoints: Path, step: int) -> Path:
         else:
             left.unlink()
     partial = partial_folder(checkpoints, step)
-    (partial / _PARTS).mkdir(parents=True)
+    (partial / _REPORTS).mkdir(parents=True)
     return partial
 
 
-def discard(checkpoints: Path, step: int) -> None:
-    """Remove what was written of a checkpoint that failed."""
-    shutil.rmtree(partial_folder(checkpoints, step), ignore_errors=True)
-
-
 @dataclass(frozen=True)
-class Part:
-    """What one rank has to say when its share of a checkpoint is written, or could not be."""
+class RankReport:
+    """The files that one rank has written, or what went wrong."""
 
     records: dict[str, FileRecord]
     error: str = ""
 
 
-def _part_file(partial: Path, rank: int) -> Path:
-    return partial / _PARTS / f"rank-{rank:05d}.json"
+def _report_file(partial: Path, rank: int) -> Path:
+    return partial / _REPORTS / f"rank-{rank:05d}.json"
 
 
-def write_part(partial: Path, rank: int, part: Part) -> None:
-    """Tell the first rank, through the file system: a background writer has no collective to say it with."""
-    for folder in {(partial / name).parent for name in part.records}:
+def write_report(partial: Path, rank: int, report: RankReport) -> None:
+    """Tell the first rank through the file system: a background thread must not enter a collective."""
+    for folder in {(partial / name).parent for name in report.records}:
         sync_path(folder)
-    write_atomically(_part_file(partial, rank), json.dumps(asdict(part)))
+    write_atomically(_report_file(partial, rank), json.dumps(asdict(report)))
 
 
-def read_part(partial: Path, rank: int) -> Part | None:
-    """What a rank wrote; None as long as it has not."""
+def read_report(partial: Path, rank: int) -> RankReport | None:
+    """The report of a rank; None as long as there is none."""
     try:
-        tree = json.loads(_part_file(partial, rank).read_text(encoding="utf-8"))
+        tree = json.loads(_report_file(partial, rank).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return Part({name: FileRecord(**record) for name, record in tree["records"].items()}, tree["error"])
+    return RankReport({name: FileRecord(**record) for name, record in tree["records"].items()}, tree["error"])
 
 
 def announce(partial: Path, state: TrainingState, recipe_text: str, records: Mapping[str, FileRecord]) -> Path:
-    """Finish a written checkpoint: state, manifest, sync, rename, `latest`. First rank only, after all have written.
+    """Finish a written checkpoint: recipe, state, manifest, rename, `latest`. First rank only, after all have written.
 
-    `records`: the files that are synced already; the first rank's small ones are recorded here.
+    `records`: the files that are synced already. Raises OSError.
     """
-    shutil.rmtree(partial / _PARTS, ignore_errors=True)
+    shutil.rmtree(partial / _REPORTS, ignore_errors=True)
     (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
     (partial / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(state)}, indent=1), encoding="utf-8")
-    complete = dict(records)
-    for file in (p for p in partial.rglob("*") if p.is_file()):
-        name = str(file.relative_to(partial))
-        if name not in complete:
-            sync_path(file)
-            complete[name] = record_of(file)
-    for folder in [p for p in partial.rglob("*") if p.is_dir()]:
-        sync_path(folder)
-    write_manifest(partial, complete)
+    write_manifest(partial, records)
     if wrong := damage_of(partial, checksums=False):
         raise OSError(f"{partial}: {wrong} right after it was written")
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
@@ -191,7 +177,7 @@ def announce(partial: Path, state: TrainingState, recipe_text: str, records: Map
 
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint. Renamed first: a crash in the middle leaves nothing that looks like one."""
-    doomed = checkpoint.with_name(f"{checkpoint.name}.removed{PARTIAL}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(checkpoint, doomed)
-    shutil.rmtree(doomed)
+    renamed = checkpoint.with_name(f"{checkpoint.name}.removed{PARTIAL}")
+    shutil.rmtree(renamed, ignore_errors=True)
+    os.rename(checkpoint, renamed)
+    shutil.rmtree(renamed)

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from rim_dist.checkpoint.contents import read_contents
-from rim_dist.checkpoint.hf_export import ABOUT, ADAPTER, load_module
+from rim_dist.checkpoint.hf_export import ADAPTER, load_module
+from rim_dist.checkpoint.index import index_checkpoint
+from rim_dist.checkpoint.model_card import read_export_info
 from rim_dist.errors import CheckpointError, RimError
 from rim_dist.evaluation.evaluate import recipe_samples
 from rim_dist.methods import method_of
@@ -47,16 +48,16 @@ class Verification:
 
 def verify_export(checkpoint: Path, out: Path) -> Verification:
     """Compare; raises CheckpointError if a prompt's ids differ or a logit differs by more than rounding."""
-    contents = read_contents(checkpoint)
-    recipe = contents.recipe
+    index = index_checkpoint(checkpoint)
+    recipe = index.recipe
     try:
         questions = [sample.question for sample in recipe_samples(recipe)][:_COUNT] or _QUESTIONS
     except RimError:  # the evaluation file of the run is not on this machine
         questions = _QUESTIONS
     with_blocks = method_of(recipe).prompt_blocks
     blocks = list(range(1, with_blocks + 1)) or [0]
-    positions = model_positions(contents.config)
-    longest = prompt_ids(contents.tokenizer, questions, blocks[-1] or None)
+    positions = model_positions(index.config)
+    longest = prompt_ids(index.tokenizer, questions, blocks[-1] or None)
     questions = [question for question, prompt in zip(questions, longest, strict=True) if len(prompt) <= positions]
     if not questions:
         raise CheckpointError(
@@ -78,11 +79,11 @@ def verify_export(checkpoint: Path, out: Path) -> Verification:
         if done.returncode:
             raise CheckpointError(f"{out}: does not load in plain transformers: {done.stderr.strip().splitlines()[-1]}")
         found = load_file(answer)
-    module = load_module(contents).eval()
+    module = load_module(index).eval()
     differences: dict[int, float] = {}
     largest = 0.0
     for k in blocks:
-        prompts = prompt_ids(contents.tokenizer, questions, k if with_blocks else None)
+        prompts = prompt_ids(index.tokenizer, questions, k if with_blocks else None)
         for i, prompt in enumerate(prompts):
             key = f"{i}/{k if with_blocks else None}"
             if found[f"ids/{key}"].tolist() != prompt:
@@ -94,7 +95,7 @@ def verify_export(checkpoint: Path, out: Path) -> Verification:
             # max() would pass over a NaN.
             differences[k] = max(differences.get(k, 0.0), difference if math.isfinite(difference) else math.inf)
             largest = max(largest, float(expected.abs().max()))
-    dtype = str(json.loads((out / ABOUT).read_text(encoding="utf-8"))["dtype"])
+    dtype = str(read_export_info(out)["dtype"])
     result = Verification(differences, largest, dtype, len(questions))
     if not max(differences.values()) <= _TOLERANCE[dtype] * largest:
         raise CheckpointError(f"{out}: its logits are not the checkpoint's: {result.text()}")

@@ -17,7 +17,7 @@ from rim_dist.methods import method_of
 from rim_dist.model.requirements import Requirements
 from rim_dist.model.skeleton import DTYPES, skeleton
 from rim_dist.model.thinking import think_before_answers
-from rim_dist.model.weights import Filling, MemoryRows, WeightSource, broadcast_buffers, fill
+from rim_dist.model.weights import MemoryRows, WeightSource, broadcast_buffers, fill
 from rim_dist.objective.forward import install_readout_loss
 from rim_dist.parallel.mesh import Coordinates, Mesh
 from rim_dist.parallel.tensor import TensorRank, split_model, sum_shared_gradients
@@ -26,11 +26,9 @@ from rim_dist.unwrap import bare_model
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a model's values come from: `source` (None: drawn), the `names` it knows tensors by, and how the memory rows start
-    (`MemorySection.initialise`)."""
+    """Where a model's values come from: `source` (None: drawn), and how the memory rows start (`MemorySection.initialise`)."""
 
     source: WeightSource | None
-    names: str
     memory_rows: str
 
 
@@ -56,7 +54,7 @@ def build_model(
     dtype = DTYPES[section.dtype] if partition is not None else torch.float32
     memory = MemoryRows(requirements.tokens, weights.memory_rows, recipe.run.seed)
     reads = partition is None or mesh.shard == 0
-    fill(model, Filling(weights.source, memory, recipe.run.seed, weights.names, reads, partition, dtype))
+    fill(model, weights.source, memory, reads, partition, dtype)
     if partition is not None and mesh.degrees.shards > 1:
         broadcast_buffers(model, functools.partial(_send_from_first, mesh=mesh))
     model.train()

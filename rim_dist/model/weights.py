@@ -1,8 +1,8 @@
-"""Weights for a model that was built without any: one part at a time, so that no rank ever holds the whole model.
+"""Values for a model that was built without any, module by module, so that no rank ever holds the whole model.
 
-A skeleton on the meta device, adapters and tensor slices included, is filled module by module. Under ZeRO-3 each parameter is
-partitioned as soon as it has its values. Whole tensors exist one at a time, or one layer at a time where the family itself
-draws them. All ranks get what one process would get.
+A skeleton on the meta device, adapters and tensor slices included, gets its values one module after the other. Under ZeRO-3
+each parameter is partitioned as soon as it has its values. Whole tensors exist one at a time, or one layer at a time where
+the family itself draws them. All ranks together get what one process would get.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,17 +24,16 @@ from rim_dist.tokens import MemoryTokens
 from rim_dist.unwrap import bare_model, base_layer
 
 _BASE = ".base_layer.weight"
+_ROWS = ".trainable_tokens_"  # what peft calls its copies of rows
 
 
-class WeightSource(Protocol):
-    """Whole tensors of the plain model by name, in fp32; None for a name it does not have."""
-
-    def __call__(self, name: str) -> torch.Tensor | None: ...
+# A whole tensor in fp32 by its name in the trained module; None for a name that there is no tensor for.
+WeightSource = Callable[[str], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
 class MemoryRows:
-    """Where the memory tokens' rows of embedding and head start from (`MemorySection.initialise`)."""
+    """Initial values of the memory tokens' rows of embedding and head (`MemorySection.initialise`), drawn from the seed."""
 
     tokens: MemoryTokens
     initialise: str
@@ -65,33 +64,34 @@ class MemoryRows:
         return matrix
 
 
-@dataclass(frozen=True)
-class Filling:
-    """How a skeleton gets its values.
+def fill(
+    model: nn.Module,
+    source: WeightSource | None,
+    memory: MemoryRows,
+    reads: bool = True,
+    partition: Callable[[list[nn.Parameter]], None] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Give every parameter and buffer of a skeleton its values. Raises CheckpointError or ModelError for one without.
 
-    `source`: None draws them as the family does, from torch's random state. `names`: which names the source knows its tensors
-    by: those of the plain model, or (`module`) those of the module with its adapters. `reads`: whether this rank makes values;
-    others get theirs when a parameter is partitioned. `partition`: takes parameters as soon as they have values.
+    `source`: None draws them as the family does, from torch's random state. `reads`: whether this rank makes values; others
+    get theirs when a parameter is partitioned. `partition`: called with parameters as soon as they have values.
     """
-
-    source: WeightSource | None
-    memory: MemoryRows
-    seed: int
-    names: str = "model"
-    reads: bool = True
-    partition: Callable[[list[nn.Parameter]], None] | None = None
-    dtype: torch.dtype = torch.float32
-
-
-def fill(model: nn.Module, filling: Filling) -> None:
-    """Give every parameter and buffer of a skeleton its values. Raises CheckpointError or ModelError for one without."""
-    _Filler(model, filling).run()
+    _Filler(model, source, memory, reads, partition, dtype).run()
 
 
 class _Filler:
-    def __init__(self, model: nn.Module, filling: Filling) -> None:
-        self._filling = filling
-        self._model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        source: WeightSource | None,
+        memory: MemoryRows,
+        reads: bool,
+        partition: Callable[[list[nn.Parameter]], None] | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self._model, self._source, self._memory = model, source, memory
+        self._reads, self._partition, self._dtype = reads, partition, dtype
         self._bare = bare_model(model)
         self._names = {id(m): f"{name}." if name else "" for name, m in model.named_modules()}
         self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -108,11 +108,10 @@ class _Filler:
         self._kept: list[nn.Parameter] = []
 
     def run(self) -> None:
-        if self._filling.source is None:
-            torch.manual_seed(self._filling.seed)
-            largest = max(
-                (_elements(m) for part in self._bare.modules() if isinstance(part, nn.ModuleList) for m in part), default=0
-            )
+        if self._source is None:
+            torch.manual_seed(self._memory.seed)
+            lists = [module for module in self._bare.modules() if isinstance(module, nn.ModuleList)]
+            largest = max((_elements(layer) for layers in lists for layer in layers), default=0)
             for unit, owner in _units(self._bare, self._bare, largest):
                 self._draw(unit, owner)
         for module in self._model.modules():
@@ -126,117 +125,98 @@ class _Filler:
     # ---- drawn by the family ----------------------------------------------------------------------
 
     def _draw(self, unit: nn.Module, owner: PreTrainedModel) -> None:
-        """Whole tensors for a unit, drawn as transformers draws them, then cut and partitioned."""
-        parts: dict[int, nn.Parameter] = {}
+        """Whole tensors for a unit, drawn as transformers draws them, then sliced and partitioned."""
+        skeletons: dict[int, nn.Parameter] = {}
         for module in unit.modules():
-            for name, part in module._parameters.items():
-                if part is not None and part.is_meta and plain_name(f"{self._names[id(module)]}{name}") is not None:
-                    whole = nn.Parameter(torch.empty(full_shape(part)), requires_grad=part.requires_grad)
-                    parts[id(whole)] = part
-                    self._replace(part, whole)
+            for name, skeleton in module._parameters.items():
+                if skeleton is not None and skeleton.is_meta and plain_name(f"{self._names[id(module)]}{name}") is not None:
+                    whole = nn.Parameter(torch.empty(full_shape(skeleton)), requires_grad=skeleton.requires_grad)
+                    skeletons[id(whole)] = skeleton
+                    self._replace(skeleton, whole)
             self._empty_buffers(module)
-        if self._filling.reads:
-            _initialise(unit, owner, set(parts))
+        if self._reads:
+            _initialise(unit, owner, set(skeletons))
         else:
             for module in unit.modules():
                 if module._buffers:  # buffers are made by every rank
                     owner._init_weights(module)
         for module in list(unit.modules()):
             for name, drawn in list(module._parameters.items()):
-                skeleton = parts.get(id(drawn))
-                if drawn is not None and skeleton is not None:
-                    self._finish(skeleton, drawn.detach(), f"{self._names[id(module)]}{name}", drawn)
+                if drawn is not None and id(drawn) in skeletons:
+                    self._finish(skeletons[id(drawn)], drawn.detach(), f"{self._names[id(module)]}{name}", drawn)
 
     def _empty_buffers(self, module: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
-                empty = torch.full_like(buffer, math.nan, device="cpu") if buffer.is_floating_point() else None
-                module._buffers[name] = torch.zeros_like(buffer, device="cpu") if empty is None else empty
+                missing = math.nan if buffer.is_floating_point() else 0
+                module._buffers[name] = torch.full_like(buffer, missing, device="cpu")
 
     # ---- from a source -----------------------------------------------------------------------------
 
     def _fill_parameter(self, module: nn.Module, name: str) -> None:
-        part = module._parameters[name]
-        if part is None or not part.is_meta:
-            return
-        full_name = f"{self._names[id(module)]}{name}"
-        shape = full_shape(part)
-        if not self._filling.reads:
-            self._finish(part, torch.empty(shape), full_name, part)
-            return
-        self._finish(part, self._value(full_name, shape), full_name, part)  # held nowhere else: a matrix may be large
+        skeleton = module._parameters[name]
+        if skeleton is not None and skeleton.is_meta:
+            full_name = f"{self._names[id(module)]}{name}"
+            # The value is held nowhere else: a matrix may be large.
+            self._finish(skeleton, self._value(full_name, full_shape(skeleton)), full_name, skeleton)
 
     def _value(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        value = self._read(name)
-        if value is None:
-            value = self._adapter(name, shape)
-        if value is None:
-            raise CheckpointError(f"{name}: the weights have no such tensor")
-        return value
-
-    def _read(self, name: str) -> torch.Tensor | None:
-        source = self._filling.source
-        if source is None:
-            return None
-        wanted = name if self._filling.names == "module" else plain_name(name)
-        return None if wanted is None else source(wanted)
-
-    def _adapter(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
-        """The start of an adapter's tensor, as peft has it, drawn from the seed and the name alone."""
+        if not self._reads:
+            return torch.empty(shape)
+        value = self._source(name) if self._source is not None else None
+        if value is not None:
+            return value
+        # The start of an adapter's tensor, as peft has it, drawn from the seed and the name alone.
         if ".lora_A." in name:
-            generator = torch.Generator().manual_seed((self._filling.seed << 32) + zlib.crc32(name.encode()))
+            generator = torch.Generator().manual_seed((self._memory.seed << 32) + zlib.crc32(name.encode()))
             return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
         if ".lora_B." in name:
             return torch.zeros(shape)
-        if ".trainable_tokens_" in name:
-            return self._rows[name.partition(".trainable_tokens_")[0]].clone()
-        return None
+        if _ROWS in name:
+            return self._rows[name.partition(_ROWS)[0]].clone()
+        raise CheckpointError(f"{name}: the weights have no such tensor")
 
     def _fill_buffers(self, module: nn.Module) -> None:
         todo = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
         if not todo:
             return
         self._empty_buffers(module)
-        if ".trainable_tokens_" not in f".{self._names[id(module)]}":
+        if _ROWS not in f".{self._names[id(module)]}":
             self._bare._init_weights(module)
         for name in todo:
             full_name = f"{self._names[id(module)]}{name}"
             buffer = module._buffers[name]
             assert buffer is not None
-            if ".trainable_tokens_" in full_name:
-                if self._filling.reads:
-                    buffer.copy_(self._rows[full_name.partition(".trainable_tokens_")[0]])
-                else:
-                    buffer.zero_()
-            elif (value := self._read(full_name)) is not None:
+            if _ROWS in full_name:
+                buffer.copy_(self._rows[full_name.partition(_ROWS)[0]] if self._reads else torch.zeros(()))
+            elif self._source is not None and (value := self._source(full_name)) is not None:
                 buffer.copy_(value)
             if buffer.is_floating_point() and buffer.isnan().any():
                 raise ModelError(f"{full_name}: no value could be made for it; this model family is not supported")
 
     # ---- into the model ------------------------------------------------------------------------------
 
-    def _finish(self, part: nn.Parameter, whole: torch.Tensor, name: str, now: nn.Parameter) -> None:
-        """Put the part of `whole` that is this rank's where `now` stands; `part` is the skeleton's parameter."""
-        filling = self._filling
-        number = self._vocabulary.get(id(part))
-        shape = full_shape(part)
-        if number is not None and filling.reads:
+    def _finish(self, skeleton: nn.Parameter, whole: torch.Tensor, name: str, current: nn.Parameter) -> None:
+        """Replace `current` by this rank's slice of `whole`; `skeleton` is the parameter that the model was built with."""
+        number = self._vocabulary.get(id(skeleton))
+        shape = full_shape(skeleton)
+        if number is not None and self._reads:
             if whole.shape[0] <= shape[0]:
                 std = float(getattr(self._bare.config.get_text_config(), "initializer_range", None) or 0.02)
-                whole = filling.memory.of(number, whole, shape[0], std)
+                whole = self._memory.of(number, whole, shape[0], std)
             if name.endswith(_BASE):
-                self._rows[name.removesuffix(_BASE)] = whole[list(filling.memory.tokens.ids)]
+                self._rows[name.removesuffix(_BASE)] = whole[list(self._memory.tokens.ids)]
         if tuple(whole.shape) != shape:
             raise CheckpointError(f"{name} has shape {tuple(whole.shape)}, the model's is {shape}")
-        split = slice_of(part)
+        split = slice_of(skeleton)
         values = whole if split is None else split.of(whole).clone()
-        fresh = nn.Parameter(values.to(filling.dtype), requires_grad=part.requires_grad)
+        fresh = nn.Parameter(values.to(self._dtype), requires_grad=skeleton.requires_grad)
         mark_slice(fresh, split)
-        if hasattr(part, "rim_summed"):
-            fresh.rim_summed = part.rim_summed  # type: ignore[attr-defined]
-        self._replace(now, fresh)
-        if filling.partition is not None:
-            filling.partition([fresh])
+        if hasattr(skeleton, "rim_summed"):
+            fresh.rim_summed = skeleton.rim_summed  # type: ignore[attr-defined]
+        self._replace(current, fresh)
+        if self._partition is not None:
+            self._partition([fresh])
 
     def _replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
         owners = self._owners.pop(id(old))
@@ -251,7 +231,7 @@ def _elements(module: nn.Module) -> int:
 
 
 def _units(module: nn.Module, owner: PreTrainedModel, largest: int) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
-    """Modules to draw one after the other: layers as they are, larger parts child by child."""
+    """Modules to draw one after the other: layers as they are, larger modules child by child."""
     for child in module.children():
         inner = child if isinstance(child, PreTrainedModel) else owner
         if isinstance(child, nn.ModuleList) or (list(child.children()) and _elements(child) > largest):
@@ -273,5 +253,5 @@ def _initialise(module: nn.Module, owner: PreTrainedModel, fresh: set[int]) -> N
 def broadcast_buffers(model: nn.Module, send: Callable[[torch.Tensor], Any]) -> None:
     """Give buffers that only the reading rank could make (peft's copies of rows) to the others."""
     for name, buffer in model.named_buffers():
-        if ".trainable_tokens_" in name:
+        if _ROWS in name:
             send(buffer)

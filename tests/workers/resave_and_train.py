@@ -40,13 +40,14 @@ def resave(run: Path, process: Process) -> None:
         store.start_writing(run / "resaved", state.step)
     dist.barrier()
     records = write_files(partial, engine.capture(partial))
-    store.write_part(partial, process.rank, store.Part(records))
+    store.write_report(partial, process.rank, store.RankReport(records))
     dist.barrier()
     if process.is_first:
         bare_model(engine.module).config.save_pretrained(partial / store.MODEL)
         requirements.tokenizer.save_pretrained(partial / store.MODEL)
-        parts = [store.read_part(partial, rank) for rank in range(process.ranks)]
-        store.announce(partial, state, dump_recipe(recipe), {k: v for part in parts if part for k, v in part.records.items()})
+        reports = [store.read_report(partial, rank) for rank in range(process.ranks)]
+        records = {name: record for report in reports if report for name, record in report.records.items()}
+        store.announce(partial, state, dump_recipe(recipe), records)
     dist.barrier()
 
 
