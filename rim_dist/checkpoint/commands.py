@@ -56,8 +56,7 @@ def _shard_size(sub: argparse.ArgumentParser) -> None:
 def _degrees(sub: argparse.ArgumentParser, data_required: bool) -> None:
     sub.add_argument("--tensor", type=int, default=1, metavar="T", help="tensor parallel degree (1)")
     sub.add_argument("--sequence", type=int, default=1, metavar="S", help="sequence parallel degree (1)")
-    default = None if data_required else 1
-    sub.add_argument("--data", type=int, required=data_required, default=default, metavar="D", help="data parallel degree")
+    sub.add_argument("--data", type=int, required=data_required, default=1, metavar="D", help="data parallel degree")
 
 
 def _processes(sub: argparse.ArgumentParser) -> None:
@@ -84,9 +83,9 @@ def add_verbs(command: Command) -> None:
         "rim-dist convert from-hf exported/ runs/again --data 4",
         "rim-dist convert from-hf llama/ runs/new --recipe recipes/mine.yaml --stage 2",
     )
-    from_hf.add_argument("hf_dir", help="an HF folder with safetensors")
-    from_hf.add_argument("out_dir", help="run folder to make; `rim-dist train OUT_DIR/recipe.yaml` goes on from it")
-    from_hf.add_argument("--recipe", metavar="YAML", help="recipe of the run (default: the one in a RiM export)")
+    from_hf.add_argument("hf_dir", type=Path, help="an HF folder with safetensors")
+    from_hf.add_argument("out_dir", type=Path, help="run folder to make; `rim-dist train OUT_DIR/recipe.yaml` goes on from it")
+    from_hf.add_argument("--recipe", type=Path, metavar="YAML", help="recipe of the run (default: the one in a RiM export)")
     from_hf.add_argument("--stage", type=int, choices=[1, 2], help="stage to begin (default: the recipe's first)")
     _degrees(from_hf, data_required=False)
     _processes(from_hf)
@@ -97,7 +96,7 @@ def add_verbs(command: Command) -> None:
         "rim-dist convert reshape runs/demo runs/demo-on-4 --data 4",
     )
     reshape.add_argument("checkpoint", help=_CHECKPOINT)
-    reshape.add_argument("out_dir", help="run folder to make; `rim-dist train OUT_DIR/recipe.yaml` goes on from it")
+    reshape.add_argument("out_dir", type=Path, help="run folder to make; `rim-dist train OUT_DIR/recipe.yaml` goes on from it")
     _degrees(reshape, data_required=True)
     _processes(reshape)
     inspect = command(
@@ -123,9 +122,9 @@ def add_verbs(command: Command) -> None:
         "Merge a PEFT adapter into its base.",
         "rim-dist convert merge-lora adapter/ base/ merged/",
     )
-    merge.add_argument("adapter", help="a PEFT LoRA adapter folder")
-    merge.add_argument("base", help="the HF folder it was trained on")
-    merge.add_argument("out_dir", help="folder to write")
+    merge.add_argument("adapter", type=Path, help="a PEFT LoRA adapter folder")
+    merge.add_argument("base", type=Path, help="the HF folder it was trained on")
+    merge.add_argument("out_dir", type=Path, help="folder to write")
     merge.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of the weights (default: the base's)")
     _shard_size(merge)
     _processes(merge)
@@ -135,9 +134,9 @@ def add_verbs(command: Command) -> None:
         "Write the difference between a fine-tuned folder and its base as a PEFT adapter.",
         "rim-dist convert extract-lora exported/ base/ adapter/ --rank 128",
     )
-    extract.add_argument("tuned", help="the fine-tuned HF folder")
-    extract.add_argument("base", help="the HF folder it started from")
-    extract.add_argument("out_dir", help="folder to write")
+    extract.add_argument("tuned", type=Path, help="the fine-tuned HF folder")
+    extract.add_argument("base", type=Path, help="the HF folder it started from")
+    extract.add_argument("out_dir", type=Path, help="folder to write")
     extract.add_argument("--rank", type=int, default=128, metavar="R", help="rank of the adapter (128)")
 
 
@@ -183,12 +182,8 @@ def export(arguments: argparse.Namespace) -> int:
 def _from_hf(arguments: argparse.Namespace) -> int:
     from rim_dist.checkpoint.reshape import from_hf
 
-    recipe = Path(arguments.recipe) if arguments.recipe else None
-
-    def convert(degrees: Degrees, workers: Workers) -> Path:
-        return from_hf(Path(arguments.hf_dir), Path(arguments.out_dir), recipe, arguments.stage, degrees, workers)
-
-    return _make_run(arguments, convert)
+    a = arguments
+    return _make_run(a, lambda degrees, workers: from_hf(a.hf_dir, a.out_dir, a.recipe, a.stage, degrees, workers))
 
 
 def _reshape(arguments: argparse.Namespace) -> int:
@@ -196,7 +191,7 @@ def _reshape(arguments: argparse.Namespace) -> int:
     from rim_dist.checkpoint.store import find_checkpoint
 
     source = find_checkpoint(arguments.checkpoint)
-    return _make_run(arguments, lambda degrees, workers: reshape(source, Path(arguments.out_dir), degrees, workers))
+    return _make_run(arguments, lambda degrees, workers: reshape(source, arguments.out_dir, degrees, workers))
 
 
 def _make_run(arguments: argparse.Namespace, convert: Callable[[Degrees, Workers], Path]) -> int:
@@ -230,18 +225,18 @@ def _merge(arguments: argparse.Namespace) -> int:
     from rim_dist.checkpoint.hf_export import merge_adapter
 
     workers = _workers(arguments)
-    paths = Path(arguments.adapter), Path(arguments.base), Path(arguments.out_dir)
-    out = merge_adapter(*paths, arguments.dtype, _shard_bytes(arguments.max_shard_size), workers)
+    size = _shard_bytes(arguments.max_shard_size)
+    merge_adapter(arguments.adapter, arguments.base, arguments.out_dir, arguments.dtype, size, workers)
     if workers.is_first:
-        print(out)
+        print(arguments.out_dir)
     return EXIT_DONE
 
 
 def _extract(arguments: argparse.Namespace) -> int:
     from rim_dist.checkpoint.hf_export import extract_adapter
 
-    paths = Path(arguments.tuned), Path(arguments.base), Path(arguments.out_dir)
-    errors = extract_adapter(*paths, _at_least_one("--rank", arguments.rank))
+    rank = _at_least_one("--rank", arguments.rank)
+    errors = extract_adapter(arguments.tuned, arguments.base, arguments.out_dir, rank)
     worst = max(errors.values(), default=0.0)
     print(f"{arguments.out_dir}: {len(errors)} matrices, largest relative error {worst:.2e}")
     return EXIT_DONE

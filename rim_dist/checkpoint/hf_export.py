@@ -238,7 +238,7 @@ def _copy_others(source: Path, target: Path) -> None:
             shutil.copy(file, target / file.name)
 
 
-def merge_adapter(adapter: Path, base: Path, out: Path, dtype: str | None, shard_bytes: int, workers: Workers) -> Path:
+def merge_adapter(adapter: Path, base: Path, out: Path, dtype: str | None, shard_bytes: int, workers: Workers) -> None:
     """Write base + adapter as a plain folder. The adapter's tokenizer goes before the base's. Raises CheckpointError."""
     workers.on_first(lambda: check_export_target(out))
     config, tensors = merged_tensors(base, adapter)
@@ -256,7 +256,6 @@ def merge_adapter(adapter: Path, base: Path, out: Path, dtype: str | None, shard
         _write_json(folder / EXPORT_INFO, {**info, **({"dtype": dtype} if dtype else {}), "merged": [str(base), str(adapter)]})
 
     write_folder(out, files, write_rest, workers)
-    return out
 
 
 def extract_adapter(tuned: Path, base: Path, out: Path, rank: int) -> dict[str, float]:
