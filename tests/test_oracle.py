@@ -19,7 +19,7 @@ from rim_dist.attention.choice import choose_path
 from rim_dist.attention.dense import dense_mask
 from rim_dist.attention.registration import rim_attention, use_rim_attention
 from rim_dist.attention.split import split_plan
-from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT, Places, RowLayout, visible
+from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT, RowLayout, TokenCoordinates, visible
 from rim_dist.data.rows import Batch, pack
 from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ConfigError, ModelError
@@ -231,7 +231,7 @@ def test_visibility_by_brute_force() -> None:
                 expected = (
                     kkind == QUESTION or (kkind == MEMORY and kblock <= qblock) or (kkind == READOUT and kblock == qblock)
                 )
-            q, k = (Places(*map(torch.tensor, places)) for places in (query, key))
+            q, k = (TokenCoordinates(*map(torch.tensor, places)) for places in (query, key))
             assert bool(visible(q, k)) == expected, (query, key)
             in_window = expected and qpos - kpos < 4
             assert bool(visible(q, k, sliding_window=4)) == in_window, (query, key)

@@ -15,8 +15,8 @@ KIND_NAMES = ("question", "memory", "readout")
 PADDING_SEGMENT = -1
 
 
-class Places(NamedTuple):
-    """Where tokens stand; integer tensors of one shape, `[rows, seq]` in a batch.
+class TokenCoordinates(NamedTuple):
+    """Coordinates of tokens in their samples: integer tensors of one shape, `[rows, seq]` in a batch.
 
     `segment` tells samples in one row apart (`PADDING_SEGMENT` is padding), `kind` is QUESTION, MEMORY or READOUT,
     `block` is k of block k or readout k (0 for the question), `position` is the position id.
@@ -27,8 +27,8 @@ class Places(NamedTuple):
     block: torch.Tensor
     position: torch.Tensor
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Places:
-        return Places(function(self.segment), function(self.kind), function(self.block), function(self.position))
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TokenCoordinates:
+        return TokenCoordinates(function(self.segment), function(self.kind), function(self.block), function(self.position))
 
 
 class RowShare(Protocol):
@@ -54,16 +54,16 @@ class RowShare(Protocol):
 
 @dataclass
 class RowLayout:
-    """The places of a batch's tokens, as the attention needs them.
+    """The coordinates of a batch's tokens, as the attention needs them.
 
-    `keys` are the places of the keys where these differ from the queries (decoding with a cache, a part of a row). `spans`
+    `keys` are the coordinates of the keys where these differ from the queries (decoding with a cache, a part of a row). `spans`
     describes packed rows (one row); without them only the dense path can run. `bidirectional`: tokens inside a block see the
     whole block. `chunks`: tokens of the row (start, stop) that the queries are, in their order; empty: all. `share`: other
     ranks have the rest of the row.
     """
 
-    queries: Places
-    keys: Places
+    queries: TokenCoordinates
+    keys: TokenCoordinates
     spans: tuple[Span, ...] = ()
     bidirectional: bool = False
     chunks: tuple[tuple[int, int], ...] = ()
@@ -78,13 +78,15 @@ class RowLayout:
         share = self.share.to(device) if self.share is not None else None
         return RowLayout(queries, keys, self.spans, self.bidirectional, self.chunks, share)
 
-    def mask(self, queries: Places, keys: Places, sliding_window: int | None) -> torch.Tensor:
-        """Boolean mask (True: visible) between any of the layout's places; the arguments' shapes broadcast."""
+    def mask(self, queries: TokenCoordinates, keys: TokenCoordinates, sliding_window: int | None) -> torch.Tensor:
+        """Boolean mask (True: visible) between any of the layout's tokens; the arguments' shapes broadcast."""
         return visible(queries, keys, bidirectional=self.bidirectional, sliding_window=sliding_window)
 
 
-def visible(query: Places, key: Places, bidirectional: bool = False, sliding_window: int | None = None) -> torch.Tensor:
-    """True where a query may see a key; the places' shapes broadcast (method.md, "Sequence").
+def visible(
+    query: TokenCoordinates, key: TokenCoordinates, bidirectional: bool = False, sliding_window: int | None = None
+) -> torch.Tensor:
+    """True where a query may see a key; the arguments' shapes broadcast (method.md, "Sequence").
 
     Question and memory are plain causal and never see a readout. Readout k sees the question, blocks 1..k and its own causal
     prefix; never another readout, never a later block. `bidirectional`: memory tokens also see the rest of their own block.

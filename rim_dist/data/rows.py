@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
-from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT, Places, RowLayout
+from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT, RowLayout, TokenCoordinates
 from rim_dist.data.samples import Readout, Row, Span, TokenIds
 
 
@@ -147,7 +147,7 @@ def _targets_of(row: Row, start: int) -> list[_TargetRun]:
     return runs
 
 
-def _places(pieces: Sequence[_Piece]) -> Places:
+def _places(pieces: Sequence[_Piece]) -> TokenCoordinates:
     lengths = numpy.array([len(piece.tokens) for piece in pieces], dtype=numpy.int64)
     firsts = numpy.cumsum(lengths) - lengths
 
@@ -156,7 +156,9 @@ def _places(pieces: Sequence[_Piece]) -> Places:
 
     offsets = spread(piece.position for piece in pieces) - spread(firsts)
     position = offsets + torch.arange(int(lengths.sum())).unsqueeze(0)
-    return Places(spread(p.segment for p in pieces), spread(p.kind for p in pieces), spread(p.block for p in pieces), position)
+    return TokenCoordinates(
+        spread(p.segment for p in pieces), spread(p.kind for p in pieces), spread(p.block for p in pieces), position
+    )
 
 
 def _all_targets(runs: Sequence[_TargetRun]) -> Targets:

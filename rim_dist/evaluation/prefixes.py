@@ -9,19 +9,19 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from rim_dist.attention.visibility import MEMORY, PADDING_SEGMENT, QUESTION, Places
+from rim_dist.attention.visibility import MEMORY, PADDING_SEGMENT, QUESTION, TokenCoordinates
 from rim_dist.model.generation import Decoding, check_prompts, generation_config, model_positions, stopped
 
 
-def prefix_places(lengths: Sequence[int], blocks: int, block_size: int) -> Places:
-    """Places `[prompts, longest]` of prompts of the given lengths, blocks at their end, padded on the left."""
+def prefix_places(lengths: Sequence[int], blocks: int, block_size: int) -> TokenCoordinates:
+    """TokenCoordinates `[prompts, longest]` of prompts of the given lengths, blocks at their end, padded on the left."""
     longest, memory = max(lengths), blocks * block_size
     column = torch.arange(longest).expand(len(lengths), longest)
     position = column - (longest - torch.tensor(lengths)).unsqueeze(1)
     in_memory = column >= longest - memory
     block = torch.where(in_memory, (column - (longest - memory)).div(max(1, block_size), rounding_mode="floor") + 1, 0)
     segment = torch.where(position >= 0, 0, PADDING_SEGMENT)
-    return Places(segment, torch.where(in_memory, MEMORY, QUESTION), block, position.clamp_min(0))
+    return TokenCoordinates(segment, torch.where(in_memory, MEMORY, QUESTION), block, position.clamp_min(0))
 
 
 def prefix_batches(
@@ -31,7 +31,7 @@ def prefix_batches(
     blocks: int,
     block_size: int,
     batch: int,
-) -> Iterator[tuple[dict[str, torch.Tensor], Places]]:
+) -> Iterator[tuple[dict[str, torch.Tensor], TokenCoordinates]]:
     """Arguments of the model's forward for `batch` prompts at a time, and the places of their tokens.
 
     `prompts` (token ids) end with `blocks` blocks of `block_size` tokens. Raises DataError if one does not fit the model.

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from rim_dist.attention.registration import use_plain_attention, use_rim_attention
-from rim_dist.attention.visibility import READOUT, Places, RowLayout
+from rim_dist.attention.visibility import READOUT, RowLayout, TokenCoordinates
 from rim_dist.evaluation.prefixes import decode_greedily, prefix_batches
 from rim_dist.model.generation import Decoding, model_positions
 from rim_dist.unwrap import bare_model
@@ -35,7 +35,7 @@ def readout_ids(
     """
     bare, most = bare_model(model), max(budgets)
 
-    def decode(arguments: dict[str, Any], prefix: Places) -> list[list[int]]:
+    def decode(arguments: dict[str, Any], prefix: TokenCoordinates) -> list[list[int]]:
         """Answers of one batch, prompt by prompt, each prompt's in the order of the budgets."""
         budget = torch.tensor(budgets, device=prefix.block.device)
         unseen = (most - budget) * block_size  # tokens of the blocks that a readout does not see
@@ -57,13 +57,13 @@ def readout_ids(
 
         def next_tokens(tokens: torch.Tensor, step: int) -> torch.Tensor:
             nonlocal keys
-            queries = Places(
+            queries = TokenCoordinates(
                 torch.zeros_like(tokens),
                 torch.full_like(tokens, READOUT),
                 budget.expand(tokens.shape),
                 torch.minimum(first + step, first + room - 1),
             )
-            keys = Places(*(torch.cat(pair, dim=1) for pair in zip(keys, queries, strict=True)))
+            keys = TokenCoordinates(*(torch.cat(pair, dim=1) for pair in zip(keys, queries, strict=True)))
             layout = RowLayout(queries, keys, bidirectional=bidirectional)
             return model(
                 input_ids=tokens, position_ids=queries.position, past_key_values=cache, use_cache=True, rim_layout=layout

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from rim_dist.attention.visibility import PADDING_SEGMENT, QUESTION, Places, RowLayout
+from rim_dist.attention.visibility import PADDING_SEGMENT, QUESTION, RowLayout, TokenCoordinates
 from rim_dist.data.samples import Span
 
 
-def _plain_places(position: torch.Tensor) -> Places:
-    """Places of causal text at the given positions, `[rows, seq]`; a negative position is padding."""
+def _plain_places(position: torch.Tensor) -> TokenCoordinates:
+    """TokenCoordinates of causal text at the given positions, `[rows, seq]`; a negative position is padding."""
     zeros = torch.zeros_like(position)
     segment = torch.where(position < 0, PADDING_SEGMENT, zeros)
-    return Places(segment, torch.full_like(position, QUESTION), zeros, position.clamp_min(0))
+    return TokenCoordinates(segment, torch.full_like(position, QUESTION), zeros, position.clamp_min(0))
 
 
 def _first_pass(spans: Sequence[Span], device: torch.device) -> tuple[torch.Tensor, RowLayout]:
@@ -38,7 +38,7 @@ def _first_pass(spans: Sequence[Span], device: torch.device) -> tuple[torch.Tens
         start += count
     position = torch.cat(positions).unsqueeze(0)
     zeros = torch.zeros_like(position)
-    places = Places(torch.cat(segments).unsqueeze(0), torch.full_like(position, QUESTION), zeros, position)
+    places = TokenCoordinates(torch.cat(segments).unsqueeze(0), torch.full_like(position, QUESTION), zeros, position)
     places = places.map(lambda t: t.to(device))
     return torch.cat(columns).to(device), RowLayout(places, places, tuple(first))
 
@@ -86,9 +86,9 @@ def thought_states(
     keys = _plain_places(position)
     last = hidden[0, (offset + question).squeeze(1)].unsqueeze(1)  # [rows, 1, hidden], at the begin tokens
 
-    def run(queries: Places, **inputs: Any) -> torch.Tensor:
+    def run(queries: TokenCoordinates, **inputs: Any) -> torch.Tensor:
         nonlocal keys
-        keys = Places(*(torch.cat(pair, dim=1) for pair in zip(keys, queries, strict=True)))
+        keys = TokenCoordinates(*(torch.cat(pair, dim=1) for pair in zip(keys, queries, strict=True)))
         return model.base_model(
             **inputs,
             position_ids=queries.position,

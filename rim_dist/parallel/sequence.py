@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from rim_dist.attention.dense import ScoreRule
-from rim_dist.attention.visibility import PADDING_SEGMENT, QUESTION, Places, RowLayout
+from rim_dist.attention.visibility import PADDING_SEGMENT, QUESTION, RowLayout, TokenCoordinates
 from rim_dist.data.rows import Batch, Targets
 from rim_dist.data.samples import Span
 from rim_dist.parallel.collectives import all_to_all, gather_shards
@@ -178,10 +178,10 @@ def _padded(batch: Batch, tokens: int) -> tuple[torch.Tensor, RowLayout]:
     if not more:
         return batch.input_ids, layout
     padding = torch.arange(more, device=batch.input_ids.device).unsqueeze(0)
-    extra = Places(
+    extra = TokenCoordinates(
         torch.full_like(padding, PADDING_SEGMENT), torch.full_like(padding, QUESTION), torch.zeros_like(padding), padding
     )
-    places = Places(*(torch.cat(pair, dim=1) for pair in zip(layout.queries, extra, strict=True)))
+    places = TokenCoordinates(*(torch.cat(pair, dim=1) for pair in zip(layout.queries, extra, strict=True)))
     spans = (*layout.spans, Span(have, more, 0, layout.spans[0].block_size, ()))
     ids = torch.cat([batch.input_ids, batch.input_ids[:, :1].expand(1, more)], dim=1)
     return ids, RowLayout(places, places, spans, layout.bidirectional)
