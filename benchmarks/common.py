@@ -27,7 +27,7 @@ from lengths import Lengths, load  # noqa: E402
 from rim_dist.config import Recipe, StageName  # noqa: E402
 from rim_dist.data.samples import EncodedSample, Row  # noqa: E402
 from rim_dist.methods import method_of  # noqa: E402
-from rim_dist.methods.base import Moment  # noqa: E402
+from rim_dist.methods.base import StageProgress  # noqa: E402
 
 SMOLLM2_135M = {
     "hidden_size": 576,
@@ -67,7 +67,7 @@ def real_rows(count: int, stage: StageName, blocks: int, block_size: int, vocabu
 
     def row(lengths: Lengths) -> Row:
         question, steps, answer = tokens(lengths.question), [tokens(n) for n in lengths.steps], tokens(lengths.answer)
-        return method.row(EncodedSample(question, steps, answer, 0), Moment(stage))
+        return method.row(EncodedSample(question, steps, answer, 0), StageProgress(stage))
 
     return [row(lengths) for lengths in pick.sample(load(), count)]
 

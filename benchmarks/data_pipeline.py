@@ -61,9 +61,9 @@ def main() -> None:
             times = []
             for step in range(plan.steps):
                 start = time.perf_counter()
-                share = loader.share(plan, step)
+                rank_batch = loader.rank_batch(plan, step)
                 times.append(time.perf_counter() - start)
-            rate = sum(map(len, share.samples)) / statistics.median(times)
+            rate = sum(map(len, rank_batch.samples)) / statistics.median(times)
             figures[plan.name] = {"consumed": consumed, "pipeline": rate}
             lines.append([plan.name, f"{consumed:.0f}", f"{rate:.0f}", f"{rate / consumed:.1f}x"])
         first_step = metrics[0]["seconds"]

@@ -238,7 +238,7 @@ def measure_here(case: Case, process: Any) -> dict[str, int]:
             for number in range(load.rounds):
                 batch = pack([row() for _ in range(load.samples)], tokens.block)
                 assert (batch.tokens, len(batch.targets.label)) == (load.tokens, load.targets)
-                engine.forward_backward(engine.own_part(batch), 1.0, last=number == load.rounds - 1)
+                engine.forward_backward(engine.sequence_slice(batch), 1.0, last=number == load.rounds - 1)
                 del batch
             engine.step(1e-3)
 

@@ -123,7 +123,7 @@ def train_one_process(recipe: Recipe, trace: dict[str, Any] | None = None) -> li
         optimizer = new_optimizer()
         loader = BatchLoader(recipe, data, requirements.tokens, 0, 1)
         for step in range(plan.steps):
-            if step and loader.part(plan, step) != loader.part(plan, step - 1):
+            if step and loader.phase(plan, step) != loader.phase(plan, step - 1):
                 optimizer = new_optimizer()
             rows = [(s, loader.row(plan, step, s)) for s in loader.step_samples(plan, step)]
             weight = sum(row.total_weight for _, row in rows)

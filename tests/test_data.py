@@ -329,15 +329,17 @@ def test_batches_cover_the_global_batch_on_any_number_of_ranks(recipe_file: Make
     assert [(p.name, p.steps, p.first_sample, p.first_step) for p in plans] == [("stage1", 3, 0, 0), ("stage2", 1, 23, 3)]
     for plan in plans:
         for step in range(plan.steps):
-            whole = BatchLoader(recipe, prepared, requirements.tokens, 0, 1).share(plan, step)
+            whole = BatchLoader(recipe, prepared, requirements.tokens, 0, 1).rank_batch(plan, step)
             for ranks in (2, 3, 4):
-                shares = [BatchLoader(recipe, prepared, requirements.tokens, r, ranks).share(plan, step) for r in range(ranks)]
-                assert len({len(s.micro_batches) for s in shares}) == 1  # ZeRO-3 hangs otherwise
-                assert sum(s.weight for s in shares) == pytest.approx(whole.weight)
-                assert max(b.tokens for s in shares for b in s.micro_batches) <= 90
-                lines = sorted(x.line for s in shares for part in s.samples for x in part)
+                rank_batches = [
+                    BatchLoader(recipe, prepared, requirements.tokens, r, ranks).rank_batch(plan, step) for r in range(ranks)
+                ]
+                assert len({len(s.micro_batches) for s in rank_batches}) == 1  # ZeRO-3 hangs otherwise
+                assert sum(s.weight for s in rank_batches) == pytest.approx(whole.weight)
+                assert max(b.tokens for s in rank_batches for b in s.micro_batches) <= 90
+                lines = sorted(x.line for s in rank_batches for part in s.samples for x in part)
                 assert lines == sorted(x.line for part in whole.samples for x in part)
-                total = sum(float(b.targets.weight.sum()) for s in shares for b in s.micro_batches)
+                total = sum(float(b.targets.weight.sum()) for s in rank_batches for b in s.micro_batches)
                 assert total == pytest.approx(whole.weight, rel=1e-6)
 
 

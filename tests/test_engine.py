@@ -35,9 +35,9 @@ def process() -> Iterator[Process]:
 
 def steps(engine: Engine, loader: BatchLoader, plans: list, stage: int, count: int) -> None:
     for step in range(count):
-        share = loader.share(plans[stage], step)
-        for i, batch in enumerate(share.micro_batches):
-            engine.forward_backward(batch, 1.0 / share.weight, last=i == len(share.micro_batches) - 1)
+        rank_batch = loader.rank_batch(plans[stage], step)
+        for i, batch in enumerate(rank_batch.micro_batches):
+            engine.forward_backward(batch, 1.0 / rank_batch.weight, last=i == len(rank_batch.micro_batches) - 1)
         engine.step(1e-3)
 
 
@@ -77,9 +77,9 @@ def test_accumulation_does_not_change_the_step(process: Process, recipe_file: Ma
         requirements, data = prepare_run(recipe)
         loader = BatchLoader(recipe, data, requirements.tokens, 0, 1)
         engine = Engine(recipe, model_of(recipe, requirements), compose(recipe, 32), process)
-        share = loader.share(plan_stages(recipe, len(data))[0], 0)
-        for i, batch in enumerate(share.micro_batches):
-            engine.forward_backward(batch, 1.0 / share.weight, last=i == len(share.micro_batches) - 1)
+        rank_batch = loader.rank_batch(plan_stages(recipe, len(data))[0], 0)
+        for i, batch in enumerate(rank_batch.micro_batches):
+            engine.forward_backward(batch, 1.0 / rank_batch.weight, last=i == len(rank_batch.micro_batches) - 1)
         norms.append(engine.step(1e-3))
     assert norms[0] == pytest.approx(norms[2], rel=1e-5)
     assert norms[1] == pytest.approx(norms[2], rel=1e-5)
@@ -92,7 +92,9 @@ def test_dropout_of_a_stage_reaches_every_kind(process: Process, recipe_file: Ma
         requirements, data = prepare_run(recipe)
         engine = Engine(recipe, model_of(recipe, requirements), compose(recipe, 32), process)
         batch = (
-            BatchLoader(recipe, data, requirements.tokens, 0, 1).share(plan_stages(recipe, len(data))[0], 0).micro_batches[0]
+            BatchLoader(recipe, data, requirements.tokens, 0, 1)
+            .rank_batch(plan_stages(recipe, len(data))[0], 0)
+            .micro_batches[0]
         )
 
         def loss(seed: int, engine: Engine = engine, batch: object = batch) -> float:

@@ -1,4 +1,4 @@
-"""The warning of a block that fades out unlearned, and the last word on a run that learned nothing."""
+"""The warning of a block that fades out unlearned, and the warning at the end of a run that learned nothing."""
 
 from __future__ import annotations
 

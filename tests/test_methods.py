@@ -26,7 +26,7 @@ from rim_dist.errors import ConfigError, DataError
 from rim_dist.evaluation.evaluate import evaluate_model, evaluation_samples
 from rim_dist.evaluation.loading import load_for_evaluation
 from rim_dist.methods import method_names, method_of
-from rim_dist.methods.base import Moment
+from rim_dist.methods.base import StageProgress
 from rim_dist.model.generation import Decoding, generate_ids
 from rim_dist.model.thinking import think_before_answers
 from rim_dist.objective.forward import install_readout_loss, run_batch
@@ -43,7 +43,7 @@ BLOCK = [94, 95, 96]
 def test_pause_row() -> None:
     """As many tokens before the answer as RiM has at inference; nothing is predicted before the last one."""
     for stage in ("stage1", "stage2"):
-        row = method_of(recipe_of("pause")).row(SAMPLE, Moment(stage))  # type: ignore[arg-type]
+        row = method_of(recipe_of("pause")).row(SAMPLE, StageProgress(stage))  # type: ignore[arg-type]
         assert (row.blocks, row.block_size) == (2, 3)
         assert row.readouts == (Readout(2, ANSWER, 1.0),)
 
@@ -61,7 +61,7 @@ def chain(*steps: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "share", "thoughts", "written"),
+    ("stage", "fraction", "thoughts", "written"),
     [
         ("stage1", 0.0, 0, STEPS),
         ("stage1", 0.33, 0, STEPS),
@@ -71,10 +71,10 @@ def chain(*steps: list[int]) -> list[int]:
         ("stage2", 0.0, 4, []),
     ],
 )
-def test_coconut_rows(stage: str, share: float, thoughts: int, written: list[list[int]]) -> None:
+def test_coconut_rows(stage: str, fraction: float, thoughts: int, written: list[list[int]]) -> None:
     """Two latent stages of two thoughts a step: question, begin, thoughts, end, the rest of the chain."""
     method = method_of(recipe_of("coconut", coconut={"max_latent_stage": 2}))
-    row = method.row(SAMPLE, Moment(stage, share))  # type: ignore[arg-type]
+    row = method.row(SAMPLE, StageProgress(stage, fraction))  # type: ignore[arg-type]
     assert (row.latent, row.thoughts, row.blocks, row.block_size) == (True, thoughts, 1, thoughts + 2)
     (readout,) = row.readouts
     assert list(readout.target) == chain(*written)
@@ -87,26 +87,26 @@ def test_coconut_rows(stage: str, share: float, thoughts: int, written: list[lis
 
 def test_coconut_stages_by_epochs_and_alone() -> None:
     by_epochs = method_of(recipe_of("coconut", coconut={"epochs_per_stage": 0.5, "max_latent_stage": 2}))
-    stages = [by_epochs.part(Moment("stage1", epochs=e)) for e in (0.0, 0.49, 0.5, 1.0, 7.0)]
+    stages = [by_epochs.phase(StageProgress("stage1", epochs=e)) for e in (0.0, 0.49, 0.5, 1.0, 7.0)]
     assert stages == [0, 0, 1, 2, 2]
-    assert by_epochs.part(Moment("stage2")) == 3
+    assert by_epochs.phase(StageProgress("stage2")) == 3
     alone = method_of(recipe_of("coconut", {"stage2": {"samples": 0}}, coconut={"max_latent_stage": 2}))
-    assert [alone.part(Moment("stage1", share=s)) for s in (0.0, 0.25, 0.5, 0.75)] == [0, 1, 2, 3]
+    assert [alone.phase(StageProgress("stage1", fraction=s)) for s in (0.0, 0.25, 0.5, 0.75)] == [0, 1, 2, 3]
     kept = method_of(recipe_of("coconut", coconut={"reset_optimizer": False}))
-    assert {kept.part(Moment("stage1", share=s)) for s in (0.0, 0.5, 0.9)} == {0}
+    assert {kept.phase(StageProgress("stage1", fraction=s)) for s in (0.0, 0.5, 0.9)} == {0}
 
 
 def test_mixed_stages_are_drawn_from_the_samples_own_steps() -> None:
     """`uniform_prob`: stages 0 .. T alike, the same at every call; the others keep the schedule's stage."""
     method = method_of(recipe_of("coconut", coconut={"max_latent_stage": 2, "c_thought": 1, "uniform_prob": 0.4}))
     samples = [EncodedSample(QUESTION_IDS, STEPS, ANSWER, line) for line in range(4000)]
-    rows = [method.row(sample, Moment("stage1", 0.4, step=9)) for sample in samples]
-    assert rows == [method.row(sample, Moment("stage1", 0.4, step=9)) for sample in samples]
+    rows = [method.row(sample, StageProgress("stage1", 0.4, step=9)) for sample in samples]
+    assert rows == [method.row(sample, StageProgress("stage1", 0.4, step=9)) for sample in samples]
     count = Counter((row.thoughts, len(row.readouts[0].target)) for row in rows)
     # T = 3: stage 3 has no steps left and, as the last stage, two thoughts
     stages = [(0, len(chain(*STEPS))), (1, len(chain(*STEPS[1:]))), (2, len(chain(*STEPS[2:]))), (2, len(chain()))]
     assert [count[stage] / 4000 for stage in stages] == pytest.approx([0.1, 0.7, 0.1, 0.1], abs=0.03)
-    assert rows != [method.row(sample, Moment("stage1", 0.4, step=10)) for sample in samples]
+    assert rows != [method.row(sample, StageProgress("stage1", 0.4, step=10)) for sample in samples]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ class Twice(Method):
     uses_blocks = True
     answer_factor = 2
 
-    def row(self, sample, moment):
+    def row(self, sample, progress):
         blocks = self.recipe.memory.blocks
         return self.block_row(sample.question, blocks, [(1, sample.answer, 0.5), (blocks, sample.answer, 0.5)])
 
@@ -156,8 +156,8 @@ def test_a_new_method_is_one_file(tmp_path: Path, recipe_file: Any, monkeypatch:
     )
     assert prompt.count("<|mem|>") == 2 * recipe.memory.blocks
     plan = plan_stages(recipe, len(data))[0]
-    share = BatchLoader(recipe, data, requirements.tokens, 0, 1).share(plan, 0)
-    assert {*share.micro_batches[0].targets.block.tolist()} == {1, recipe.memory.blocks}
+    rank_batch = BatchLoader(recipe, data, requirements.tokens, 0, 1).rank_batch(plan, 0)
+    assert {*rank_batch.micro_batches[0].targets.block.tolist()} == {1, recipe.memory.blocks}
     assert method_of(recipe).answer_tokens == 10
     with pytest.raises(ConfigError, match="allowed: coconut, cot, direct, pause, rim, twice"):
         load_recipe(recipe_file(method="thrice"))

@@ -11,7 +11,7 @@ from rim_dist.config import Recipe, StageSection
 from rim_dist.data.rows import pack
 from rim_dist.data.samples import EncodedSample, Readout, Row
 from rim_dist.methods import method_names, method_of
-from rim_dist.methods.base import Moment
+from rim_dist.methods.base import StageProgress
 from rim_dist.methods.rim import stage1_weights, stage2_weights
 from rim_dist.objective import loss as loss_module
 from rim_dist.objective.loss import HeadWeights, LogitRule, ReadoutLoss, plain_cross_entropy, weighted_cross_entropy
@@ -54,8 +54,8 @@ def recipe_of(method: str, curriculum: dict | None = None, **sections: dict) -> 
     return Recipe.model_validate({"method": method, "model": model, "memory": memory, "curriculum": stages, **sections})
 
 
-def row(method: str, stage: str, share: float = 0.0, **curriculum: dict) -> PlainRow:
-    return plain_row(method_of(recipe_of(method, curriculum)).row(SAMPLE, Moment(stage, share)), BLOCK)  # type: ignore[arg-type]
+def row(method: str, stage: str, fraction: float = 0.0, **curriculum: dict) -> PlainRow:
+    return plain_row(method_of(recipe_of(method, curriculum)).row(SAMPLE, StageProgress(stage, fraction)), BLOCK)  # type: ignore[arg-type]
 
 
 def test_stage1_row_by_hand() -> None:
@@ -71,7 +71,7 @@ def test_stage1_row_by_hand() -> None:
 
 
 def test_faded_steps_leave_the_row_but_not_their_blocks() -> None:
-    r = row("rim", "stage1", share=0.9)
+    r = row("rim", "stage1", fraction=0.9)
     assert r.input_ids == [5, 6, *BLOCK, *BLOCK, *BLOCK, 20, 21]
     assert [label for label in r.label if label != IGNORE] == ANSWER
 
@@ -92,7 +92,7 @@ def test_stage2_row() -> None:
 
 def test_no_steps_is_one_block_with_the_answer() -> None:
     sample = EncodedSample(QUESTION_IDS, [], ANSWER, line=1)
-    r = plain_row(method_of(recipe_of("rim")).row(sample, Moment("stage1", 0.5)), BLOCK)
+    r = plain_row(method_of(recipe_of("rim")).row(sample, StageProgress("stage1", 0.5)), BLOCK)
     assert r.kind.count(MEMORY) == 3
     assert [label for label in r.label if label != IGNORE] == ANSWER
 
@@ -112,8 +112,8 @@ def test_longest_rows(method: str, stage: str) -> None:
     other = {"stage1": "stage2", "stage2": "stage1"}[stage]
     bound = method_of(recipe_of(method, {other: {"samples": 0}}))
     longest = list(bound.longest_rows(SAMPLE))
-    for share in (0.0, 0.2, 0.5, 0.99):
-        one = bound.row(SAMPLE, Moment(stage, share))  # type: ignore[arg-type]
+    for fraction in (0.0, 0.2, 0.5, 0.99):
+        one = bound.row(SAMPLE, StageProgress(stage, fraction))  # type: ignore[arg-type]
         r = plain_row(one, BLOCK)
         assert len(one) == len(r.input_ids) <= max(map(len, longest))
         # Positions from 0; the last target token of a readout is predicted, not run.
@@ -128,7 +128,7 @@ def heads(seed: int) -> tuple[torch.Tensor, HeadWeights]:
 
 
 def test_loss_is_one_weighted_sum_however_it_is_cut() -> None:
-    """Micro-batches of any size, and a weightless filler, give the same sum of weighted token losses."""
+    """Micro-batches of any size, and a dummy row, give the same sum of weighted token losses."""
     rows = [Row([1, 2, 3][:n], 2, len(BLOCK), (Readout(1, [4, 5], 0.3), Readout(2, [6] * n, 0.7))) for n in (1, 2, 3)]
     table, head = heads(0)
 

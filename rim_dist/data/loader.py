@@ -1,7 +1,7 @@
-"""Global batches: a fixed list of samples, divided among ranks and cut into micro-batches.
+"""Global batches, sharded over data ranks and packed into micro-batches.
 
-Which samples an optimizer step sees depends on the seed and the step alone. How they are spread over ranks and
-micro-batches changes nothing but rounding, since the loss is divided once by the weight of the whole step.
+The samples of an optimizer step depend on the seed and the step alone. Their distribution over ranks and micro-batches changes
+only rounding, since the loss is divided once, by the weight of the whole step.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rim_dist.config import Recipe, StageName
+from rim_dist.config import STAGE_NAMES, Recipe, StageName
 from rim_dist.data.packing import Packing, RowCost, pack_step
 from rim_dist.data.prepared import SampleStream
 from rim_dist.data.rows import Batch, pack
 from rim_dist.data.samples import EncodedSample, Row
 from rim_dist.methods import method_of
-from rim_dist.methods.base import Moment
+from rim_dist.methods.base import StageProgress
 from rim_dist.tokens import MemoryTokens
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of the run in steps: `first_sample` is its start in the run's sample stream."""
+    """The length of a stage, and its first step and sample (its position in the run's sample stream)."""
 
     name: StageName
     samples: int
@@ -31,10 +31,10 @@ class StagePlan:
 
 
 def plan_stages(recipe: Recipe, epoch_samples: int) -> list[StagePlan]:
-    """The enabled stages with their lengths; an epoch has `epoch_samples` samples."""
+    """The enabled stages with their lengths. `epoch_samples`: samples of one epoch (0 for a stream)."""
     plans: list[StagePlan] = []
     sample = step = 0
-    for name in ("stage1", "stage2"):
+    for name in STAGE_NAMES:
         stage = recipe.curriculum.stage(name)
         if not stage.enabled:
             continue
@@ -46,8 +46,8 @@ def plan_stages(recipe: Recipe, epoch_samples: int) -> list[StagePlan]:
 
 
 @dataclass(frozen=True)
-class RankShare:
-    """A rank's part of one optimizer step: its micro-batches, the samples in each, the loss weight of its rows."""
+class RankBatch:
+    """What one rank runs of a global batch: micro-batches, the samples in each, and the total loss weight of these samples."""
 
     micro_batches: list[Batch]
     samples: list[list[EncodedSample]]
@@ -69,7 +69,6 @@ class BatchLoader:
     ) -> None:
         self._recipe, self._data, self._tokens, self._method = recipe, data, tokens, method_of(recipe)
         self._rank, self._ranks, self._cost = rank, ranks, cost or RowCost()
-        self._block = tokens.block
         self._bidirectional = recipe.memory.inside_block == "bidirectional"
 
     def step_samples(self, stage: StagePlan, step: int) -> list[EncodedSample]:
@@ -78,30 +77,31 @@ class BatchLoader:
         stop = min(start + self._recipe.optimizer.global_batch, stage.samples)
         return self._data.samples(stage.first_sample + start, stage.first_sample + stop)
 
-    def moment(self, stage: StagePlan, step: int) -> Moment:
-        """Where a step of a stage stands in it."""
+    def progress(self, stage: StagePlan, step: int) -> StageProgress:
+        """How far the stage is before a step."""
         consumed = step * self._recipe.optimizer.global_batch
-        return Moment(stage.name, consumed / stage.samples, consumed / len(self._data) if len(self._data) else 0.0, step)
+        epochs = consumed / len(self._data) if len(self._data) else 0.0
+        return StageProgress(stage.name, consumed / stage.samples, epochs, step)
 
-    def part(self, stage: StagePlan, step: int) -> int:
-        """The part of its stage that a step belongs to (`Method.part`)."""
-        return self._method.part(self.moment(stage, step))
+    def phase(self, stage: StagePlan, step: int) -> int:
+        """The phase of the stage that a step belongs to (`Method.phase`)."""
+        return self._method.phase(self.progress(stage, step))
 
     def row(self, stage: StagePlan, step: int, sample: EncodedSample) -> Row:
-        return self._method.row(sample, self.moment(stage, step))
+        return self._method.row(sample, self.progress(stage, step))
 
-    def share(self, stage: StagePlan, step: int) -> RankShare:
-        """This rank's micro-batches: as many on every rank, a weightless row filling an empty place."""
+    def rank_batch(self, stage: StagePlan, step: int) -> RankBatch:
+        """This rank's micro-batches. All ranks have equally many: an empty one gets a dummy row, whose weight is 0."""
         samples = self.step_samples(stage, step)
         rows = [self.row(stage, step, sample) for sample in samples]
         packing = pack_step(rows, self._ranks, self._recipe.optimizer.micro_batch_tokens, self._cost)
-        mine = [bins[self._rank] for bins in packing.bins]
+        local = [bins[self._rank] for bins in packing.bins]
         shortest = min(rows, key=len)
-        # Of the whole step, so that every rank runs as many passes: ZeRO-3 gathers weights in each.
+        # Over the whole step: ZeRO-3 gathers weights in every pass, so all ranks must run equally many.
         thoughts = max((row.thoughts for row in rows if row.latent), default=None)
         batches = [
-            pack([rows[i] for i in numbers] or [shortest.without_weight()], self._block, self._bidirectional, thoughts)
-            for numbers in mine
+            pack([rows[i] for i in indices] or [shortest.without_weight()], self._tokens.block, self._bidirectional, thoughts)
+            for indices in local
         ]
-        weight = sum(rows[i].total_weight for numbers in mine for i in numbers)
-        return RankShare(batches, [[samples[i] for i in numbers] for numbers in mine], weight, packing)
+        weight = sum(rows[i].total_weight for indices in local for i in indices)
+        return RankBatch(batches, [[samples[i] for i in indices] for indices in local], weight, packing)

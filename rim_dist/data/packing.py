@@ -1,6 +1,6 @@
-"""A global batch into micro-batches: under a token budget, as many on every rank, all of nearly the same cost.
+"""Packing a global batch into micro-batches: within a token budget, equally many on every rank, of nearly equal cost.
 
-Which samples make up an optimizer step is settled before; where they run is this module's, and changes nothing but rounding.
+The samples of an optimizer step are already chosen. Where they run changes only rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rim_dist.data.samples import Row
 
 @dataclass(frozen=True)
 class RowCost:
-    """Floating-point operations of forward and backward: by token of the row, by supervised position, by attended pair."""
+    """Floating-point operations of forward and backward: per token, per supervised position, per attended (query, key) pair."""
 
     token: float = 1.0
     target: float = 0.0
@@ -30,7 +30,7 @@ class RowCost:
 
 @dataclass(frozen=True)
 class Packing:
-    """`bins[i][rank]`: numbers of the rows that a rank runs in its i-th micro-batch (none: a place to fill)."""
+    """`bins[i][rank]`: indices of the rows in a rank's i-th micro-batch (may be empty)."""
 
     bins: list[list[list[int]]]
     efficiency: float  # real tokens / (micro-batches x token budget)
@@ -38,34 +38,34 @@ class Packing:
 
 
 def pack_step(rows: Sequence[Row], ranks: int, budget: int, cost: Callable[[Row], float]) -> Packing:
-    """Spread the rows of an optimizer step over as few rounds of micro-batches as their tokens allow.
+    """Distribute the rows of an optimizer step over as few rounds of micro-batches as the budget (in tokens) allows.
 
-    Rows are placed, the most expensive first, into the cheapest micro-batch that has room; micro-batches of like cost run at
-    the same time. Deterministic. Raises ValueError for a row above the budget.
+    Worst-fit decreasing bin packing by cost. The micro-batches of a round run at the same time and have similar costs.
+    Deterministic. Raises ValueError for a row above the budget.
     """
     lengths, costs = [len(row) for row in rows], [cost(row) for row in rows]
     if max(lengths) > budget:
         raise ValueError(f"a row of {max(lengths)} tokens is above the budget of {budget}")
     order = sorted(range(len(rows)), key=lambda i: (-costs[i], i))
     rounds = -(-sum(lengths) // (ranks * budget))
-    while (places := _place(order, lengths, costs, ranks * rounds, budget)) is None:
+    while (packed := _worst_fit(order, lengths, costs, ranks * rounds, budget)) is None:
         rounds += 1
-    places.sort(key=lambda place: -place[0])
+    packed.sort(key=lambda loaded: -loaded[0])
     bins, longest = [], 0.0
     for i in range(rounds):
-        part = places[i * ranks : (i + 1) * ranks]
-        longest += part[0][0]
-        # Every other round the other way about: a rank is not always the one with the most to do.
-        bins.append([numbers for _, numbers in (part if i % 2 == 0 else part[::-1])])
+        concurrent = packed[i * ranks : (i + 1) * ranks]
+        longest += concurrent[0][0]
+        # The order alternates between rounds: otherwise the first rank would always have the most to do.
+        bins.append([indices for _, indices in (concurrent if i % 2 == 0 else concurrent[::-1])])
     return Packing(bins, sum(lengths) / (ranks * rounds * budget), sum(costs) / (ranks * longest))
 
 
-def _place(
+def _worst_fit(
     order: Sequence[int], lengths: Sequence[int], costs: Sequence[float], bins: int, budget: int
 ) -> list[tuple[float, list[int]]] | None:
-    """(cost, row numbers) of each bin, or None if a row finds no room."""
+    """(cost, row indices) of each bin, each row going to the cheapest bin with room for it. None if a row fits in no bin."""
     heap = [(0.0, number) for number in range(bins)]  # (cost so far, bin)
-    room = [budget] * bins
+    room = [budget] * bins  # tokens
     content: list[list[int]] = [[] for _ in range(bins)]
     for i in order:
         full = []

@@ -14,7 +14,7 @@ from rim_dist.model.generation import Decoding, check_prompts, generation_config
 
 
 def prefix_places(lengths: Sequence[int], blocks: int, block_size: int) -> TokenCoordinates:
-    """TokenCoordinates `[prompts, longest]` of prompts of the given lengths, blocks at their end, padded on the left."""
+    """Coordinates `[prompts, longest]` of prompts of the given lengths, blocks at their end, padded on the left."""
     longest, memory = max(lengths), blocks * block_size
     column = torch.arange(longest).expand(len(lengths), longest)
     position = column - (longest - torch.tensor(lengths)).unsqueeze(1)

@@ -1,7 +1,7 @@
 """What can be trained: a file here is a method, and `method: NAME` in a recipe is the file's name.
 
 A file defines `METHOD`, a subclass of `rim_dist.methods.base.Method`. Data, engine, loss, scoring and export are the same for
-all. Nothing here imports torch while it is loaded: recipes are checked where there is none yet.
+all. Nothing here imports torch while it is loaded: recipes are checked where torch is not installed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a method has to say; everything else is the trainer's."""
+"""What a method defines. Everything else is common to all methods."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from rim_dist.data.samples import EncodedSample, Readout, Row, TokenIds
 
 
 @dataclass(frozen=True)
-class Moment:
-    """Where an optimizer step stands in its stage.
+class StageProgress:
+    """How far a stage is before an optimizer step.
 
-    `share` and `epochs`: the part of the stage's samples, and the passes over the data, already consumed (`epochs` is 0 for a
-    stream). Both are constant within the step. `step`: its number in the stage, from 0.
+    `fraction`: of the stage's samples. `epochs`: passes over the data (0 for a stream). `step`: the step's number in the stage,
+    from 0.
     """
 
     stage: StageName
-    share: float = 0.0
+    fraction: float = 0.0
     epochs: float = 0.0
     step: int = 0
 
 
 class Method:
-    """How a sample becomes a row, and how answers are asked for. The first line of a method's docstring describes it."""
+    """How a sample becomes a row, and what a prompt ends with. The first line of a method's docstring describes it to users."""
 
     # Whether the prompt ends with memory blocks (`memory.blocks` of them).
     uses_blocks: ClassVar[bool] = False
-    # How many times longer than an answer what the model writes may be.
+    # The model may write this many times `evaluation.max_new_tokens`.
     answer_factor: ClassVar[int] = 1
 
     def __init__(self, recipe: Recipe) -> None:
@@ -61,20 +61,20 @@ class Method:
         """Most tokens of an answer in an evaluation of the recipe."""
         return self.recipe.evaluation.max_new_tokens * self.answer_factor
 
-    def part(self, moment: Moment) -> int:  # noqa: ARG002 - one part, unless a method has more
-        """Number of the part of its stage that a step belongs to; a new part begins with a new optimizer."""
+    def phase(self, progress: StageProgress) -> int:  # noqa: ARG002 - one phase, unless a method has more
+        """The phase of the stage that a step belongs to, from 0. The optimizer is reset at the start of each phase."""
         return 0
 
-    def row(self, sample: EncodedSample, moment: Moment) -> Row:
+    def row(self, sample: EncodedSample, progress: StageProgress) -> Row:
         """The row of one sample at a step. Steps and answer end with the end-of-text token."""
         raise NotImplementedError
 
     def longest_rows(self, sample: EncodedSample) -> Iterable[Row]:
-        """Rows of which one is the longest that the sample becomes in any step."""
-        return (self.row(sample, Moment(name)) for name in STAGE_NAMES if self.recipe.curriculum.stage(name).enabled)
+        """Rows of the sample that include its longest one over all steps."""
+        return (self.row(sample, StageProgress(name)) for name in STAGE_NAMES if self.recipe.curriculum.stage(name).enabled)
 
     def plain_row(self, question: TokenIds, text: Sequence[int] | TokenIds) -> Row:
-        """A question and what is written after it, without blocks."""
+        """A row without blocks: the question, and the text to learn after it."""
         return self.block_row(question, 0, [(0, text, 1.0)])
 
     def block_row(
@@ -85,12 +85,12 @@ class Method:
         thoughts: int | None = None,
         step_blocks: int = 0,
     ) -> Row:
-        """A row of so many blocks; readouts are (block, target ids, weight a token), those of weight 0 are left out.
+        """A row with `blocks` blocks. `readouts` are (block, target ids, weight of each token).
 
-        The target of the first `step_blocks` blocks is a step, not the answer. `thoughts`: the row's one block has so many
-        continuous thoughts instead of memory tokens.
+        The targets of the first `step_blocks` blocks are steps, the others are answers. `thoughts`: the row's only block holds
+        this many continuous thoughts instead of memory tokens.
         """
-        # A readout of weight 0 has no part in the loss: leaving it out changes nothing but the work.
+        # A readout of weight 0 adds nothing to the loss: it is left out to save its computation.
         kept = tuple(Readout(block, target, weight, block <= step_blocks) for block, target, weight in readouts if weight)
         size = (self.recipe.memory.tokens_per_block if thoughts is None else thoughts) + 2
         return Row(question, blocks, size, kept, latent=thoughts is not None)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable
 
 from rim_dist.data.samples import EncodedSample, Row
-from rim_dist.methods.base import Method, Moment, chain_of
+from rim_dist.methods.base import Method, StageProgress, chain_of
 
 
 class Coconut(Method):
@@ -15,8 +15,8 @@ class Coconut(Method):
     `question, begin, thought x n, end, what is left of the chain, answer`: a thought's input is the last hidden state of the
     position before it. In latent stage s the first s steps give way to n = s x c_thought thoughts. After `max_latent_stage` = L
     comes a last one without any written step and with n = L x c_thought, also for samples of fewer steps (the published
-    configurations: `pad_latent_to_max`). Stage 1 of the recipe passes through the latent stages 0 .. L, stage 2 is the last
-    one; without a stage 2 it is the last part of stage 1. Begin and end of a memory block are the markers.
+    configurations: `pad_latent_to_max`). Stage 1 of the recipe runs the latent stages 0 .. L, stage 2 the last one; without
+    stage 2, stage 1 ends with it. The begin and end tokens of a memory block mark the thoughts.
     """
 
     def check(self) -> None:
@@ -27,7 +27,7 @@ class Coconut(Method):
         if recipe.memory.inside_block != "causal":
             raise ValueError("memory.inside_block: a continuous thought cannot see later ones; with method coconut: causal")
         if recipe.parallel.sequence > 1:
-            raise ValueError("parallel.sequence: rows of continuous thoughts are not shared out; with method coconut: 1")
+            raise ValueError("parallel.sequence: rows of continuous thoughts are not split; with method coconut: 1")
         if recipe.data.streaming and recipe.coconut.epochs_per_stage:
             raise ValueError("coconut.epochs_per_stage: a stream has no known length; leave it out")
 
@@ -35,24 +35,24 @@ class Coconut(Method):
     def thoughts(self) -> int:
         return self.recipe.coconut.max_latent_stage * self.recipe.coconut.c_thought
 
-    def part(self, moment: Moment) -> int:
-        return self.latent_stage(moment) if self.recipe.coconut.reset_optimizer else 0
+    def phase(self, progress: StageProgress) -> int:
+        return self.latent_stage(progress) if self.recipe.coconut.reset_optimizer else 0
 
-    def latent_stage(self, moment: Moment) -> int:
+    def latent_stage(self, progress: StageProgress) -> int:
         """Latent stage of a step, 0 .. L + 1; L + 1 is the one without written steps."""
         last = self.recipe.coconut.max_latent_stage + 1
-        if moment.stage == "stage2":
+        if progress.stage == "stage2":
             return last
-        parts = last if self.recipe.curriculum.stage2.enabled else last + 1
+        phases = last if self.recipe.curriculum.stage2.enabled else last + 1
         epochs = self.recipe.coconut.epochs_per_stage
-        passed = moment.epochs / epochs if epochs else moment.share * parts
-        return min(parts - 1, int(passed + 1e-9))  # a share that is a whole number of parts may be rounded down
+        passed = progress.epochs / epochs if epochs else progress.fraction * phases
+        return min(phases - 1, int(passed + 1e-9))  # floating point may leave a whole number of phases just below itself
 
-    def row(self, sample: EncodedSample, moment: Moment) -> Row:
-        stage, mixed = self.latent_stage(moment), self.recipe.coconut.uniform_prob
+    def row(self, sample: EncodedSample, progress: StageProgress) -> Row:
+        stage, mixed = self.latent_stage(progress), self.recipe.coconut.uniform_prob
         if mixed:
-            # From what identifies the sample and the step alone, so that it is the same on any rank and after a resume.
-            draw = random.Random(f"{self.recipe.run.seed} {moment.stage} {moment.step} {sample.line}")
+            # A function of sample and step alone: the draw is the same on every rank and after a resume.
+            draw = random.Random(f"{self.recipe.run.seed} {progress.stage} {progress.step} {sample.line}")
             if draw.random() < mixed:
                 stage = draw.randrange(len(sample.steps) + 1)
         return self._row_at(sample, stage)

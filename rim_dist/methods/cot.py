@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rim_dist.data.samples import EncodedSample, Row
-from rim_dist.methods.base import Method, Moment, chain_of
+from rim_dist.methods.base import Method, StageProgress, chain_of
 
 
 class ChainOfThought(Method):
@@ -11,7 +11,7 @@ class ChainOfThought(Method):
 
     answer_factor = 16
 
-    def row(self, sample: EncodedSample, moment: Moment) -> Row:  # noqa: ARG002 - the same at every step
+    def row(self, sample: EncodedSample, progress: StageProgress) -> Row:  # noqa: ARG002 - the same at every step
         return self.plain_row(sample.question, chain_of(sample.steps, sample.answer))
 
 

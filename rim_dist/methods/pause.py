@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rim_dist.data.samples import EncodedSample, Row
-from rim_dist.methods.base import Method, Moment
+from rim_dist.methods.base import Method, StageProgress
 
 
 class Pause(Method):
@@ -12,7 +12,7 @@ class Pause(Method):
 
     uses_blocks = True
 
-    def row(self, sample: EncodedSample, moment: Moment) -> Row:  # noqa: ARG002 - the same at every step
+    def row(self, sample: EncodedSample, progress: StageProgress) -> Row:  # noqa: ARG002 - the same at every step
         blocks = self.recipe.memory.blocks
         return self.block_row(sample.question, blocks, [(blocks, sample.answer, 1.0)])
 

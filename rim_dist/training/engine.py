@@ -1,4 +1,4 @@
-"""The DeepSpeed engine as the trainer uses it: one step of weighted sums, a reset at the stage switch, exact state."""
+"""The DeepSpeed engine as the trainer uses it: steps of weighted loss sums, an optimizer reset, the whole state to save."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from rim_dist.unwrap import bare_model, base_layer
 
 @contextmanager
 def restricted_loading() -> Iterator[None]:
-    """DeepSpeed reads its shards with pickle's full powers; in this context torch reads tensors and plain data only."""
+    """In this context torch unpickles only tensors and plain data, also for DeepSpeed, which would allow any object."""
     from collections import OrderedDict
 
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -69,7 +69,7 @@ def build_optimizer(model: nn.Module, section: OptimizerSection, offload: bool) 
 
 
 class Engine:
-    """A model under DeepSpeed. All losses are sums that the caller normalises over the whole optimizer step."""
+    """A model under DeepSpeed. Losses are sums; the caller normalises them over the whole optimizer step."""
 
     def __init__(
         self,
@@ -86,12 +86,12 @@ class Engine:
         self._process = process
         self._mesh = mesh or Mesh(Degrees(data=process.ranks), process.rank, Coordinates(process.rank, 0, 0))
         self._sequence_mode = sequence_mode
-        self._blocks = max(recipe.memory.blocks, recipe.curriculum.stage1.max_steps + 1)
+        self._blocks = max(recipe.memory.blocks, recipe.curriculum.stage1.max_steps + 1)  # highest block of any readout
         self.row_cost = row_cost(model)
         offload = "offload_optimizer" in ds_config["zero_optimization"]
         optimizer = build_optimizer(model, recipe.optimizer, offload)
         unit = ModelParallelUnit(self._mesh) if self._mesh.degrees.tensor > 1 else None
-        groups.mpu = unit  # DeepSpeed keeps that of an earlier engine otherwise
+        groups.mpu = unit  # otherwise DeepSpeed keeps that of an earlier engine
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, mpu=unit, dist_init_required=False
         )
@@ -103,20 +103,15 @@ class Engine:
     def module(self) -> nn.Module:
         return self._engine.module
 
-    @property
-    def blocks(self) -> int:
-        """Highest block number a loss can be reported for."""
-        return self._blocks
-
-    def own_part(self, batch: Batch) -> Batch:
-        """This rank's part of a row that a sequence group shares; the whole row without one."""
+    def sequence_slice(self, batch: Batch) -> Batch:
+        """This rank's slice of a micro-batch: all of it unless a sequence group shares the row."""
         return shard_row(batch, self._mesh, self._sequence_mode)
 
     def forward_backward(self, batch: Batch, scale: float, last: bool) -> ReadoutLoss:
-        """Add the gradient of `scale` x the weighted loss sum of a micro-batch (`own_part` of it).
+        """Add the gradient of `scale` x the weighted loss sum of a micro-batch (`sequence_slice` of it).
 
-        The engine averages gradients over its data ranks (data x sequence here); that is undone, so that the result is the
-        gradient of the sum over all ranks. `last`: the last micro-batch before `step`.
+        The engine averages gradients over its data ranks (data x sequence here). That is undone, so that the result is the
+        gradient of the sum over all ranks. `last`: `step` follows.
         """
         self.operations += self.row_cost.of_batch(batch)
         batch = batch.to(self._process.device)
@@ -134,7 +129,7 @@ class Engine:
         for group in self._inner_optimizer().param_groups:
             group["lr"] = learning_rate
         norm = None
-        if self._zero_stage == 0:  # plain data parallelism keeps no norm unless it clips
+        if self._zero_stage == 0:  # without ZeRO, DeepSpeed computes no norm unless it clips
             norm = total_norm(self.module, self._mesh)
         self._engine.step()
         if norm is None:
@@ -148,7 +143,7 @@ class Engine:
         return optimizer
 
     def begin_stage(self, dropout: float) -> None:
-        """Forget the optimizer's moments and step count, as a new optimizer would, and set the stage's dropout."""
+        """Clear the optimizer's moments and step count, and set the stage's dropout."""
         for state in self._inner_optimizer().state.values():
             for name, value in state.items():
                 if torch.is_tensor(value):
@@ -161,9 +156,9 @@ class Engine:
         set_dropout(self.module, dropout)
 
     def capture(self, folder: Path) -> dict[str, Any]:
-        """This rank's shards by file name below `folder`, as DeepSpeed would write them there. Nothing is written. Collective.
+        """This rank's shards, by the file names that DeepSpeed would write in `folder`. Writes nothing. Collective.
 
-        The tensors are the engine's own: valid until the next step.
+        The tensors are the engine's own, valid until the next step.
         """
         capture = Capture(folder)
         engine, own = self._engine, self._engine.checkpoint_engine
@@ -176,7 +171,7 @@ class Engine:
         return capture.files
 
     def load(self, checkpoint: Path) -> None:
-        """Read what `capture` gave, bit for bit, at the same number of ranks; or a portable checkpoint at any. Collective."""
+        """Restore what `capture` returned, at the same number of ranks, or a portable checkpoint at any. Collective."""
         if is_portable(checkpoint):
             restore_optimizer(checkpoint, self._engine, self._inner_optimizer(), self._zero_stage)
             return
@@ -187,31 +182,27 @@ class Engine:
 
 
 def total_norm(module: nn.Module, mesh: Mesh) -> torch.Tensor:
-    """The gradient norm of the whole model from a tensor rank's gradients: parameters that all have count once."""
+    """The gradient norm of the whole model. Parameters that all tensor ranks have are counted once."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None and (mesh.counts or slice_of(p) is not None)]
     norm = torch.nn.utils.get_total_norm(gradients)
     return all_reduce(norm.square(), mesh.tensor_group).sqrt() if mesh.tensor_group is not None else norm
 
 
 def row_cost(model: nn.Module) -> RowCost:
-    """What a token, a supervised position and an attended pair cost: 6 operations a trained weight (4 a frozen one, which
-    needs no gradient of its own), 12 a pair and channel."""
+    """Operations per token, supervised position and attended pair: 6 per trained weight, 4 per frozen one (it has no gradient),
+    12 per pair and channel."""
     bare = bare_model(model)
     head = base_layer(bare.get_output_embeddings())
     embeddings = {id(base_layer(bare.get_input_embeddings()).weight), id(head.weight)}
-    frozen = trainable = 0
+    token = 0.0
     for parameter in model.parameters():
         shape = full_shape(parameter)
-        if len(shape) < 2 or id(parameter) in embeddings:
-            continue
-        if parameter.requires_grad:
-            trainable += math.prod(shape)
-        else:
-            frozen += math.prod(shape)
+        if len(shape) >= 2 and id(parameter) not in embeddings:
+            token += (6.0 if parameter.requires_grad else 4.0) * math.prod(shape)
     config = bare.config.get_text_config()
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     return RowCost(
-        token=6.0 * trainable + 4.0 * frozen,
+        token=token,
         target=(6.0 if head.weight.requires_grad else 4.0) * math.prod(full_shape(head.weight)),
         pair=12.0 * config.num_hidden_layers * width,
     )

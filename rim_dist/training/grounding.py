@@ -1,4 +1,4 @@
-"""Whether the blocks learn their steps before these fade out, and whether a run on the embedded task learned anything."""
+"""Warnings: a block has not learned its steps before they fade out; a run on the embedded task has learned nothing."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _WINDOW = 20  # optimizer steps
 
 
 class GroundingWatch:
-    """Watches the first token of every step's readout during a stage (first rank only).
+    """Watches the loss of the first token of every step during a stage (first rank only).
 
-    A block tells its step's first token from memory alone; later tokens can follow from earlier ones. Guessing is to draw the
-    token as often as it was seen at this block; its loss is the entropy of what was seen.
+    A block predicts this token from memory alone; later tokens can follow from earlier ones. Guessing means to draw the token
+    with the frequencies seen at the block: its loss is their entropy.
     """
 
     def __init__(self) -> None:
@@ -37,10 +37,9 @@ class GroundingWatch:
         self._judged: set[int] = set()
 
     def observe(self, line: Metrics, targets: Iterable[Targets] = ()) -> list[str]:
-        """What to say after an optimizer step: a line for a block whose steps are fading out unlearned, once a block.
+        """Warnings after an optimizer step, at most one a block: its steps fade out and are not learned.
 
-        `line`: the step's metrics. `targets`: of its micro-batches, as far as this rank has them; the lines of an earlier
-        start are fed without.
+        `line`: the step's metrics. `targets`: of this rank's micro-batches; the metrics read back after a resume have none.
         """
         if line["stage"] != self._stage:
             self._begin(line["stage"])
@@ -56,7 +55,7 @@ class GroundingWatch:
         return [] if self._steps < _WINDOW else [text for block in self._fading() if (text := self._judge(block))]
 
     def _fading(self) -> list[int]:
-        """Blocks not judged before that have lost half of their step readouts."""
+        """Blocks that have lost half of their step readouts and were not judged before."""
         now: Counter[int] = Counter()
         for step in self._recent:
             now.update({block: count for block, (_, count) in step.items()})
@@ -82,7 +81,7 @@ def near_guessing(accuracy: float) -> bool:
 
 
 def not_learned(method: str, accuracy: float) -> str:
-    """The last word on a run that is near guessing on the embedded task."""
+    """The warning at the end of a run that is near guessing on the embedded task."""
     name = "RiM" if method == "rim" else f"method {method}"
     return (
         f"{name} did not learn: {100 * accuracy:.1f} % right after the last block, guessing gets {100 * GUESSING:.0f} %. "

@@ -47,7 +47,9 @@ def show_data(recipe: Recipe, samples: int) -> None:
                 _print_lengths(console, plan.name, [len(loader.row(plan, 0, data[i])) for i in range(min(len(data), 2000))])
             console.print(f"{plan.name}: {plan.steps} optimizer steps, {plan.samples} samples")
             _print_packing(console, recipe, loader, plan)
-            starts = [step for step in range(plan.steps) if not step or loader.part(plan, step) != loader.part(plan, step - 1)]
+            starts = [
+                step for step in range(plan.steps) if not step or loader.phase(plan, step) != loader.phase(plan, step - 1)
+            ]
             for step in starts:
                 when = f", from step {step + 1}" if len(starts) > 1 else ""
                 for number, sample in enumerate(data.samples(plan.first_sample, plan.first_sample + samples), 1):

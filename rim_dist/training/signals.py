@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 as a wish to stop: the step is finished, the state saved, the command ends with 75."""
+"""SIGTERM, SIGINT and SIGUSR1 request a stop: the step is finished, the state saved, and the command ends with status 75."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -24,13 +25,13 @@ from rim_dist.checkpoint.saver import CheckpointSaver
 from rim_dist.checkpoint.start import model_of, requirements_of
 from rim_dist.checkpoint.store import TrainingState
 from rim_dist.config import Recipe, StageName
-from rim_dist.data.loader import BatchLoader, RankShare, StagePlan, plan_stages
+from rim_dist.data.loader import BatchLoader, RankBatch, StagePlan, plan_stages
 from rim_dist.data.prepared import SampleStream, StreamedData, prepare
 from rim_dist.data.rows import Batch
-from rim_dist.data.samples import EncodedSample, Sample
+from rim_dist.data.samples import EncodedSample
 from rim_dist.data.sources import source_name
 from rim_dist.errors import CheckpointError, ConfigError, Stopped, TrainingError
-from rim_dist.evaluation.evaluate import block_answers, recipe_samples, score, write_evaluation
+from rim_dist.evaluation.evaluate import Evaluation, block_answers, recipe_samples, score, write_evaluation
 from rim_dist.files import os_errors, write_atomically
 from rim_dist.messages import say
 from rim_dist.methods import method_of
@@ -87,7 +88,7 @@ def open_data(recipe: Recipe, requirements: Requirements) -> SampleStream:
 
 
 class Trainer:
-    """Owns the loop. Everything that needs other ranks happens in the same order on every rank."""
+    """The training loop. Ranks call everything collective in the same order."""
 
     def __init__(self, recipe: Recipe, process: Process, requirements: Requirements, data: SampleStream) -> None:
         degrees = fit_degrees(recipe, process.ranks)
@@ -120,12 +121,12 @@ class Trainer:
     def run(self, until: StageName | None = None) -> None:
         """Train what is left of the run, then evaluate, export and draw. Raises Stopped after a signal.
 
-        `until`: return after this stage, as the run was saved there.
+        `until`: return after this stage, when it is saved.
         """
         if self._preflight is not None:
             self._preflight.try_links(self._mesh)
             self._preflight.check_parity(self._requirements, self._mesh)
-        resume = self._find_resume()
+        resume = agree_on_checkpoint(self._checkpoints, self._process)
         if self._process.is_first:
             self._write_run_folder()
         partition = partitioner(self._ds_config, self._mesh, DTYPES[self._recipe.model.dtype])
@@ -134,8 +135,24 @@ class Trainer:
         state = TrainingState(self._plans[0].name, 0, 0, 0, 0.0, self._process.ranks)
         if resume is not None:
             state = self._load(resume)
+        with self._reports(state, resume):
+            with self._profiler() as self._profile:
+                for plan in self._plans:
+                    if state.step < plan.first_step + plan.steps:
+                        state = self._run_stage(plan, state)
+                    if plan.name == until:
+                        break
+            if state.finished and self._recipe.evaluation.at_end:
+                self._evaluate(state, report=True)
+        if self._process.is_first and state.finished:
+            self._finish()
+        dist.barrier()
+
+    @contextlib.contextmanager
+    def _reports(self, state: TrainingState, resume: Path | None) -> Iterator[None]:
+        """In this context signals request a stop, and the first rank has its log and progress report open."""
         self._log = self._progress = None
-        self._last_word: str | None = None
+        self._closing_note: str | None = None
         self._grounding = GroundingWatch()
         if self._process.is_first:
             resolved = self._recipe.model_dump(mode="json")
@@ -148,92 +165,82 @@ class Trainer:
         self._stop = StopRequest()
         broken = False
         try:
-            with self._profiler() as self._profile:
-                for plan in self._plans:
-                    if state.step < plan.first_step + plan.steps:
-                        state = self._run_stage(plan, state)
-                    if plan.name == until:
-                        break
-            if state.finished and self._recipe.evaluation.at_end:
-                self._evaluate(state, report=True)
+            yield
         except BaseException as error:
             broken = self._process.ranks > 1 and not isinstance(error, Stopped)
             raise
         finally:
-            # A launcher ends all ranks with SIGTERM when it loses one: those that are left still say which it was.
+            # A launcher that loses a rank ends the others with SIGTERM. They ignore it until they have named that rank.
             if not broken:
                 self._stop.close()
             if self._progress is not None:
                 self._progress.close()
             if self._log is not None:
                 self._log.close(broken)
-        if self._process.is_first and state.finished:
-            self._finish()
-        dist.barrier()
 
     def _run_stage(self, plan: StagePlan, state: TrainingState) -> TrainingState:
+        """Run what is left of a stage. Raises Stopped after a signal."""
         stage = self._recipe.curriculum.stage(plan.name)
         mesh = self._mesh
         loader = BatchLoader(
             self._recipe, self._data, self._requirements.tokens, mesh.coordinates.data, mesh.degrees.data, self._engine.row_cost
         )
-        first = state.step - plan.first_step
-        if first == 0:
-            self._engine.begin_stage(stage.dropout)
-        else:
-            self._engine.set_dropout(stage.dropout)
-        for step in range(first, plan.steps):
+        self._engine.set_dropout(stage.dropout)
+        for step in range(state.step - plan.first_step, plan.steps):
             started = time.perf_counter()
-            share = loader.share(plan, step)
-            if step and loader.part(plan, step) != loader.part(plan, step - 1):
+            rank_batch = loader.rank_batch(plan, step)
+            if step == 0 or loader.phase(plan, step) != loader.phase(plan, step - 1):
                 self._engine.begin_stage(stage.dropout)
             if self._preflight is not None:
-                started += self._dry_batch(self._preflight, share)
+                started += self._dry_batch(self._preflight, rank_batch)
                 self._preflight = None
-            state, line, stop = self._step(share, plan, step)
+            state, line, stop = self._step(rank_batch, plan, step)
             send_heartbeat(f"{plan.name} step {state.step}")
             seconds = time.perf_counter() - started
             if self._log is not None and self._progress is not None:
                 self._complete(line, seconds)
                 self._log.write(line)
                 self._progress.step(line)
-                for warning in self._grounding.observe(line, (batch.targets for batch in share.micro_batches)):
+                for warning in self._grounding.observe(line, (batch.targets for batch in rank_batch.micro_batches)):
                     self._progress.say(warning)
             if self._profile is not None:
                 self._profile.step()
-            last = step == plan.steps - 1
-            every = self._recipe.checkpoint.every_steps
             if not stop and self._evaluation_is_due(state.step):
                 self._evaluate(state, report=False)
-            if last or stop or (every and state.step % every == 0):
-                self._save(state)
-                if last or stop:
-                    self._saver.wait()
-                send_heartbeat(f"saving step {state.step}")
+            self._save_if_due(state, at_once=stop or step == plan.steps - 1)
             if stop and state.step < self._total_steps:
                 raise Stopped(f"stopped by a signal after step {state.step}, saved; start the same command again to go on")
         return state
 
-    def _dry_batch(self, preflight: Preflight, share: RankShare) -> float:
-        """The largest micro-batch of the step to come, forward and backward, without weight; returns its seconds.
+    def _save_if_due(self, state: TrainingState, at_once: bool) -> None:
+        """Save after every `checkpoint.every_steps`. `at_once`: save now in any case, and wait until it is written."""
+        every = self._recipe.checkpoint.every_steps
+        if at_once or (every and state.step % every == 0):
+            self._save(state)
+            if at_once:
+                self._saver.wait()
+            send_heartbeat(f"saving step {state.step}")
 
-        Its gradients are zeros to which the step's are added, so that the step computes the same bits with it and without.
+    def _dry_batch(self, preflight: Preflight, rank_batch: RankBatch) -> float:
+        """Run the next step's largest micro-batch, forward and backward, with weight 0. Returns its seconds.
+
+        Its gradients are zeros, to which the step's are added: the step computes the same bits as without it.
         """
         started = time.perf_counter()
-        batch = max(share.micro_batches, key=lambda batch: batch.tokens)
-        part = self._engine.own_part(batch.without_weight())
-        losses = self._engine.forward_backward(part, 1.0, last=False).token_losses
-        sums = self._sum({"tokens": part.tokens, "loss": float(losses.sum()), "targets": len(losses)})
+        batch = max(rank_batch.micro_batches, key=lambda batch: batch.tokens)
+        local = self._engine.sequence_slice(batch.without_weight())
+        losses = self._engine.forward_backward(local, 1.0, last=False).token_losses
+        sums = self._sum({"tokens": local.tokens, "loss": float(losses.sum()), "targets": len(losses)})
         seconds = time.perf_counter() - started
         loss = float(sums["loss"] / sums["targets"]) if sums["targets"] else None
         preflight.finish(int(sums["tokens"]), seconds, loss, peak_memory_bytes())
         return seconds
 
-    def _step(self, share: RankShare, plan: StagePlan, step: int) -> tuple[TrainingState, Metrics, bool]:
+    def _step(self, rank_batch: RankBatch, plan: StagePlan, step: int) -> tuple[TrainingState, Metrics, bool]:
         batch_samples = min(self._recipe.optimizer.global_batch, plan.samples - step * self._recipe.optimizer.global_batch)
-        divisor, stop = self._before_step(share, batch_samples)
+        divisor, stop = self._before_step(rank_batch, batch_samples)
         self._seed(plan.first_step + step)
-        sums = self._forward_backward(share, plan, step, divisor)
+        sums = self._forward_backward(rank_batch, plan, step, divisor)
         rate = learning_rate(self._recipe.curriculum.stage(plan.name), step, plan.steps)
         norm = self._engine.step(rate)
         self._operations += float(sums["operations"])
@@ -253,16 +260,16 @@ class Trainer:
             "grad_norm": norm,
             "batch_samples": batch_samples,
             "tokens": int(sums["tokens"]),
-            "packing_efficiency": share.packing.efficiency,
-            "packing_balance": share.packing.balance,
+            "packing_efficiency": rank_batch.packing.efficiency,
+            "packing_balance": rank_batch.packing.balance,
             "operations": self._operations,
         }
         return state, line, stop
 
-    def _before_step(self, share: RankShare, batch_samples: int) -> tuple[float, bool]:
-        """What the step's loss is divided by, and whether to stop after it, in one reduction before the first forward."""
-        # A row's weight is that of its sequence group.
-        weight = share.weight / self._mesh.degrees.sequence
+    def _before_step(self, rank_batch: RankBatch, batch_samples: int) -> tuple[float, bool]:
+        """The divisor of the step's loss, and whether to stop after the step: one reduction before the first forward."""
+        # All ranks of a sequence group have the same rows.
+        weight = rank_batch.weight / self._mesh.degrees.sequence
         known = self._sum({"weight": weight}, stop=self._stop.requested, failed=self._saver.failed)
         if known["failed"]:
             self._saver.wait()  # raises what went wrong in the background, on every rank
@@ -270,28 +277,30 @@ class Trainer:
         return divisor, bool(known["stop"])
 
     def _seed(self, step: int) -> None:
-        """Dropout depends on the seed, the step and the rank alone: there is no random state to save. Tensor ranks run the same
-        tokens and must drop the same of them."""
+        """Seed dropout from seed, step and shard, so that there is no random state to save.
+
+        Tensor ranks run the same tokens and must drop the same of them.
+        """
         entropy = numpy.random.SeedSequence([self._recipe.run.seed, step, self._mesh.shard])
         torch.manual_seed(int(entropy.generate_state(1, numpy.uint64)[0] >> 1))
 
-    def _forward_backward(self, share: RankShare, plan: StagePlan, step: int, divisor: float) -> dict[str, numpy.ndarray]:
+    def _forward_backward(self, rank_batch: RankBatch, plan: StagePlan, step: int, divisor: float) -> dict[str, numpy.ndarray]:
         """All micro-batches of a step; sums over all ranks by name. Raises TrainingError if the loss is not finite."""
-        last, operations = len(share.micro_batches) - 1, self._engine.operations
-        parts = [self._engine.own_part(batch) for batch in share.micro_batches]
-        losses = [self._engine.forward_backward(part, 1.0 / divisor, last=number == last) for number, part in enumerate(parts)]
-        # Read back once a step: a read a micro-batch would hold the device up.
+        last, operations = len(rank_batch.micro_batches) - 1, self._engine.operations
+        batches = [self._engine.sequence_slice(batch) for batch in rank_batch.micro_batches]
+        losses = [self._engine.forward_backward(batch, 1.0 / divisor, last=i == last) for i, batch in enumerate(batches)]
+        # The device is read once a step: after every micro-batch it would stall.
         sums = self._sum(
             {
                 "loss": sum(torch.stack([loss.weighted_sum for loss in losses]).double().tolist()),
-                "tokens": sum(part.tokens for part in parts),
+                "tokens": sum(batch.tokens for batch in batches),
                 "operations": self._engine.operations - operations,
                 "by_block": torch.stack([loss.by_block for loss in losses]).double().sum(0).cpu().numpy(),
             }
         )
         self._last_loss = float(sums["loss"]) / divisor
         if not math.isfinite(self._last_loss):
-            self._refuse_loss(plan, step, parts, share.samples, losses)
+            self._refuse_loss(plan, step, batches, rank_batch.samples, losses)
         return sums
 
     def _state_after(self, plan: StagePlan, done: int) -> TrainingState:
@@ -317,8 +326,7 @@ class Trainer:
             line["mfu"] = operations / seconds / (self._peak * self._process.ranks)
 
     def _sum(self, values: Mapping[str, Any], **flags: bool) -> dict[str, numpy.ndarray]:
-        """Sums by name in one reduction: of values over all ranks that have parts of them (tensor ranks have the same), of
-        flags over all ranks. Shapes stay as they are."""
+        """Sums over ranks by name, in one reduction. Tensor ranks have equal `values`, which are counted once."""
         if self._process.ranks > 1 and not self._mesh.counts:
             values = {name: numpy.zeros_like(value, dtype=numpy.float64) for name, value in values.items()}
         arrays = {name: numpy.asarray(value, dtype=numpy.float64) for name, value in {**values, **flags}.items()}
@@ -327,21 +335,22 @@ class Trainer:
         flat = torch.from_numpy(numpy.concatenate([array.ravel() for array in arrays.values()])).to(self._process.device)
         dist.all_reduce(flat)
         ends = numpy.cumsum([array.size for array in arrays.values()])[:-1]
-        parts = numpy.split(flat.cpu().numpy(), ends)
-        return {name: part.reshape(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
+        sums = numpy.split(flat.cpu().numpy(), ends)
+        return {name: total.reshape(array.shape) for (name, array), total in zip(arrays.items(), sums, strict=True)}
 
     def _refuse_loss(
-        self, plan: StagePlan, step: int, parts: list[Batch], packed: list[list[EncodedSample]], losses: list[ReadoutLoss]
+        self, plan: StagePlan, step: int, batches: list[Batch], packed: list[list[EncodedSample]], losses: list[ReadoutLoss]
     ) -> None:
+        """Raise TrainingError with the samples, on any rank, whose loss is not finite. Collective."""
         bad = [
             samples[i].line
-            for loss, batch, samples in zip(losses, parts, packed, strict=True)
+            for loss, batch, samples in zip(losses, batches, packed, strict=True)
             for i in batch.rows_at(~loss.token_losses.isfinite())
             if samples
         ]
         gathered: list[Any] = [None] * self._process.ranks
         dist.all_gather_object(gathered, bad)
-        lines = sorted({line for part in gathered for line in part})
+        lines = sorted({line for bad in gathered for line in bad})
         raise TrainingError(
             f"the loss is not finite in {plan.name}, step {plan.first_step + step + 1}; samples (lines of "
             f"{source_name(self._recipe.data)}): {', '.join(map(str, lines))}. The last checkpoint is intact; lower the "
@@ -349,10 +358,6 @@ class Trainer:
         )
 
     # ---- state ---------------------------------------------------------------------------------------
-
-    def _find_resume(self) -> Path | None:
-        """The newest intact checkpoint of this run, the same on every rank; every rank reads a share of its files."""
-        return agree_on_checkpoint(self._checkpoints, self._process)
 
     def _load(self, checkpoint: Path) -> TrainingState:
         state, degrees = store.read_state(checkpoint), self._mesh.degrees
@@ -383,8 +388,6 @@ class Trainer:
         self._saved_step = state.step
 
     def _write_run_folder(self) -> None:
-        import json
-
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._folder / "ds_config.json", json.dumps(self._ds_config, indent=1) + "\n")
@@ -397,29 +400,33 @@ class Trainer:
     # ---- evaluation and reports ------------------------------------------------------------------------
 
     def _evaluate(self, state: TrainingState, report: bool) -> None:
-        """Accuracy after every block on the recipe's questions, divided among the ranks, decoded as a server would."""
+        """Accuracy after every block on the recipe's questions, sharded over ranks, decoded as a server would. Collective."""
         if not self._questions:
             return
         recipe, process, mesh = self._recipe, self._process, self._mesh
         mine = self._questions[mesh.shard :: mesh.degrees.shards]
         count = -(-len(self._questions) // mesh.degrees.shards)
-        asked = mine + self._questions[:1] * (count - len(mine))  # as many on every rank
+        padded = mine + self._questions[:1] * (count - len(mine))  # equally many on every rank
         method = method_of(recipe)
         decoding = Decoding(method.answer_tokens, recipe.evaluation.batch, synced_ranks=process.ranks > 1)
         model = self._engine.module
         model.eval()
         use_plain_attention(bare_model(model))
         bidirectional = recipe.memory.inside_block == "bidirectional"
-        questions = [s.question for s in asked]
+        questions = [s.question for s in padded]
         texts = block_answers(model, self._requirements.tokenizer, questions, method.prompt_blocks, decoding, bidirectional)
         use_rim_attention(bare_model(model), self._requirements.attention.path)
         gathered: list[Any] = [None] * process.ranks
         dist.all_gather_object(gathered, list(zip(mine, texts, strict=False)) if mesh.counts else [])
         send_heartbeat(f"evaluation after step {state.step}")
-        if not process.is_first or self._log is None or self._progress is None:
-            return
-        pairs: list[tuple[Sample, list[str]]] = [pair for part in gathered for pair in part]
-        result = score([s for s, _ in pairs], [t for _, t in pairs])
+        if process.is_first:
+            samples, answers = zip(*(pair for answered in gathered for pair in answered), strict=True)
+            self._record_evaluation(state, score(samples, answers), report)
+
+    def _record_evaluation(self, state: TrainingState, result: Evaluation, report: bool) -> None:
+        """Log an evaluation, keep its scores for the checkpoint of its step, write the `report` (first rank only)."""
+        assert self._log is not None
+        assert self._progress is not None
         line = {
             "kind": "evaluation",
             "stage": state.stage,
@@ -440,11 +447,13 @@ class Trainer:
         self._progress.say(
             f"step {state.step}: accuracy {100 * result.accuracy:.1f}% of {result.questions} (by block: {by_block})"
         )
-        embedded = (recipe.evaluation.data or recipe.data.source).partition(":")[0] == "synthetic"  # what is asked
-        if report and embedded and near_guessing(result.accuracy):
-            self._last_word = not_learned(recipe.method, result.accuracy)
-        if report:
-            write_evaluation(result, self._folder / "report", {"run": recipe.run.name, "step": state.step})
+        if not report:
+            return
+        recipe = self._recipe
+        embedded = (recipe.evaluation.data or recipe.data.source).partition(":")[0] == "synthetic"  # the questions
+        if embedded and near_guessing(result.accuracy):
+            self._closing_note = not_learned(recipe.method, result.accuracy)
+        write_evaluation(result, self._folder / "report", {"run": recipe.run.name, "step": state.step})
 
     def _evaluation_is_due(self, step: int) -> bool:
         every = self._recipe.evaluation.every_steps
@@ -488,19 +497,18 @@ class Trainer:
             yield profile
 
     def _finish(self) -> None:
-        """First rank: the export, from the last checkpoint by the same code as `rim-dist export`, and the curves."""
+        """Export the last checkpoint as `rim-dist export` does, and draw the curves (first rank only)."""
         try:
             if self._recipe.exportable:
                 export_checkpoint(self._checkpoints, self._folder / "hf")
             draw_curves(read_metrics(self._folder / "metrics.jsonl"), self._folder / "report" / "curves.png")
         except OSError as error:
             raise TrainingError(f"{self._folder}: the report cannot be written ({error.strerror or error})") from error
-        result = f"{self._folder / 'hf'} is a plain HF folder"
-        if not self._recipe.exportable:
-            result = "blocks that are bidirectional inside are not exported: no server runs them"
-        say(f"done: {result}")
-        if self._last_word:
-            say(self._last_word)
+        plain = f"{self._folder / 'hf'} is a plain HF folder"
+        bidirectional = "blocks that are bidirectional inside are not exported: no server runs them"
+        say(f"done: {plain if self._recipe.exportable else bidirectional}")
+        if self._closing_note:
+            say(self._closing_note)
 
 
 def prepare_run(recipe: Recipe) -> tuple[Requirements, SampleStream]:

@@ -56,14 +56,14 @@ def run_case(case: Case, folder: Path, process: Process) -> Difference:
     (plan,) = plan_stages(recipe, len(data))
     loss_off = norm_off = gradient_off = 0.0
     for step in range(plan.steps):
-        share = loader.share(plan, step)
-        weight = torch.tensor(share.weight / mesh.degrees.sequence if mesh.counts else 0.0, dtype=torch.float64)
+        rank_batch = loader.rank_batch(plan, step)
+        weight = torch.tensor(rank_batch.weight / mesh.degrees.sequence if mesh.counts else 0.0, dtype=torch.float64)
         dist.all_reduce(weight)
         total = torch.zeros((), dtype=torch.float64)
-        assert step or len(share.micro_batches) > 1, "no accumulation"
-        for number, batch in enumerate(share.micro_batches):
-            last = number == len(share.micro_batches) - 1
-            total += engine.forward_backward(engine.own_part(batch), 1.0 / float(weight), last).weighted_sum.double()
+        assert step or len(rank_batch.micro_batches) > 1, "no accumulation"
+        for number, batch in enumerate(rank_batch.micro_batches):
+            last = number == len(rank_batch.micro_batches) - 1
+            total += engine.forward_backward(engine.sequence_slice(batch), 1.0 / float(weight), last).weighted_sum.double()
         total *= mesh.counts
         dist.all_reduce(total)
         expected_loss, expected_norm = reference["steps"][step]
