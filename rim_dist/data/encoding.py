@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
+from pydantic import BaseModel, Field
 from transformers import PreTrainedTokenizerBase
 
 from rim_dist.config import Recipe
@@ -20,41 +21,19 @@ from rim_dist.tokens import MemoryTokens, prompt_ids
 _CHUNK = 512
 
 
-@dataclass
-class DataReport:
-    """What became of the rows of a source: used + skipped = rows."""
+class DataReport(BaseModel):
+    """How many rows of a source are used and why others are skipped: used + skipped = rows."""
 
     rows: int = 0
     used: int = 0
     truncated: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-    steps: Counter[int] = field(default_factory=Counter)
+    skipped: Counter[str] = Field(default_factory=Counter)  # by reason
+    examples: dict[str, str] = Field(default_factory=dict)  # the first skipped row of each reason
+    steps: Counter[int] = Field(default_factory=Counter)  # used samples by their number of steps
 
     def skip(self, bad: BadSample, name: str) -> None:
         self.skipped[bad.reason] += 1
-        self.examples.setdefault(bad.reason, f"{name}:{bad.line}" + (f" ({bad.detail})" if bad.detail else ""))
-
-    def to_json(self) -> dict[str, object]:
-        return {
-            "rows": self.rows,
-            "used": self.used,
-            "truncated": self.truncated,
-            "skipped": dict(self.skipped),
-            "examples": self.examples,
-            "steps": {str(k): v for k, v in sorted(self.steps.items())},
-        }
-
-    @staticmethod
-    def from_json(tree: dict) -> DataReport:
-        return DataReport(
-            tree["rows"],
-            tree["used"],
-            tree["truncated"],
-            Counter(tree["skipped"]),
-            dict(tree["examples"]),
-            Counter({int(k): v for k, v in tree["steps"].items()}),
-        )
+        self.examples.setdefault(bad.reason, f"{name}:{bad.line}{bad.remark}")
 
 
 def encode(
@@ -65,18 +44,17 @@ def encode(
     positions: int,
     report: DataReport,
 ) -> Iterator[EncodedSample]:
-    """Token ids of every usable row, in order; `report` counts the rest with reasons.
+    """Token ids of every usable row, in order. `report` counts them and the skipped rows.
 
-    `positions` is the longest sequence the model takes. Raises DataError, with file and line, at the first bad row if
+    `positions`: the longest sequence of the model. Raises DataError, with file and line, at the first bad row if
     `data.on_bad_sample` is `refuse`. Samples with too many steps follow `curriculum.stage1.longer`.
     """
-    name, method = source_name(recipe.data), method_of(recipe)
+    name, method, stage1 = source_name(recipe.data), method_of(recipe), recipe.curriculum.stage1
 
     def reject(bad: BadSample) -> None:
         if recipe.data.on_bad_sample == "refuse":
-            detail = f" ({bad.detail})" if bad.detail else ""
             raise DataError(
-                f"{name}:{bad.line}: {bad.reason}{detail}; correct it, or leave such rows out with data.on_bad_sample=skip"
+                f"{name}:{bad.line}: {bad.reason}{bad.remark}; correct it, or leave such rows out with data.on_bad_sample=skip"
             )
         report.skip(bad, name)
 
@@ -87,12 +65,12 @@ def encode(
         for row in chunk:
             if isinstance(row, BadSample):
                 reject(row)
-            elif (bad := _too_many_steps(recipe, row)) is not None:
-                report.skip(bad, name)
+            elif stage1.longer == "skip" and len(row.steps) > stage1.max_steps:
+                report.skip(BadSample(row.line, f"more than curriculum.stage1.max_steps={stage1.max_steps} steps"), name)
             else:
                 good.append(row)
         for sample in _tokenised(recipe, good, tokenizer):
-            kept = replace(sample, steps=sample.steps[: recipe.curriculum.stage1.max_steps])
+            kept = replace(sample, steps=sample.steps[: stage1.max_steps])
             report.truncated += len(kept.steps) < len(sample.steps)
             if (bad := _unusable(recipe, method, kept, tokens, positions)) is not None:
                 reject(bad)
@@ -102,16 +80,8 @@ def encode(
             yield kept
 
 
-def _too_many_steps(recipe: Recipe, sample: Sample) -> BadSample | None:
-    """Why a sample is left out for its steps, in any recipe; None if it is not."""
-    stage1 = recipe.curriculum.stage1
-    if len(sample.steps) <= stage1.max_steps or stage1.longer != "skip":
-        return None
-    return BadSample(sample.line, f"more than curriculum.stage1.max_steps={stage1.max_steps} steps")
-
-
 def _tokenised(recipe: Recipe, samples: list[Sample], tokenizer: PreTrainedTokenizerBase) -> Iterator[EncodedSample]:
-    """Token ids of all samples, tokenised together; steps and answer end with the end-of-text token."""
+    """Token ids of samples, all tokenised in one call. Steps and answers end with the end-of-text token."""
     step, answer = recipe.data.step_format, recipe.data.answer_format
     questions = prompt_ids(tokenizer, [s.question for s in samples], blocks=0)
     targets = [[*(step.format(step=text) for text in s.steps), answer.format(answer=s.answer)] for s in samples]
@@ -123,7 +93,7 @@ def _tokenised(recipe: Recipe, samples: list[Sample], tokenizer: PreTrainedToken
 
 
 def _unusable(recipe: Recipe, method: Method, sample: EncodedSample, tokens: MemoryTokens, positions: int) -> BadSample | None:
-    """What stands against an encoded sample; None if nothing does."""
+    """The reason why an encoded sample cannot be used; None if it can."""
     if any(i in tokens.ids for ids in (sample.question, *sample.steps, sample.answer) for i in ids):
         return BadSample(sample.line, "the text contains a memory token")
     longest_rows = list(method.longest_rows(sample))

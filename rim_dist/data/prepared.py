@@ -1,7 +1,7 @@
-"""Tokenised data: encoded once by one process, kept on disk, read memory-mapped; or streamed.
+"""Tokenised data: encoded once by one process and memory-mapped, or streamed.
 
-Both kinds answer one question: which samples stand at positions [start, stop) of the run's sample stream. The answer
-depends on the seed alone, never on the number of ranks.
+Both kinds return the samples at positions [start, stop) of the run's sample stream. The order depends on the seed alone, not on
+the number of ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import shutil
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import numpy
 from filelock import FileLock
@@ -33,28 +32,12 @@ _ARRAYS = ("tokens", "segment_ends", "first_segment", "lines")
 _COMPARED_SAMPLES = 64
 
 
-class SampleStream(Protocol):
-    """Samples by their position in the run's stream."""
-
-    report: DataReport
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal on ranks that have the same data; empty where that cannot be told before it is read (a stream)."""
-
-    def samples(self, start: int, stop: int) -> list[EncodedSample]:
-        """The samples at positions start .. stop - 1."""
-
-    def __len__(self) -> int:
-        """Samples of one epoch; 0 if unknown (a stream)."""
-
-
 class PreparedData:
-    """Memory-mapped samples in a folder written by `prepare`, visited in a new seeded order each epoch."""
+    """Memory-mapped samples from a folder of `prepare`, in a new seeded permutation each epoch."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        self.report = DataReport.from_json(meta["report"])
+        self.report = DataReport.model_validate(meta["report"])
         # A plain view of the mapped file: slices of numpy.memmap itself cost more than the samples they give.
         self._tokens, self._ends, self._first, self._lines = (
             numpy.load(folder / f"{name}.npy", mmap_mode="r").view(numpy.ndarray) for name in _ARRAYS
@@ -64,13 +47,14 @@ class PreparedData:
 
     @property
     def fingerprint(self) -> str:
-        """The folder's name, which stands for all that decides a token, with the sizes and some samples from all over it."""
+        """Equal on ranks with the same data: the folder's name, and a hash of the sizes and of evenly spaced samples."""
         digest = hashlib.sha256(f"{len(self)} {len(self._tokens)}".encode())
         for index in range(0, len(self), max(1, len(self) // _COMPARED_SAMPLES)):
             digest.update(self._tokens[self._ends[self._first[index]] : self._ends[self._first[index + 1]]].tobytes())
         return f"{self._name}-{digest.hexdigest()[:12]}"
 
     def __len__(self) -> int:
+        """Samples of one epoch."""
         return len(self._lines)
 
     def __getitem__(self, index: int) -> EncodedSample:
@@ -80,10 +64,11 @@ class PreparedData:
         return EncodedSample(pieces[0], pieces[1:-1], pieces[-1], int(self._lines[index]))
 
     def samples(self, start: int, stop: int) -> list[EncodedSample]:
+        """The samples at positions start .. stop - 1 of the run's stream."""
         return [self[self.index_at(position)] for position in range(start, stop)]
 
     def index_at(self, position: int) -> int:
-        """Index in the data of the sample at a stream position: a permutation of the data for each epoch."""
+        """Index of the sample at a position of the stream."""
         epoch, offset = divmod(position, len(self))
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, numpy.random.default_rng([self._seed, epoch]).permutation(len(self)))
@@ -91,18 +76,18 @@ class PreparedData:
 
 
 class StreamedData:
-    """A source read as it comes through a seeded shuffle buffer; going back starts it again from the beginning."""
+    """A source read in order through a seeded shuffle buffer. Going back restarts it from the beginning."""
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTokens, positions: int) -> None:
         self.report = DataReport()
-        self.fingerprint = ""
+        self.fingerprint = ""  # the data is not known before it is read
         self._arguments = (tokenizer, tokens, positions)
         self._recipe = recipe
         self._position = 0
         self._iterator = self._forever()
 
     def __len__(self) -> int:
-        return 0
+        return 0  # unknown
 
     def samples(self, start: int, stop: int) -> list[EncodedSample]:
         if start < self._position:
@@ -135,7 +120,10 @@ class StreamedData:
             epoch += 1
 
 
-# Fields of every recipe. What of them decides a token or a rejected row is named in `fingerprint`.
+SampleStream = PreparedData | StreamedData
+
+
+# The sections that are not one method's own. `fingerprint` lists those of their fields that decide a token or a rejected row.
 _COMMON = frozenset(
     "method run model memory data curriculum optimizer parallel checkpoint evaluation logging".split()  # noqa: SIM905
 )
@@ -147,7 +135,7 @@ def _digest_file(path: Path) -> str:
 
 
 def fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: int) -> str:
-    """A name for the tokenised data: changes when anything that decides a token or a rejected row changes."""
+    """A hash of everything that decides a token or a rejected row."""
     data = recipe.data
     source_file = Path(data.path) if data.path else None
     parts = {
@@ -164,7 +152,7 @@ def fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: i
             recipe.curriculum.stage1.targets,
         ],
         "stage2": recipe.curriculum.stage2.enabled,
-        # Sections that are a method's own: what they say may decide which rows fit.
+        # A method's own section may decide which rows fit.
         "own": {name: getattr(recipe, name).model_dump(mode="json") for name in set(type(recipe).model_fields) - _COMMON},
         "positions": positions,
         "micro_batch_tokens": recipe.optimizer.micro_batch_tokens,
@@ -178,10 +166,10 @@ def fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: i
 def prepare(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTokens, positions: int, folder: Path
 ) -> PreparedData:
-    """Encode the recipe's data into `folder` (once: a later call, or another process, finds it) and open it.
+    """Open the recipe's tokenised data in `folder`; encode it first if it is not there.
 
-    Safe for any number of processes at once: a file lock lets one of them build, the others wait for it, however long
-    it takes, outside of any collective. Raises DataError if no row is usable.
+    Any number of processes may call this at once: one encodes, the others wait for its file lock, outside of any collective.
+    Raises DataError if no row is usable.
     """
     target = folder / fingerprint(recipe, tokenizer, positions)
     if not (target / "meta.json").is_file():
@@ -213,5 +201,5 @@ def _build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTok
     partial.mkdir()
     for name, values in zip(_ARRAYS, (flat, ends, first, lines), strict=True):
         numpy.save(partial / f"{name}.npy", numpy.frombuffer(values, dtype=numpy.dtype(values.typecode)))
-    (partial / "meta.json").write_text(json.dumps({"report": report.to_json()}, indent=1), encoding="utf-8")
+    (partial / "meta.json").write_text(json.dumps({"report": report.model_dump()}, indent=1), encoding="utf-8")
     os.replace(partial, target)

@@ -1,4 +1,4 @@
-"""What a sample is on its way: text, encoded, laid out as a row, and where the row's tokens stand. Knows no torch."""
+"""The forms of a sample: text, token ids, a row, and the row's position in a packed row. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ class BadSample:
     reason: str
     detail: str = ""
 
+    @property
+    def remark(self) -> str:
+        """The detail in brackets, to follow the reason in a message."""
+        return f" ({self.detail})" if self.detail else ""
+
 
 SourceRow = Sample | BadSample
 
@@ -45,9 +50,9 @@ class EncodedSample:
 
 @dataclass(frozen=True)
 class Span:
-    """One sample of a packed row: question, blocks and readouts side by side from token `start` on.
+    """One sample in a packed row: question, blocks and readouts, one after the other from token `start` on.
 
-    `readouts`: block and number of tokens of each readout that has tokens, blocks ascending.
+    `readouts`: (block, tokens) of each readout that has tokens, blocks ascending.
     """
 
     start: int
@@ -67,12 +72,12 @@ class Span:
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """What two samples share if the same attention calls serve both."""
+        """Samples of equal shape can share attention calls."""
         return (self.question, self.blocks, self.block_size, self.readouts)
 
     @property
     def pairs(self) -> int:
-        """Pairs of a query and a key it sees, causal blocks."""
+        """Attended (query, key) pairs if blocks are causal."""
         pairs = self.prefix * (self.prefix + 1) // 2
         for block, tokens in self.readouts:
             pairs += tokens * (self.question + block * self.block_size) + tokens * (tokens + 1) // 2
@@ -81,7 +86,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Readout:
-    """What is predicted after a block: `target` token ids (with the end-of-text token) at `weight` a token.
+    """What is predicted after a block: `target` token ids (with the end-of-text token), whose losses have `weight` each.
 
     `is_step`: the target is a step of the solution, not the answer.
     """
@@ -97,7 +102,7 @@ class Row:
     """One sample as the model sees it: `question, m_1 .. m_blocks, r_1 .. r_n` (method.md, "Sequence").
 
     Readouts are ordered by block. A readout's last target token is predicted and never an input. `latent`: the row has one
-    block, and what stands between its begin and its end are continuous thoughts (`rim_dist.objective.latent`).
+    block, with continuous thoughts between its begin and end tokens (`rim_dist.objective.latent`).
     """
 
     question: TokenIds
@@ -116,7 +121,7 @@ class Row:
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens of the longest plain sequence in the row, its last target included: what must fit the model's positions."""
+        """Tokens of the longest unrolled run, its last target included. They must fit the model's positions."""
         return len(self.question) + max(r.block * self.block_size + len(r.target) for r in self.readouts)
 
     @property
@@ -129,10 +134,10 @@ class Row:
         return sum(len(r.target) * r.weight for r in self.readouts)
 
     def without_weight(self) -> Row:
-        """The same row with weight 0: it keeps ranks in step without changing the loss."""
+        """A dummy row: the same tokens with weight 0."""
         return replace(self, readouts=tuple(replace(r, weight=0.0) for r in self.readouts))
 
     def span(self, start: int = 0) -> Span:
-        """Where the row's tokens stand if it begins at token `start` of a packed row."""
+        """The row's span in a packed row, from token `start` on."""
         readouts = tuple((r.block, len(r.target) - 1) for r in self.readouts if len(r.target) > 1)
         return Span(start, len(self.question), self.blocks, self.block_size, readouts)

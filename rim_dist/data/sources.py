@@ -1,10 +1,11 @@
-"""Where samples come from: a file in a known format, a hub data set or the embedded task.
+"""Sources of samples: a file in a known format, a hub data set or the embedded task.
 
-Every row becomes a `Sample` or a `BadSample` with its line and the reason, so that all rows are accounted for.
+Every row becomes a `Sample`, or a `BadSample` with its line and the reason.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ from typing import Any
 from rim_dist.config import ColumnsSection, DataSection
 from rim_dist.data.formats import format_of, gsm8k, gsm8k_aug
 from rim_dist.data.formats.base import from_columns
-from rim_dist.data.samples import BadSample, Sample, SourceRow
+from rim_dist.data.samples import BadSample, SourceRow
 from rim_dist.data.synthetic import SyntheticTask
-from rim_dist.errors import DataError
+from rim_dist.errors import DataError, first_line
 
 
-def _from_text(line: int, row: dict[str, Any], columns: ColumnsSection) -> SourceRow:  # noqa: ARG001 - as the others
+def _from_text(line: int, row: dict[str, Any], columns: ColumnsSection) -> SourceRow:
     text = row.get("text")
-    return gsm8k_aug.convert(line, text) if isinstance(text, str) else BadSample(line, "missing column", "text")
+    return gsm8k_aug.FORMAT.parse(line, text, columns) if isinstance(text, str) else BadSample(line, "missing column", "text")
 
 
 # How a row of a hub data set is read (`data.layout`).
@@ -38,7 +39,7 @@ def _hub(data: DataSection) -> Iterator[SourceRow]:
             data.id, data.config_name, split=data.split, revision=data.revision, streaming=data.streaming
         )
     except Exception as error:
-        raise DataError(f"data.id: {data.id!r} cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise DataError(f"data.id: {data.id!r} cannot be loaded ({first_line(error)})") from error
     for number, row in enumerate(rows, 1):
         yield _LAYOUTS[data.layout](number, row, data.columns)
 
@@ -55,19 +56,17 @@ def read_source(data: DataSection, seed: int) -> Iterator[SourceRow]:
     """All rows of the recipe's source, `data.limit` applied. Deterministic."""
     if data.source == "synthetic":
         walks = data.synthetic
-        problems = SyntheticTask(walks.min_steps, walks.max_steps, walks.step_text).training(walks.samples, seed)
-        rows: Iterator[SourceRow] = (Sample(p.question, p.steps, p.answer, i) for i, p in enumerate(problems, 1))
+        rows: Iterator[SourceRow] = SyntheticTask(walks.min_steps, walks.max_steps, walks.step_text).training(
+            walks.samples, seed
+        )
     elif data.source == "hub":
         rows = _hub(data)
     else:
         assert data.path is not None  # checked by DataSection
         rows = read_file(data.path, data.source, data.columns)
-    for count, row in enumerate(rows):
-        if data.limit is not None and count >= data.limit:
-            return
-        yield row
+    return itertools.islice(rows, data.limit)
 
 
 def source_name(data: DataSection) -> str:
-    """How messages name the source."""
+    """The name of the source in messages."""
     return data.path or data.id or data.source

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
@@ -20,28 +19,15 @@ from typing import Literal
 import numpy
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase
 
+from rim_dist.data.samples import Sample
+
 ROOMS = ("kitchen", "hall", "attic", "garden", "cellar")
 DOORS = ("red", "blue", "pink", "green", "white", "black")
 StepText = Literal["equation", "room"]
-FORMAT = 2  # of the texts; what was prepared in another is not used
+FORMAT = 2  # of the texts; data that was tokenised from another format is not reused
 GUESSING = 1 / len(ROOMS)  # accuracy of an answer drawn at random
 _MAP_SEED = 1
-_HELD_OUT_SHARE = 8  # one problem in so many is never trained on
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A walk: the question, a step for each door, and where it ends."""
-
-    question: str
-    steps: tuple[str, ...]
-    answer: str
-
-    @property
-    def held_out(self) -> bool:
-        """Whether the problem is kept for evaluation: by a hash of its text, so that no seed can mix the sets."""
-        digest = hashlib.sha256(self.question.encode()).digest()
-        return int.from_bytes(digest[:8], "big") % _HELD_OUT_SHARE == 0
+_HELD_OUT_EVERY = 8  # one problem in so many is never trained on
 
 
 @functools.cache
@@ -57,48 +43,55 @@ def house_map() -> tuple[tuple[int, ...], ...]:
 
 
 class SyntheticTask:
-    """Problems with `min_steps` .. `max_steps` doors, each length equally often in training."""
+    """Walks through `min_steps` .. `max_steps` doors, each length equally often in training."""
 
     def __init__(self, min_steps: int, max_steps: int, step_text: StepText = "equation") -> None:
         self._min, self._max, self._step_text = min_steps, max_steps, step_text
 
-    def training(self, count: int, seed: int) -> Iterator[Problem]:
-        """`count` problems that are not held out, drawn from the seed (repetitions possible)."""
+    def training(self, count: int, seed: int) -> Iterator[Sample]:
+        """`count` walks that are not held out, drawn from the seed (repetitions possible)."""
         return self._draw(count, numpy.random.default_rng([seed, 0]), self._min, held_out=False)
 
-    def held_out(self, count: int, seed: int) -> Iterator[Problem]:
-        """`count` held-out problems of the longest length, drawn from the seed."""
+    def held_out(self, count: int, seed: int) -> Iterator[Sample]:
+        """`count` held-out walks of the longest length, drawn from the seed."""
         return self._draw(count, numpy.random.default_rng([seed, 1]), self._max, held_out=True)
 
-    def _draw(self, count: int, generator: numpy.random.Generator, shortest: int, held_out: bool) -> Iterator[Problem]:
-        while count:
+    def _draw(self, count: int, generator: numpy.random.Generator, shortest: int, held_out: bool) -> Iterator[Sample]:
+        line = 1
+        while line <= count:
             doors = generator.integers(0, len(DOORS), int(generator.integers(shortest, self._max + 1))).tolist()
-            problem = walk(int(generator.integers(len(ROOMS))), doors, self._step_text)
-            if problem.held_out == held_out:
-                count -= 1
-                yield problem
+            sample = walk(int(generator.integers(len(ROOMS))), doors, self._step_text, line)
+            if is_held_out(sample.question) == held_out:
+                line += 1
+                yield sample
 
 
-def walk(room: int, doors: list[int], step_text: StepText = "equation") -> Problem:
-    """The problem of starting in a room and taking doors (both as numbers)."""
+def is_held_out(question: str) -> bool:
+    """Whether a walk is kept for evaluation. A hash of its text decides, so that no seed can mix the sets."""
+    digest = hashlib.sha256(question.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % _HELD_OUT_EVERY == 0
+
+
+def walk(room: int, doors: list[int], step_text: StepText = "equation", line: int = 1) -> Sample:
+    """The sample that starts in a room and takes doors (both by number)."""
     question = f"From the {ROOMS[room]} take {' '.join(DOORS[door] for door in doors)}."
     steps = []
     for door in doors:
         behind = house_map()[door][room]
         steps.append(f"{ROOMS[room]} {DOORS[door]} {ROOMS[behind]}" if step_text == "equation" else ROOMS[behind])
         room = behind
-    return Problem(question, tuple(steps), ROOMS[room])
+    return Sample(question, tuple(steps), ROOMS[room], line)
 
 
 @functools.cache
 def _sentencepiece_model() -> bytes:
-    """A SentencePiece model trained on the task's own texts: a token a word. Deterministic."""
+    """A SentencePiece model trained on the task's own texts: one token per word. Deterministic."""
     import sentencepiece
 
     texts = [
         text
-        for problem in SyntheticTask(1, 8).training(4000, seed=0)
-        for text in (problem.question, " ".join(problem.steps), f"#### {problem.answer}")
+        for sample in SyntheticTask(1, 8).training(4000, seed=0)
+        for text in (sample.question, " ".join(sample.steps), f"#### {sample.answer}")
     ]
     model = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -119,7 +112,7 @@ def _sentencepiece_model() -> bytes:
 
 
 def sentencepiece_tokenizer(model: bytes) -> PreTrainedTokenizerBase:
-    """A tokenizer from a SentencePiece model file's content, with the special tokens that the model itself names.
+    """A tokenizer from the content of a SentencePiece model file, with the special tokens that the model defines.
 
     Raises ValueError if it is not a SentencePiece model.
     """

@@ -1,4 +1,4 @@
-"""What a format has to say, and what formats share."""
+"""What a format defines, and what formats have in common."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Format:
 
     # Files with one of these endings are not text.
     binary_endings: ClassVar[tuple[str, ...]] = ()
-    # Who is asked first whether a file is theirs; the more special format.
+    # Of the formats that recognise a file, the one of the highest precedence reads it.
     precedence: ClassVar[int] = 0
     # Whether rows can be read as a stream (`data.streaming`).
     streams: ClassVar[bool] = False
@@ -38,7 +38,19 @@ class Format:
         raise NotImplementedError
 
 
-class JsonFormat(Format):
+class LineFormat(Format):
+    """A row a line."""
+
+    def parse(self, line: int, text: str, columns: ColumnsSection) -> SourceRow:
+        """The row in a line's text."""
+        raise NotImplementedError
+
+    def read(self, path: Path, columns: ColumnsSection) -> Iterator[SourceRow]:
+        for line, text in text_lines(path):
+            yield BadSample(line, "not UTF-8") if text is None else self.parse(line, text, columns)
+
+
+class JsonFormat(LineFormat):
     """A JSON object a line."""
 
     def convert(self, line: int, row: dict[str, Any], columns: ColumnsSection) -> SourceRow:
@@ -52,17 +64,12 @@ class JsonFormat(Format):
         """Whether the first row is one of this format's."""
         raise NotImplementedError
 
-    def read(self, path: Path, columns: ColumnsSection) -> Iterator[SourceRow]:
-        for number, text in text_lines(path):
-            if text is None:
-                yield BadSample(number, "not UTF-8")
-                continue
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                yield BadSample(number, "not valid JSON", f"{error.msg} at column {error.colno}")
-                continue
-            yield self.convert(number, row, columns) if isinstance(row, dict) else BadSample(number, "not a JSON object")
+    def parse(self, line: int, text: str, columns: ColumnsSection) -> SourceRow:
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            return BadSample(line, "not valid JSON", f"{error.msg} at column {error.colno}")
+        return self.convert(line, row, columns) if isinstance(row, dict) else BadSample(line, "not a JSON object")
 
 
 def json_object(line: str | None) -> dict[str, Any] | None:
@@ -127,7 +134,7 @@ def sample_of(line: int, question: Any, steps: Any, answer: Any) -> SourceRow:
 
 
 def from_gsm8k(line: int, question: Any, solution: str) -> SourceRow:
-    """A sample from GSM8K's way to write solutions: equations in `<<..>>`, the answer after `####`."""
+    """A sample from a solution as GSM8K writes it: equations in `<<..>>`, the answer after `####`."""
     body, marker, answer = solution.rpartition("####")
     if not marker:
         return BadSample(line, "no answer", "no #### in the solution")
