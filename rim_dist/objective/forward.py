@@ -1,7 +1,7 @@
 """The loss inside the model's forward: hidden states from the backbone, then the head at supervised positions only.
 
-The model is not wrapped, so that its parameters keep their names, and the head is called as the module it is, so that
-ZeRO-3 gathers its weights.
+The model is not wrapped, so that its parameters keep their names. The head is called as a module, so that ZeRO-3 gathers its
+weights.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from rim_dist.unwrap import base_layer
 
 
 def head_weights(head: nn.Module) -> HeadWeights | None:
-    """The weights of an output head that is a linear layer, or one that peft wrapped to train some of its rows.
+    """The weights of an output head that is a linear layer, or a linear layer of which peft trains some rows.
 
-    None for any other head, for example one with adapters of its own.
+    None for any other head, for example one with adapters.
     """
     adapter = getattr(head, "token_adapter", None)
     linear = base_layer(head) if adapter is not None else head
@@ -38,7 +38,7 @@ def head_weights(head: nn.Module) -> HeadWeights | None:
 
 
 def _trained_rows(adapter: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Embeddings of `ids`, the rows that peft trains in their place; peft's own forward copies the whole matrix for that."""
+    """Embeddings of `ids`, with the rows that peft trains. peft's own forward copies the whole matrix for it."""
     (name,) = adapter.active_adapters
     rows = adapter.trainable_tokens_delta[name]
     embedded = adapter.base_layer(ids)
@@ -54,7 +54,7 @@ def _trained_rows(adapter: Any, ids: torch.Tensor) -> torch.Tensor:
 def install_readout_loss(model: PreTrainedModel) -> None:
     """Let the model's forward take `rim_targets`: it then returns (weighted loss sum, token losses `[targets]`).
 
-    Without the keyword the forward is unchanged. A head of another kind (`head_weights`) computes all its logits at once.
+    Without the keyword the forward is unchanged. A head that `head_weights` cannot describe computes all its logits at once.
     """
     head = model.get_output_embeddings()
     rule = LogitRule.of(model.config)

@@ -1,15 +1,15 @@
-"""Continuous thoughts in training: a packed micro-batch in as many passes as its longest row has thoughts, plus one.
+"""Continuous thoughts in training: a packed micro-batch runs in one pass per thought of its longest row, plus one.
 
 `question, begin, thought x n, end, readout`: a thought's input is the last hidden state of the position before it, so thoughts
-run one after the other, those of all samples side by side. Every token runs once: the first pass is packed as every other
-method's rows are; its keys and values then become a batch, a row a sample, to which the later passes add theirs. The last
-thought runs with what follows it: nothing is fed its state, and ZeRO-3 keeps the graph of a module call without a gradient.
+run one after the other, those of all samples side by side. Every token runs once. The first pass runs the questions, packed as
+the rows of every method are. Its keys and values are then sorted into a batch, a row a sample, and later passes add theirs. The
+last thought runs together with the tokens after it: its output is no other token's input, and ZeRO-3 would keep the graph of a
+module call that gets no gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -18,38 +18,85 @@ from rim_dist.attention.visibility import PADDING_SEGMENT, QUESTION, RowLayout, 
 from rim_dist.data.samples import Span
 
 
-def _plain_places(position: torch.Tensor) -> TokenCoordinates:
-    """TokenCoordinates of causal text at the given positions, `[rows, seq]`; a negative position is padding."""
-    zeros = torch.zeros_like(position)
-    segment = torch.where(position < 0, PADDING_SEGMENT, zeros)
-    return TokenCoordinates(segment, torch.full_like(position, QUESTION), zeros, position.clamp_min(0))
+def _text(segment: torch.Tensor, position: torch.Tensor) -> TokenCoordinates:
+    """Coordinates of causal text."""
+    return TokenCoordinates(segment, torch.full_like(position, QUESTION), torch.zeros_like(position), position)
 
 
-def _first_pass(spans: Sequence[Span], device: torch.device) -> tuple[torch.Tensor, RowLayout]:
-    """Columns of the packed row that run at once (every question with its begin token), and their layout."""
-    columns, segments, positions, first = [], [], [], []
-    start = 0
-    for number, span in enumerate(spans):
-        count = span.question + 1
-        positions.append(torch.arange(count))
-        columns.append(positions[-1] + span.start)
-        segments.append(torch.full((count,), number))
-        first.append(Span(start, count, 0, 0, ()))
-        start += count
-    position = torch.cat(positions).unsqueeze(0)
-    zeros = torch.zeros_like(position)
-    places = TokenCoordinates(torch.cat(segments).unsqueeze(0), torch.full_like(position, QUESTION), zeros, position)
-    places = places.map(lambda t: t.to(device))
-    return torch.cat(columns).to(device), RowLayout(places, places, tuple(first))
+def _padded_text(position: torch.Tensor) -> TokenCoordinates:
+    """Coordinates of causal text at the given positions, `[rows, seq]`. A negative position is padding."""
+    return _text(torch.where(position < 0, PADDING_SEGMENT, 0), position.clamp_min(0))
 
 
-def _as_rows(cache: DynamicCache, column: torch.Tensor) -> DynamicCache:
-    """Keys and values `[1, heads, tokens, dim]` of a packed pass as `[rows, heads, seq, dim]`, by columns `[rows, seq]`."""
-    rows = DynamicCache()
-    for number, layer in enumerate(cache.layers):
-        keys, values = (t[0][:, column].transpose(0, 1) for t in (layer.keys, layer.values))
-        rows.update(keys, values, number)
-    return rows
+class _Rows:
+    """The samples of a packed row as a batch, a row a sample, that passes extend on the right.
+
+    `start`, `question`, `thoughts`, `length` `[rows, 1]`: first column in the packed row, tokens of the question, continuous
+    thoughts, tokens in all.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, spans: Sequence[Span]) -> None:
+        self._model, self._ids, self._spans = model, ids, spans
+        self.start, self.question, self.thoughts, self.length = (
+            torch.tensor(values, device=ids.device).unsqueeze(1)
+            for values in zip(*((s.start, s.question, s.block_size - 2, s.length) for s in spans), strict=True)
+        )
+
+    @property
+    def end(self) -> torch.Tensor:
+        """Offset of the end token in each row, `[rows, 1]`."""
+        return self.question + 1 + self.thoughts
+
+    def run_questions(self) -> torch.Tensor:
+        """Run every question with its begin token, packed. Returns the hidden state of each begin token `[rows, 1, hidden]`."""
+        device = self._ids.device
+        counts = [span.question + 1 for span in self._spans]
+        position = torch.cat([torch.arange(count) for count in counts]).to(device)
+        row = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
+        first = torch.tensor(counts, device=device).cumsum(0).unsqueeze(1) - self.question - 1  # column of each question
+        coordinates = _text(row.unsqueeze(0), position.unsqueeze(0))
+        spans = tuple(Span(s, count, 0, 0, ()) for s, count in zip(first.flatten().tolist(), counts, strict=True))
+        packed = DynamicCache()
+        hidden = self._model.base_model(
+            input_ids=self._ids[self.start[row, 0] + position].unsqueeze(0),
+            position_ids=coordinates.position,
+            past_key_values=packed,
+            use_cache=True,
+            rim_layout=RowLayout(coordinates, coordinates, spans),
+        )[0]
+        # Padded on the left, so that all rows end with their begin token.
+        widest = max(counts)
+        position = torch.arange(widest, device=device) - (widest - 1 - self.question)
+        columns = first + position.clamp_min(0)
+        self._keys, self._cache = _padded_text(position), DynamicCache()
+        for number, layer in enumerate(packed.layers):
+            self._cache.update(*(t[0][:, columns].transpose(0, 1) for t in (layer.keys, layer.values)), number)
+        return hidden[0, (first + self.question).squeeze(1)].unsqueeze(1)
+
+    def run(self, position: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """Last hidden states of `inputs` `[rows, seq, hidden]`, run at `position` `[rows, seq]` (negative: padding)."""
+        queries = _padded_text(position)
+        self._keys = TokenCoordinates(*(torch.cat(pair, dim=1) for pair in zip(self._keys, queries, strict=True)))
+        return self._model.base_model(
+            inputs_embeds=inputs,
+            position_ids=queries.position,
+            past_key_values=self._cache,
+            use_cache=True,
+            rim_layout=RowLayout(queries, self._keys),
+        )[0]
+
+    def thought_position(self, number: int) -> torch.Tensor:
+        """Position of the thought in each row, `[rows, 1]`; negative in rows with fewer thoughts."""
+        return torch.where(number < self.thoughts, self.question + 1 + number, -1)
+
+    def run_rest(self, number: int, state: torch.Tensor) -> torch.Tensor:
+        """Run the last thought, fed `state` `[rows, 1, hidden]`, with end token and readout, padded on the right."""
+        offset = self.end + torch.arange(int((self.length - self.end).max()), device=self._ids.device)
+        inside = offset < self.length
+        # The readout's position follows the end token's (`pack`), so that offset and position are the same.
+        position = torch.cat([self.thought_position(number), torch.where(inside, offset, -1)], dim=1)
+        rest = self._model.get_input_embeddings()(self._ids[torch.where(inside, self.start + offset, 0)])
+        return self.run(position, torch.cat([state, rest], dim=1))
 
 
 def thought_states(
@@ -57,60 +104,12 @@ def thought_states(
 ) -> torch.Tensor:
     """Last hidden states `[targets, hidden]` at `column`s (end tokens and readouts) of packed latent rows `[1, tokens]`.
 
-    `thoughts`, at least one: of the row that has the most, on any rank. Rows with fewer wait, on padding that nobody sees.
+    `thoughts`, at least 1: the most of any row, on any rank. Rows with fewer run padding, which is masked out.
     """
-    device, spans = input_ids.device, layout.spans
-    ids = input_ids[0]
-    start, question, size = (
-        torch.tensor(values, device=device).unsqueeze(1)
-        for values in ([s.start for s in spans], [s.question for s in spans], [s.block_size for s in spans])
-    )
-    length = torch.tensor([s.length for s in spans], device=device).unsqueeze(1)
-    own = size - 2  # thoughts of each row, [rows, 1]
-
-    columns, first = _first_pass(spans, device)
-    cache = DynamicCache()
-    hidden = model.base_model(
-        input_ids=ids[columns].unsqueeze(0),
-        position_ids=first.queries.position,
-        past_key_values=cache,
-        use_cache=True,
-        rim_layout=first,
-    )[0]
-
-    # Padded on the left, so that all rows end with their begin token.
-    widest = int(max(s.question for s in spans)) + 1
-    position = torch.arange(widest, device=device) - (widest - 1 - question)
-    offset = torch.tensor([s.start for s in first.spans], device=device).unsqueeze(1)
-    cache = _as_rows(cache, offset + position.clamp_min(0))
-    keys = _plain_places(position)
-    last = hidden[0, (offset + question).squeeze(1)].unsqueeze(1)  # [rows, 1, hidden], at the begin tokens
-
-    def run(queries: TokenCoordinates, **inputs: Any) -> torch.Tensor:
-        nonlocal keys
-        keys = TokenCoordinates(*(torch.cat(pair, dim=1) for pair in zip(keys, queries, strict=True)))
-        return model.base_model(
-            **inputs,
-            position_ids=queries.position,
-            past_key_values=cache,
-            use_cache=True,
-            rim_layout=RowLayout(queries, keys),
-        )[0]
-
-    def thought(number: int) -> torch.Tensor:
-        """Position of each row's thought, `[rows, 1]`."""
-        return torch.where(number < own, question + 1 + number, -1)
-
+    rows = _Rows(model, input_ids[0], layout.spans)
+    state = rows.run_questions()
     for number in range(thoughts - 1):
-        last = run(_plain_places(thought(number)), inputs_embeds=last)
-
-    # Last thought, end token and readout, padded on the right; the readout's position follows the end token's (`pack`).
-    shift = question + 1 + own  # of the end token in its row
-    offset_in_row = torch.arange(int((length - shift).max()), device=device).unsqueeze(0)
-    inside = offset_in_row < length - shift
-    position = torch.cat([thought(thoughts - 1), torch.where(inside, shift + offset_in_row, -1)], dim=1)
-    rest = model.get_input_embeddings()(ids[torch.where(inside, start + shift + offset_in_row, 0)])
-    final = run(_plain_places(position), inputs_embeds=torch.cat([last, rest], dim=1))
-
+        state = rows.run(rows.thought_position(number), state)
+    hidden = rows.run_rest(thoughts - 1, state)
     row = layout.queries.segment[0, column]
-    return final[row, 1 + column - (start + shift).squeeze(1)[row]]
+    return hidden[row, 1 + column - (rows.start + rows.end).squeeze(1)[row]]  # column 0 is the last thought

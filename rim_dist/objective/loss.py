@@ -1,11 +1,12 @@
 """The loss: weighted cross-entropy at supervised positions only, divided once for the whole step.
 
-Logits exist for a bounded number of positions at a time. Each chunk's gradient is taken as soon as its logits are there,
-so that nothing of vocabulary size is kept or computed twice for the backward pass.
+Logits exist for a bounded number of positions at a time. Each chunk's gradient is computed right after its logits, so that
+nothing of vocabulary size is kept or computed twice for the backward pass.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from rim_dist.parallel.tensor import Vocabulary
 
 @dataclass(frozen=True)
 class LogitRule:
-    """What a family does to its head's output: `cap x tanh(scale x logits / cap)`, without a cap `scale x logits`."""
+    """What a family applies to its head's output: `cap x tanh(scale x logits / cap)`, without a cap `scale x logits`."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -36,9 +37,9 @@ class LogitRule:
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """An output head `[vocabulary, hidden]` with its bias; `rows`, if given, stand in for its rows `row_ids`.
+    """An output head `[vocabulary, hidden]` with its bias. `rows`, if given, replace its rows `row_ids`.
 
-    `vocabulary`: weight and bias are this tensor rank's rows of the head; `rows` is whole on every rank.
+    `vocabulary`: weight and bias are this tensor rank's shard of the head; `rows` is whole on every rank.
     """
 
     weight: torch.Tensor
@@ -47,21 +48,22 @@ class HeadWeights:
     row_ids: tuple[int, ...] = ()
     vocabulary: Vocabulary | None = None
 
-    def rows_here(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(place in `rows`, place in `weight`) of the rows that stand in for rows of this rank."""
-        ids = torch.tensor(self.row_ids, device=device, dtype=torch.long)
+    @functools.cached_property
+    def replaced(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(indices in `rows`, indices in `weight`) of the rows of this rank's shard that `rows` replace."""
+        ids = torch.tensor(self.row_ids, device=self.weight.device, dtype=torch.long)
         if self.vocabulary is None:
-            return torch.arange(len(ids), device=device), ids
+            return torch.arange(len(ids), device=ids.device), ids
         local, here = self.vocabulary.local(ids)
         return here.nonzero().squeeze(1), local[here]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[..., rows of this rank]`."""
+        """`[..., rows of this rank's shard]`."""
         logits = F.linear(hidden, self.weight, self.bias)
         if self.rows is not None:
-            which, at = self.rows_here(hidden.device)
+            which, at = self.replaced
             bias = None if self.bias is None else self.bias[at]
-            logits = logits.index_copy(-1, at, F.linear(hidden, self.rows[which], bias))
+            logits.index_copy_(-1, at, F.linear(hidden, self.rows[which], bias))
         return logits
 
 
@@ -75,11 +77,10 @@ def full_logits(hidden: torch.Tensor, head: HeadWeights) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ReadoutLoss:
-    """Sums of one micro-batch, on the model's device.
+    """Losses of one micro-batch, on the model's device.
 
-    `weighted_sum` (scalar, with gradient): sum of weight x token loss. `token_losses` `[targets]`: every one, unweighted.
-    `by_block` `[4, blocks + 1]`, by block (0: a target without blocks): sum and number of unweighted token losses, then sum
-    and number of those of the first tokens of steps.
+    `weighted_sum`: sum of weight x token loss. `token_losses` `[targets]`: unweighted. `by_block` `[4, blocks + 1]`: for each
+    block (0: targets without blocks) sum and number of the unweighted token losses, then of those of the steps' first tokens.
     """
 
     weighted_sum: torch.Tensor
@@ -89,12 +90,11 @@ class ReadoutLoss:
     @staticmethod
     def of(weighted_sum: torch.Tensor, token_losses: torch.Tensor, targets: Targets, blocks: int) -> ReadoutLoss:
         """From the weighted sum and every token's loss `[targets]`."""
-        # A weightless row fills a place on a rank; its losses are not part of the step.
-        real = targets.weight > 0
+        real = targets.weight > 0  # a dummy row has losses, but they are not the step's
         sums = torch.zeros(4, blocks + 1, dtype=torch.float32, device=token_losses.device)
-        for row, some in ((0, real), (2, real & targets.opens_step)):
-            sums[row].index_add_(0, targets.block, token_losses * some)
-            sums[row + 1].index_add_(0, targets.block, some.to(token_losses.dtype))
+        for row, chosen in ((0, real), (2, real & targets.opens_step)):
+            sums[row].index_add_(0, targets.block, token_losses * chosen)
+            sums[row + 1].index_add_(0, targets.block, chosen.to(token_losses.dtype))
         return ReadoutLoss(weighted_sum, token_losses, sums)
 
 
@@ -103,8 +103,8 @@ def weighted_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of weight x token loss, every token's loss without gradient) from `hidden` `[targets, hidden]`, in fp32.
 
-    `gradient_scale`: the factor that the backward pass will bring (loss scale, normalisation). Gradients are rounded to the
-    model's precision with it already in, so that small ones survive in half precision.
+    `gradient_scale`: the gradient that the backward pass will get (loss scale x normalisation). It is multiplied in before
+    gradients are rounded to the model's precision, so that small ones survive in half precision.
     """
     if (losses := _fused_kernel(hidden, head, rule, targets)) is not None:
         return (losses * targets.weight).sum(), losses.detach()
@@ -113,7 +113,7 @@ def weighted_cross_entropy(
 
 
 def plain_cross_entropy(logits: torch.Tensor, rule: LogitRule, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same from a head's output `[targets, vocabulary]`, for heads whose weights are not at hand."""
+    """The same from a head's output `[targets, vocabulary]`, for heads that `HeadWeights` cannot describe."""
     logits = logits * rule.scale
     if rule.softcap is not None:
         logits = rule.softcap * torch.tanh(logits / rule.softcap)
@@ -122,7 +122,7 @@ def plain_cross_entropy(logits: torch.Tensor, rule: LogitRule, targets: Targets)
 
 
 def _fused_kernel(hidden: torch.Tensor, head: HeadWeights, rule: LogitRule, targets: Targets) -> torch.Tensor | None:
-    """Token losses by cut-cross-entropy, where it is installed and computes this: CUDA, half precision, a head without bias."""
+    """Token losses by cut-cross-entropy. None where it is not installed or does not apply: CUDA, half precision, no bias."""
     if not hidden.is_cuda or hidden.dtype == torch.float32 or not (head.rows is head.bias is head.vocabulary is None):
         return None
     try:
@@ -135,77 +135,64 @@ def _fused_kernel(hidden: torch.Tensor, head: HeadWeights, rule: LogitRule, targ
     )
 
 
-class _Gradients:
-    """Gradients of hidden states, head, its bias and the rows that stand in for rows of it, summed chunk by chunk.
+def _apply_rule(logits: torch.Tensor, rule: LogitRule) -> torch.Tensor | None:
+    """Apply a family's rule to logits in place. Returns the slope of the softcap, if there is one."""
+    if rule.scale != 1:
+        logits *= rule.scale
+    if rule.softcap is None:
+        return None
+    logits.div_(rule.softcap).tanh_()
+    slope = 1 - logits.float().square()
+    logits *= rule.softcap
+    return slope
 
-    `wanted`: for which of the four; without supervised positions there are still gradients, of value 0: under ZeRO every rank
-    takes part.
+
+class _Gradients:
+    """Gradients of hidden states and of the head's weight, bias and rows, summed chunk by chunk.
+
+    `wanted`: which of the four. Without supervised positions they are zeros: under ZeRO every rank reduces gradients.
     """
 
-    def __init__(
-        self,
-        wanted: list[bool],
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        rows: torch.Tensor | None,
-        head: HeadWeights,
-    ) -> None:
-        self._hidden, self._weight, self._bias, self._rows = hidden, weight, bias, rows
-        self._which, self._at = head.rows_here(hidden.device)
+    def __init__(self, wanted: list[bool], hidden: torch.Tensor, head: HeadWeights) -> None:
+        self._hidden, self._head = hidden, head
         self._d_hidden, self._d_weight, self._d_bias, self._d_rows = (
             torch.zeros_like(t) if need and t is not None else None
-            for need, t in zip(wanted, (hidden, weight, bias, rows), strict=True)
+            for need, t in zip(wanted, (hidden, head.weight, head.bias, head.rows), strict=True)
         )
 
-    def logits(self, some: slice, rule: LogitRule) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits of a chunk, and the slope of the softcap if there is one."""
-        h, bias = self._hidden[some], self._bias
-        logits = F.linear(h, self._weight, bias)
-        if self._rows is not None:
-            logits[:, self._at] = F.linear(h, self._rows[self._which], None if bias is None else bias[self._at])
-        if rule.scale != 1:
-            logits *= rule.scale
-        if rule.softcap is None:
-            return logits, None
-        logits = logits.div_(rule.softcap).tanh_()
-        slope = 1 - logits.float().square()
-        logits *= rule.softcap
-        return logits, slope
-
-    def add(self, some: slice, d_logits: torch.Tensor) -> None:
-        """Take in a chunk by the gradient of its logits."""
-        h, rows, which, at = self._hidden[some], self._rows, self._which, self._at
+    def add(self, chunk: slice, d_logits: torch.Tensor) -> None:
+        """Add the gradients of a chunk of positions, given that of its logits."""
+        h, head, rows = self._hidden[chunk], self._head, self._head.rows
+        which, at = head.replaced
         if self._d_hidden is not None:
-            torch.mm(d_logits, self._weight, out=self._d_hidden[some])
+            torch.mm(d_logits, head.weight, out=self._d_hidden[chunk])
             if rows is not None:
-                self._d_hidden[some] += d_logits[:, at] @ (rows[which] - self._weight[at])
+                self._d_hidden[chunk] += d_logits[:, at] @ (rows[which] - head.weight[at])
         if self._d_weight is not None:
-            own = d_logits if rows is None else d_logits.index_fill(1, at, 0)
-            self._d_weight.addmm_(own.T, h)
+            self._d_weight.addmm_((d_logits if rows is None else d_logits.index_fill(1, at, 0)).T, h)
         if self._d_bias is not None:
             self._d_bias += d_logits.sum(dim=0)
         if self._d_rows is not None:
             self._d_rows[which] += d_logits[:, at].T @ h
 
-    def summed(self, group: Any) -> tuple[torch.Tensor | None, ...]:
-        """All four; what tensor ranks have parts of is added up over the group."""
-        for shared in (self._d_hidden, self._d_rows):
-            if shared is not None:
-                all_reduce(shared, group)
+    def reduced(self, group: Any) -> tuple[torch.Tensor | None, ...]:
+        """All four. Those that are partial sums on tensor ranks are summed over the group."""
+        for partial in (self._d_hidden, self._d_rows):
+            if partial is not None:
+                all_reduce(partial, group)
         return self._d_hidden, self._d_weight, self._d_bias, self._d_rows
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Forward computes the gradients as well; backward only hands them on."""
+    """Forward computes the gradients as well; backward only returns them."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        rows: torch.Tensor | None,
+        _weight: torch.Tensor,  # with bias and rows, those of `head`: arguments, so that autograd asks for their gradients
+        _bias: torch.Tensor | None,
+        _rows: torch.Tensor | None,
         head: HeadWeights,
         rule: LogitRule,
         targets: Targets,
@@ -213,27 +200,28 @@ class _ChunkedLoss(torch.autograd.Function):
         with_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = [with_gradient and need for need in ctx.needs_input_grad[:4]]
-        gradients = _Gradients(wanted, hidden, weight, bias, rows, head)
+        gradients = _Gradients(wanted, hidden, head)
         group = None if head.vocabulary is None else head.vocabulary.group
         count = hidden.shape[0]
         losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
-        size = max(1, LOGITS_ENTRIES // weight.shape[0])
+        size = max(1, LOGITS_ENTRIES // head.weight.shape[0])
         for start in range(0, count, size):
-            some = slice(start, min(start + size, count))
-            logits, slope = gradients.logits(some, rule)
-            log_p, label, here = _log_softmax(logits.float(), targets.label[some], head.vocabulary)
+            chunk = slice(start, min(start + size, count))
+            logits = head.logits(hidden[chunk])
+            slope = _apply_rule(logits, rule)
+            log_p, label, here = _log_softmax(logits.float(), targets.label[chunk], head.vocabulary)
             del logits
-            losses[some] = -all_reduce(torch.where(here, log_p.gather(1, label[:, None]).squeeze(1), 0.0), group)
+            losses[chunk] = -all_reduce(torch.where(here, log_p.gather(1, label[:, None]).squeeze(1), 0.0), group)
             if not any(wanted):
                 continue
             # d loss / d logits = softmax - one-hot
             d_logits = log_p.exp_()
             d_logits.scatter_add_(1, label[:, None], -here[:, None].to(d_logits.dtype))
-            d_logits *= (targets.weight[some, None] * (gradient_scale * rule.scale)).to(d_logits.dtype)
+            d_logits *= (targets.weight[chunk, None] * (gradient_scale * rule.scale)).to(d_logits.dtype)
             if slope is not None:
                 d_logits *= slope
-            gradients.add(some, d_logits.to(hidden.dtype))
-        ctx.gradients, ctx.gradient_scale = gradients.summed(group), gradient_scale
+            gradients.add(chunk, d_logits.to(hidden.dtype))
+        ctx.gradients, ctx.gradient_scale = gradients.reduced(group), gradient_scale
         ctx.mark_non_differentiable(losses)
         return (losses * targets.weight).sum(), losses
 
@@ -248,9 +236,9 @@ class _ChunkedLoss(torch.autograd.Function):
 def _log_softmax(
     logits: torch.Tensor, label: torch.Tensor, vocabulary: Vocabulary | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log-probabilities of this rank's columns, label's column here, whether it is here), over the columns of all ranks.
+    """Log-probabilities over the vocabulary of all ranks: (those of this rank's columns, the label's column, if it is here).
 
-    Columns of padding rows get -inf: they are no part of the distribution.
+    Columns of padding rows get -inf: they are not tokens.
     """
     if vocabulary is None:
         return torch.log_softmax(logits, dim=1), label, torch.ones_like(label, dtype=torch.bool)
