@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -28,6 +29,12 @@ _EXIT_STATUS = """exit status:
   1  failed; starting again would not help
   2  what was given is wrong: recipe, file, option
   75 saved and stopped, or lost a peer: start the same command again"""
+
+_PEER_IS_LOST = re.compile(
+    r"connection (closed by peer|reset by peer|refused)|broken pipe|timed out|timeout|remote process exited|likely closed|"
+    r"recvbytes failed",
+    re.IGNORECASE,
+)
 
 
 def _example(*lines: str) -> str:
@@ -131,7 +138,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.until and not recipe.curriculum.stage(arguments.until).enabled:
         raise ConfigError(f"--until {arguments.until}: the recipe leaves this stage out (curriculum.{arguments.until})")
     if (state := finished_state(recipe)) is not None:
-        if _is_first():
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             say(f"{recipe.folder}: finished after {state.step} steps ({state.samples} samples); nothing to do")
         return EXIT_DONE
     requirements, data = prepare_run(recipe)
@@ -166,10 +173,6 @@ def _data(arguments: argparse.Namespace) -> int:
 # ---- the way out -------------------------------------------------------------------------------------------
 
 
-def _is_first() -> bool:
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-
-
 def _monitor() -> LivenessMonitor | None:
     """The liveness monitor of this process, if it is one of several ranks."""
     module = sys.modules.get("rim_dist.parallel.liveness")
@@ -178,19 +181,7 @@ def _monitor() -> LivenessMonitor | None:
 
 def _lost_a_peer(error: BaseException) -> bool:
     """Whether an error says that another rank went away (gloo and NCCL word it differently)."""
-    text = str(error).lower()
-    signs = (
-        "connection closed by peer",
-        "connection reset by peer",
-        "connection refused",
-        "broken pipe",
-        "timed out",
-        "timeout",
-        "remote process exited",
-        "likely closed",
-        "recvbytes failed",
-    )
-    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+    return isinstance(error, RuntimeError) and _PEER_IS_LOST.search(str(error)) is not None
 
 
 def _peer_failure(error: BaseException) -> PeerLost | None:

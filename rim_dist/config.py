@@ -183,9 +183,8 @@ class DataSection(Section):
             raise ValueError(f"source {self.source} needs path")
         if self.source == "hub" and self.id is None:
             raise ValueError("source hub needs id")
-        for name, value in (("step_format", self.step_format), ("answer_format", self.answer_format)):
-            field = "{step}" if name == "step_format" else "{answer}"
-            if field not in value:
+        for name, field in (("step_format", "{step}"), ("answer_format", "{answer}")):
+            if field not in (value := getattr(self, name)):
                 raise ValueError(f"{name} {value!r} must contain {field}")
         return self
 
@@ -199,7 +198,7 @@ class StageSection(Section):
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="Learning rate after warm-up: constant, or down to 0 by a cosine or a line."
     )
-    warmup_fraction: float = Field(0.04, ge=0, lt=1, description="Share of the stage's steps in which the rate rises linearly.")
+    warmup_fraction: float = Field(0.04, ge=0, lt=1, description="Fraction of the stage's steps in which the rate rises.")
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Every dropout of the model (attention, residual, embedding, LoRA) in this stage."
     )
@@ -229,7 +228,7 @@ class Stage1Section(StageSection):
     )
     weights: Literal["relative", "absolute", "constant"] = Field(
         "relative",
-        description="lambda of the t-th of T targets at share u of the stage: `relative` max(0, 1 - u T / t), `absolute` "
+        description="lambda of the t-th of T targets at fraction u of the stage: `relative` max(0, 1 - u T / t), `absolute` "
         "max(0, 1 - u max_steps / t), `constant` 1. The answer always weighs 1. The paper does not settle this.",
     )
 
@@ -263,15 +262,20 @@ class CurriculumSection(Section):
 class CoconutSection(Section):
     """Method `coconut` (docs/baselines.md): how the chain gives way to continuous thoughts in the course of stage 1."""
 
-    c_thought: StrictInt = Field(2, ge=1, description="Continuous thoughts for each step they stand for.")
+    c_thought: StrictInt = Field(2, ge=1, description="Continuous thoughts for each step they replace.")
     max_latent_stage: StrictInt = Field(
-        3, ge=1, description="L: most steps that thoughts stand for; stage 1 passes through the latent stages 0 .. L."
+        3, ge=1, description="L: most steps that thoughts replace; stage 1 runs the latent stages 0 .. L."
     )
     epochs_per_stage: float | None = Field(
-        None, gt=0, description="Passes over the data of each latent stage; the last one has what is left. Null: equal parts."
+        None,
+        gt=0,
+        description="Passes over the data of each latent stage; the last one takes the rest. Null: stages of equal length.",
     )
     uniform_prob: float = Field(
-        0.0, ge=0, le=1, description="Mixed-stage data: share of the samples whose latent stage is drawn from 0 .. their steps."
+        0.0,
+        ge=0,
+        le=1,
+        description="Mixed-stage data: fraction of the samples whose latent stage is drawn from 0 .. their steps.",
     )
     reset_optimizer: StrictBool = Field(True, description="Every latent stage begins with a new optimizer.")
 
@@ -306,15 +310,15 @@ class ParallelSection(Section):
     tensor: StrictInt = Field(
         1,
         ge=1,
-        description="Tensor parallel degree: ranks that share every layer's matrices. Must divide the attention and key/value "
+        description="Tensor parallel degree: ranks that split every layer's matrices. Must divide the attention and key/value "
         "heads; best within a node.",
     )
     sequence: StrictInt = Field(
-        1, ge=1, description="Sequence parallel degree: ranks that share a packed row, memory blocks included."
+        1, ge=1, description="Sequence parallel degree: ranks that split a packed row, memory blocks included."
     )
     sequence_mode: Literal["auto", "ulysses", "allgather_kv"] = Field(
         "auto",
-        description="How ranks share a row's attention: `ulysses` exchanges heads for tokens (heads must divide), "
+        description="How the ranks compute a row's attention: `ulysses` exchanges heads for tokens (heads must divide), "
         "`allgather_kv` gathers keys and values (any number of heads); `auto` is `ulysses` where it can be.",
     )
     deepspeed_config: str | None = Field(
@@ -397,7 +401,7 @@ class Recipe(Section):
     """A complete run."""
 
     method: str = Field("rim", description="What is trained: a file of `rim_dist/methods` (docs/baselines.md).")
-    run: RunSection = Field(default_factory=RunSection, description="Name and place.")
+    run: RunSection = Field(default_factory=RunSection, description="Name and folder.")
     model: ModelSection = Field(description="The model.")
     memory: MemorySection = Field(default_factory=MemorySection, description="The memory blocks.")
     data: DataSection = Field(default_factory=DataSection, description="The data.")

@@ -6,6 +6,6 @@ import sys
 
 
 def say(text: str) -> None:
-    """One whole line on stderr, in one write: ranks share it, and `print` writes an unbuffered line's end on its own."""
+    """Write a line to stderr in one call. `print` writes an unbuffered line's end separately, so lines of ranks could mix."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()

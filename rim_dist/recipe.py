@@ -1,4 +1,4 @@
-"""Reading a recipe: YAML, overrides, validation, messages, and recipes that earlier versions wrote.
+"""Reading a recipe: YAML, overrides, validation, messages, and recipes written by earlier versions.
 
 A recipe is a YAML file with the sections of `rim_dist.config`; `section.key=value` on the command line overrides a field.
 Validation is pure: it opens no process group and writes no file.
@@ -7,7 +7,7 @@ Validation is pure: it opens no process group and writes no file.
 from __future__ import annotations
 
 import difflib
-import types
+import inspect
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,11 +21,11 @@ from rim_dist.data.formats import format_names, format_of
 from rim_dist.errors import ConfigError
 from rim_dist.methods import method_names, method_of
 
-# Version of the recipes that rim_dist itself writes, into runs, checkpoints and exports (`format`).
+# `format` of the recipes that rim_dist itself writes, into runs, checkpoints and exports.
 FORMAT = 2
 
 
-# Fields that name a file of a room, or one of the words before them.
+# Fields whose values are the names of files in a folder of rim_dist, besides some fixed ones.
 CHOICES: dict[str, Callable[[], list[str]]] = {
     "method": method_names,
     "data.source": lambda: ["synthetic", "hub", *format_names()],
@@ -40,19 +40,14 @@ def _walks_of_rooms(tree: dict[str, Any]) -> None:
         tree["data"] = {**data, "synthetic": {"step_text": "room", **(data.get("synthetic") or {})}}
 
 
-# What makes a written recipe of format N one of format N + 1, for every N below FORMAT.
+# By N below FORMAT: changes a written recipe of format N to format N + 1.
 _MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {1: _walks_of_rooms}
 
 
 def nested_section(annotation: Any) -> type[Section] | None:
-    """The section class behind a field's annotation (also inside an optional), or None."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        for option in typing.get_args(annotation):
-            if (section := nested_section(option)) is not None:
-                return section
-    return None
+    """The section class in a field's annotation, which may be optional. None if there is none."""
+    options = (annotation, *typing.get_args(annotation))
+    return next((option for option in options if inspect.isclass(option) and issubclass(option, Section)), None)
 
 
 def field_names(section: type[Section] = Recipe, prefix: str = "") -> list[str]:
@@ -60,8 +55,7 @@ def field_names(section: type[Section] = Recipe, prefix: str = "") -> list[str]:
     names = []
     for name, field in section.model_fields.items():
         names.append(prefix + name)
-        nested = nested_section(field.annotation)
-        if nested is not None:
+        if (nested := nested_section(field.annotation)) is not None:
             names.extend(field_names(nested, f"{prefix}{name}."))
     return names
 
@@ -72,10 +66,9 @@ def _nearest(path: str) -> str:
     parent, _, leaf = path.rpartition(".")
     siblings = [n for n in names if n.rpartition(".")[0] == parent]
     match = difflib.get_close_matches(path, siblings, n=1, cutoff=0.6)
-    if not match:
-        match = [n for n in names if n.rpartition(".")[2] == leaf][:1] or difflib.get_close_matches(
-            path, names, n=1, cutoff=0.4
-        )
+    match = (
+        match or [n for n in names if n.rpartition(".")[2] == leaf] or difflib.get_close_matches(path, names, n=1, cutoff=0.4)
+    )
     if match:
         return f"; did you mean {match[0]}?"
     return f"; known here: {', '.join(siblings)}" if siblings else ""
@@ -106,17 +99,15 @@ def _assign(tree: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
-        child = node.get(parent)
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
+        node[parent] = {} if node.get(parent) is None else node[parent]
+        if not isinstance(node[parent], dict):
             raise ConfigError(f"{key}: {parent} is not a section")
-        node = child
+        node = node[parent]
     node[leaf] = value
 
 
 def _upgraded(tree: dict[str, Any], origin: str, written: bool) -> dict[str, Any]:
-    """The recipe in today's format, without its version."""
+    """The recipe in the current format, without its `format`."""
     tree = dict(tree)
     version = tree.pop("format", 1 if written else FORMAT)
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -133,30 +124,27 @@ def _upgraded(tree: dict[str, Any], origin: str, written: bool) -> dict[str, Any
 def validate_recipe(tree: Any, origin: str, written: bool = False) -> Recipe:
     """Check a parsed recipe. `origin` names it in messages. Raises ConfigError, a line per wrong field.
 
-    `written`: by rim_dist itself (`dump_recipe`), which did not always say in which format; a user's recipe without
-    `format` is in today's.
+    `written`: by rim_dist itself (`dump_recipe`), whose first recipes had no `format`. A user's recipe without it is in the
+    current format.
     """
     if not isinstance(tree, dict):
         raise ConfigError(f"{origin}: a recipe is a mapping of sections, not {type(tree).__name__}")
     tree = _upgraded(tree, origin, written)
     lines = _wrong_choices(tree)
-    recipe = None
     try:
         recipe = Recipe.model_validate(tree)
+        if not lines:
+            _check_choices(recipe)
+            return recipe
     except ValidationError as error:
         lines |= {_describe(e) for e in error.errors()}
-    if recipe is not None and not lines:
-        try:
-            _check_choices(recipe)
-        except ValueError as error:
-            lines.add(str(error))
-    if recipe is None or lines:
-        raise ConfigError("\n".join(f"{origin}: {line}" for line in sorted(lines)))
-    return recipe
+    except ValueError as error:  # of _check_choices
+        lines = {str(error)}
+    raise ConfigError("\n".join(f"{origin}: {line}" for line in sorted(lines)))
 
 
 def _wrong_choices(tree: dict[str, Any]) -> set[str]:
-    """A line for each name in a recipe that none of the files of its room has."""
+    """A line for each field of CHOICES with an unknown value."""
     lines = set()
     for field, names in CHOICES.items():
         *parents, leaf = field.split(".")
@@ -170,7 +158,7 @@ def _wrong_choices(tree: dict[str, Any]) -> set[str]:
 
 
 def _check_choices(recipe: Recipe) -> None:
-    """Raise ValueError if the recipe is not one for its method or its format."""
+    """Raise ValueError if the recipe does not fit its method or its data format."""
     method_of(recipe).check()
     source = recipe.data.source
     if recipe.data.streaming and source != "hub" and (source == "synthetic" or not format_of(source).streams):

@@ -1,22 +1,23 @@
-"""Memory blocks as real vocabulary rows: tokens, embedding rows and the chat template that appends them."""
+"""The tokens of memory blocks, which are rows of the vocabulary, and the chat template that appends the blocks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rim_dist.config import MemorySection
 from rim_dist.errors import ModelError
 
-# What the template of a RiM model ends with. A model that starts from a RiM export already has one; it is replaced.
+# The end of a RiM model's template. The one of a model that starts from a RiM export is replaced.
 _BLOCKS = (
     "{% if add_generation_prompt %}{% for _ in range(rim_blocks if rim_blocks is defined else {K}) %}"
     "{{ '{BLOCK}' }}{% endfor %}{% endif %}"
 )
 _BLOCKS_START = _BLOCKS.partition("{K}")[0]
 
-# For models without a chat template: the messages as they are, a line each. BOS comes once, from the template.
+# For models without a chat template: the messages as they are, a line each. The template adds BOS once.
 _MINIMAL_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
@@ -25,7 +26,7 @@ _MINIMAL_TEMPLATE = (
 
 @dataclass(frozen=True)
 class MemoryTokens:
-    """Ids of the memory tokens, and how many of them were not in the tokenizer before."""
+    """Ids of the memory tokens. `added`: those that were not in the tokenizer before."""
 
     begin: int
     memory: int
@@ -49,14 +50,14 @@ def block_text(memory: MemorySection) -> str:
 
 
 def add_memory_tokens(tokenizer: PreTrainedTokenizerBase, memory: MemorySection) -> MemoryTokens:
-    """Give the tokenizer the memory tokens (reusing those it has) and return their ids.
+    """Add the memory tokens to the tokenizer (those it has are reused) and return their ids.
 
     Raises ModelError if a reused name is not one token of its own.
     """
     names = [memory.begin_token, memory.memory_token, memory.end_token]
     vocabulary = tokenizer.get_vocab()
     missing = [name for name in names if name not in vocabulary]
-    # Also for reused names: it makes sure that their text is always split off as one token.
+    # Also for reused names, so that their text is always one token.
     tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
     ids = tokenizer.convert_tokens_to_ids(names)
     encoded = tokenizer(block_text(memory), add_special_tokens=False)["input_ids"]
@@ -74,9 +75,9 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, memory: MemorySection, blocks: int) -> None:
     """Make the chat template append `blocks` memory blocks after the last assistant header.
 
-    The number of blocks of one request can be set with the template argument `rim_blocks`; training renders with 0. Nothing
-    is appended without a generation prompt. With `blocks` 0 the template is the model's own. What an earlier call appended,
-    also one in the run that the model comes from, is taken off first.
+    The template argument `rim_blocks` sets the number of blocks of one request; training renders with 0. Nothing is appended
+    without a generation prompt. With `blocks` 0 the template is the model's own. What an earlier call appended, also in an
+    earlier run, is removed first.
     """
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -86,20 +87,15 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, memory: MemorySection,
     template = template.partition(_BLOCKS_START)[0]
     if blocks:
         text = block_text(memory).replace("\\", "\\\\").replace("'", "\\'")
-        # Jinja drops one newline at the very end of a template; it must not come back by something following it.
+        # Jinja drops a newline at the end of a template. Text after it would bring it back.
         template = template.removesuffix("\n") + _BLOCKS.replace("{K}", str(blocks)).replace("{BLOCK}", text)
     tokenizer.chat_template = template
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, questions: list[str], blocks: int | None = None) -> list[list[int]]:
     """Token ids of the prompts of single-turn questions; `blocks` overrides the template's own number."""
-    extra = {} if blocks is None else {"rim_blocks": blocks}
-    texts = [
-        str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False, **extra
-            )
-        )
-        for question in questions
-    ]
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    if not questions:
+        return []
+    conversations = [[{"role": "user", "content": question}] for question in questions]
+    extra: dict[str, Any] = {} if blocks is None else {"rim_blocks": blocks}
+    return tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=False, **extra)

@@ -1,4 +1,4 @@
-"""What is inside peft's wrappers."""
+"""The modules inside peft's wrappers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ def bare_model(model: nn.Module) -> PreTrainedModel:
 
 
 def base_layer(module: nn.Module) -> Any:
-    """The layer inside peft's wrappers."""
+    """The layer inside peft's wrappers around it."""
     module = getattr(module, "token_adapter", module)
     return getattr(module, "base_layer", module)

@@ -1,4 +1,4 @@
-"""Building what is trained: this rank's slice of the model, with memory rows, adapters and the RiM attention."""
+"""Building this rank's slice of the model, with memory rows, adapters and the RiM attention."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import PreTrainedModel
 
@@ -26,10 +27,10 @@ from rim_dist.unwrap import bare_model
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a model's values come from: `source` (None: drawn), and how the memory rows start (`MemorySection.initialise`)."""
+    """Where a model's values come from."""
 
-    source: WeightSource | None
-    memory_rows: str
+    source: WeightSource | None  # None: drawn from the seed
+    memory_rows: str  # `MemorySection.initialise`
 
 
 def build_model(
@@ -39,10 +40,10 @@ def build_model(
     mesh: Mesh | None = None,
     partition: Callable[[list[torch.nn.Parameter]], None] | None = None,
 ) -> PreTrainedModel:
-    """The model with memory rows (and adapters), the RiM attention selected, all dropouts 0: this rank's slice of it.
+    """This rank's slice of the model, with memory rows and adapters, the RiM attention selected, and all dropouts 0.
 
-    From the seed and the weights alone: every rank gets what one process would. `partition`: spreads parameters over ranks
-    (ZeRO-3) while the model is built. fp32, or the run's precision if it is partitioned.
+    The values depend on seed and weights alone, not on the number of ranks. `partition`: shards parameters over ranks (ZeRO-3)
+    while the model is built. The model is fp32, or of the run's precision if it is partitioned.
     """
     mesh = mesh or Mesh.alone()
     section = recipe.model
@@ -56,7 +57,8 @@ def build_model(
     reads = partition is None or mesh.shard == 0
     fill(model, weights.source, memory, reads, partition, dtype)
     if partition is not None and mesh.degrees.shards > 1:
-        broadcast_buffers(model, functools.partial(_send_from_first, mesh=mesh))
+        first = mesh.degrees.rank_of(Coordinates(0, 0, mesh.coordinates.tensor))
+        broadcast_buffers(model, functools.partial(dist.broadcast, src=first, group=mesh.shard_group))
     model.train()
     set_dropout(model, 0.0)
     sum_shared_gradients(model)
@@ -70,20 +72,15 @@ def build_model(
     return model
 
 
-def _send_from_first(tensor: torch.Tensor, mesh: Mesh) -> None:
-    first = mesh.degrees.rank_of(Coordinates(0, 0, mesh.coordinates.tensor))
-    torch.distributed.broadcast(tensor, first, group=mesh.shard_group)
-
-
 def recompute_layers(model: PreTrainedModel, offload: bool) -> None:
-    """Activation checkpointing: keep each layer's input only (`offload`: in CPU memory) and run the layer again in backward."""
+    """Activation checkpointing: keep only each layer's input (`offload`: in CPU memory), recompute the layer in backward."""
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if offload:
         model._set_gradient_checkpointing(True, _offloaded_checkpoint)
 
 
 def _offloaded_checkpoint(layer: Any, hidden: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
-    """Recompute a layer in the backward pass from its input, which waits in CPU memory until then."""
+    """Recompute a layer in the backward pass from its input, which is kept in CPU memory until then."""
     device = hidden.device
 
     def run(kept: torch.Tensor) -> Any:
@@ -93,7 +90,7 @@ def _offloaded_checkpoint(layer: Any, hidden: torch.Tensor, *arguments: Any, **k
 
 
 def set_dropout(model: torch.nn.Module, probability: float) -> None:
-    """Set every dropout of a model: nn.Dropout modules and attention dropouts kept as numbers."""
+    """Set every dropout of a model: `nn.Dropout` modules, and attention dropouts, which are attributes."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = probability

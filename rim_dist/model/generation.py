@@ -15,9 +15,9 @@ from rim_dist.tokens import prompt_ids
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are generated: at most `max_new_tokens`, up to the end-of-text token or the first of the `stop` texts.
+    """How answers are generated: at most `max_new_tokens`, until the end-of-text token or the first of the `stop` texts.
 
-    `batch` prompts run together. `synced_ranks`: every rank runs as many steps as the slowest (ZeRO-3 gathers).
+    `batch` prompts run together. `synced_ranks`: all ranks run equally many steps (ZeRO-3 gathers weights in each).
     """
 
     max_new_tokens: int
@@ -28,7 +28,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Answers drawn at random instead of greedily: so many a prompt, from the whole distribution at a temperature."""
+    """Sampling instead of greedy decoding: `answers` per prompt, from the whole distribution at a temperature."""
 
     answers: int
     temperature: float = 1.0
@@ -36,13 +36,13 @@ class Sampling:
 
 
 def stopped(tokenizer: PreTrainedTokenizerBase, answers: torch.Tensor, stop: Sequence[str]) -> torch.Tensor:
-    """Which of the answers (token ids `[answers, tokens]`) have one of the stop texts in them."""
+    """Whether each answer (token ids `[answers, tokens]`) contains one of the stop texts."""
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return torch.tensor([any(s in text for s in stop) for text in texts], device=answers.device)
 
 
 class _StopTexts(StoppingCriteria):
-    """transformers' own stop strings fail on tokenizers whose first word is not written as the others."""
+    """transformers' own `stop_strings` fail on tokenizers that decode a first word differently."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt: int) -> None:
         self._tokenizer, self._stop, self._prompt = tokenizer, stop, prompt
@@ -52,7 +52,7 @@ class _StopTexts(StoppingCriteria):
 
 
 def padding_note(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What to tell a user whose tokenizer has no pad token; empty if it has one."""
+    """A note to the user if the tokenizer has no pad token; empty if it has one."""
     if tokenizer.pad_token_id is not None:
         return ""
     return f"note: the tokenizer has no pad token; generation pads with {tokenizer.eos_token!r}, masked"
@@ -63,14 +63,9 @@ def generation_config(
 ) -> GenerationConfig:
     """Decoding to the end-of-text token; a tokenizer without a pad token pads with end-of-text, masked."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    how: dict[str, Any] = {"do_sample": False}
+    how: dict[str, Any] = {"do_sample": sampling is not None}
     if sampling is not None:
-        how = {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_k": 0,
-            "num_return_sequences": sampling.answers,
-        }
+        how |= {"temperature": sampling.temperature, "top_k": 0, "num_return_sequences": sampling.answers}
     return GenerationConfig(
         **how,
         max_new_tokens=max_new_tokens,
@@ -104,19 +99,19 @@ def generate_ids(
 ) -> list[list[int]]:
     """New token ids of each prompt, without the end-of-text token. Prompts are padded on the left and masked.
 
-    With `sampling` its answers to a prompt stand side by side, drawn from its seed alone. An answer ends at the model's last
-    position. `watch` is called after every token. Raises DataError if a prompt itself does not fit.
+    With `sampling` the answers to a prompt follow each other; they depend on its seed alone. Answers end at the model's last
+    position. `watch` is called after every token. Raises DataError if a prompt does not fit the model.
     """
     positions = model_positions(model.config)
     check_prompts(prompts, positions)
     device = next(model.parameters()).device
     answers: list[list[int]] = []
     for start in range(0, len(prompts), decoding.batch):
-        part = prompts[start : start + decoding.batch]
-        length = max(map(len, part))
+        batch = prompts[start : start + decoding.batch]
+        length = max(map(len, batch))
         config = generation_config(tokenizer, min(decoding.max_new_tokens, positions - length), sampling)
-        ids = torch.tensor([[config.pad_token_id] * (length - len(p)) + list(p) for p in part], device=device)
-        mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in part], device=device)
+        ids = torch.tensor([[config.pad_token_id] * (length - len(p)) + list(p) for p in batch], device=device)
+        mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in batch], device=device)
         criteria: list[StoppingCriteria] = [watch] if watch is not None else []
         if decoding.stop:
             criteria.append(_StopTexts(tokenizer, decoding.stop, length))
@@ -144,7 +139,7 @@ def answer_questions(
 
 
 def answer_texts(tokenizer: PreTrainedTokenizerBase, answers: list[list[int]], decoding: Decoding) -> list[str]:
-    """Answers as text, cut before the first of the stop texts (the token that completed it may say more)."""
+    """Answers as text, cut before the first stop text (the token that completes it may contain more)."""
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     for stop in decoding.stop:
         texts = [text.partition(stop)[0] for text in texts]

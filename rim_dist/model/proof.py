@@ -1,9 +1,10 @@
-"""Proof on a tiny model that a family honours the RiM visibility, before anything large is built."""
+"""A check, on a tiny model of the family, that its attention computes the RiM mask; before anything large is built."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ModelError
 from rim_dist.objective.forward import install_readout_loss, run_batch
 
+_TOLERANCE = 1e-3
 _HEAD_DIM = 8
 _TINY = {
     "num_hidden_layers": 2,
@@ -30,9 +32,9 @@ _TINY = {
 
 
 def tiny_config(config: PretrainedConfig, tensor: int = 1, sequence: int = 1) -> PretrainedConfig:
-    """The same family with the smallest sizes: fields that the config has are set, the others stay.
+    """The same family with the smallest sizes. Only fields that the config has are set.
 
-    `tensor`, `sequence`: degrees that the heads must divide by; a vocabulary that is split is odd, so that it needs padding.
+    `tensor`, `sequence`: degrees that the heads must divide by. A vocabulary that is split is odd, so that it needs padding.
     """
     small = copy.deepcopy(config)
     heads = int(getattr(config, "num_attention_heads", 4))
@@ -63,20 +65,26 @@ def tiny_config(config: PretrainedConfig, tensor: int = 1, sequence: int = 1) ->
     return small
 
 
-def tiny_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model of a `tiny_config`, the same in every process. Raises ModelError if the family has none so small."""
+@contextlib.contextmanager
+def _family_errors(config: PretrainedConfig, meaning: str) -> Iterator[None]:
+    """Raise errors as ModelErrors that name the family and what the error means."""
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).float().eval()
+        yield
+    except ModelError as error:
+        raise ModelError(f"model family {config.model_type}: {error}") from None
     except Exception as error:
-        raise ModelError(
-            f"model family {config.model_type}: no small copy could be built to prove the RiM mask ({error})"
-        ) from error
+        raise ModelError(f"model family {config.model_type}: {meaning} ({error})") from error
+
+
+def tiny_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of a `tiny_config`, the same in every process. Raises ModelError if it cannot be built."""
+    with _family_errors(config, "no small copy could be built to prove the RiM mask"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).float().eval()
 
 
 def tiny_row() -> tuple[Row, list[int]]:
-    """A row with two readouts for a tiny model, and the tokens of its memory blocks."""
+    """A row with two readouts for a tiny model, and the tokens of a memory block."""
     generator = torch.Generator().manual_seed(0)
     question = torch.randint(0, 64, (5,), generator=generator).tolist()
     block = [60, 61, 61, 62]
@@ -90,84 +98,71 @@ def prove_family(config: PretrainedConfig, trust_remote_code: bool = False) -> f
     Raises ModelError, with the family's name and the reason, if the attention of any layer was not called with
     the layout, if the two differ by more than fp32 rounding explains, or if the readout loss is not that of the logits.
     """
-    family = config.model_type
     model = tiny_model(tiny_config(config), trust_remote_code)
     row, block = tiny_row()
     batch = pack([row], block)
-    try:
+    with _family_errors(config, "its attention cannot take the RiM mask"), torch.no_grad():
         use_rim_attention(model, "split")
-        with torch.no_grad():
-            packed = model(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, rim_layout=batch.layout, use_cache=False
-            ).logits[0]
-            install_readout_loss(model)
-            _, losses = run_batch(model, batch)
-    except ModelError as error:
-        raise ModelError(f"model family {family}: {error}") from None
-    except Exception as error:
-        raise ModelError(f"model family {family}: its attention cannot take the RiM mask ({error})") from error
-    seen = batch.layout.attended
-    if len(seen) < model.config.num_hidden_layers:
-        raise ModelError(
-            f"model family {family}: {len(seen)} of {model.config.num_hidden_layers} layers use an attention that can "
-            "take the RiM mask; the family is not supported"
-        )
-    packed = packed[batch.targets.column]
-    wanted = F.cross_entropy(packed, batch.targets.label, reduction="none")
-    if not float((losses - wanted).abs().max()) < 1e-3:
-        raise ModelError(
-            f"model family {family}: its forward does something to the logits that the readout loss does not know of; the "
-            "family is not supported"
-        )
+        output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, rim_layout=batch.layout, use_cache=False)
+        packed = output.logits[0, batch.targets.column]
+        install_readout_loss(model)
+        _, losses = run_batch(model, batch)
+    wrong = ""
+    if (seen := len(batch.layout.attended)) < (layers := model.config.num_hidden_layers):
+        wrong = f"{seen} of {layers} layers use an attention that can take the RiM mask"
+    elif not float((losses - F.cross_entropy(packed, batch.targets.label, reduction="none")).abs().max()) < _TOLERANCE:
+        wrong = "its forward does something to the logits that the readout loss does not know of"
+    elif (
+        not (worst := _largest_difference(model, row, block, packed.split([len(r.target) for r in row.readouts]))) < _TOLERANCE
+    ):
+        wrong = f"a packed row differs from its unrolled runs (largest logit difference {worst:.1e})"
+    if wrong:
+        raise ModelError(f"model family {config.model_type}: {wrong}; the family is not supported")
+    return worst
+
+
+def _largest_difference(model: PreTrainedModel, row: Row, block: list[int], packed: Sequence[torch.Tensor]) -> float:
+    """Largest difference of each readout's logits from a plain causal run, relative to the largest logit if above 1."""
     use_plain_attention(model)
     worst = 0.0
-    for readout in row.readouts:
+    for readout, own in zip(row.readouts, packed, strict=True):
         plain = list(row.question) + block * readout.block + list(readout.target[:-1])
         with torch.no_grad():
             expected = model(input_ids=torch.tensor([plain]), use_cache=False).logits[0, -len(readout.target) :]
-        own = packed[batch.targets.block == readout.block]
         worst = max(worst, float((own - expected).abs().max() / expected.abs().max().clamp_min(1.0)))
-    if not worst < 1e-3:
-        raise ModelError(
-            f"model family {family}: a packed row differs from its unrolled runs (largest logit difference {worst:.1e}); "
-            "the family is not supported"
-        )
     return worst
 
 
 def prove_thoughts(config: PretrainedConfig, trust_remote_code: bool = False) -> float:
-    """Largest difference of a token loss between the passes of continuous thoughts and slow runs without a cache.
+    """Largest token loss difference, on a tiny model, between `thought_states` and plain runs without a cache.
 
-    On a tiny model of the family. Raises ModelError, with its name and the reason, if it cannot take hidden states as inputs.
+    Raises ModelError, with the family's name and the reason, if the family cannot take hidden states as inputs.
     """
-    family = config.model_type
     model = tiny_model(tiny_config(config), trust_remote_code)
     rows = [Row([5, 6, 7], 1, 4, (Readout(1, [8, 9], 1.0),), latent=True), Row([9], 1, 3, (Readout(1, [4], 1.0),), latent=True)]
     batch = pack(rows, [60, 61, 62], thoughts=2)
     install_readout_loss(model)
-    worst = 0.0
-    try:
-        with torch.no_grad():
-            use_rim_attention(model, "split")
-            _, losses = run_batch(model, batch)
-            use_plain_attention(model)
-            embed = model.get_input_embeddings()
-            for number, row in enumerate(rows[i] for i in batch.order):
-                states = embed(torch.tensor([[*row.question, 60]]))
-                for _ in range(row.thoughts):
-                    last = model.base_model(inputs_embeds=states, use_cache=False)[0][:, -1:]
-                    states = torch.cat([states, last], dim=1)
-                target = row.readouts[0].target
-                states = torch.cat([states, embed(torch.tensor([[62, *target[:-1]]]))], dim=1)
-                logits = model(inputs_embeds=states, use_cache=False).logits[0, -len(target) :]
-                wanted = F.cross_entropy(logits, torch.tensor(target), reduction="none")
-                own = losses[batch.layout.queries.segment[0, batch.targets.column] == number]
-                worst = max(worst, float((own - wanted).abs().max()))
-    except Exception as error:
-        raise ModelError(f"model family {family}: it cannot take hidden states as inputs ({error})") from error
-    if not worst < 1e-3:
+    with _family_errors(config, "it cannot take hidden states as inputs"), torch.no_grad():
+        use_rim_attention(model, "split")
+        _, losses = run_batch(model, batch)
+        use_plain_attention(model)
+        expected = torch.cat([_slow_losses(model, rows[i]) for i in batch.order])
+    if not (worst := float((losses - expected).abs().max())) < _TOLERANCE:
         raise ModelError(
-            f"model family {family}: hidden states fed back differ from plain runs (largest loss difference {worst:.1e}); "
-            "method coconut does not support the family"
+            f"model family {config.model_type}: hidden states fed back differ from plain runs (largest loss difference "
+            f"{worst:.1e}); method coconut does not support the family"
         )
     return worst
+
+
+def _slow_losses(model: PreTrainedModel, row: Row) -> torch.Tensor:
+    """Token losses of a latent row's readout: every thought is the end of a run over all that precedes it."""
+    embed = model.get_input_embeddings()
+    states = embed(torch.tensor([[*row.question, 60]]))
+    for _ in range(row.thoughts):
+        last = model.base_model(inputs_embeds=states, use_cache=False)[0][:, -1:]
+        states = torch.cat([states, last], dim=1)
+    target = row.readouts[0].target
+    states = torch.cat([states, embed(torch.tensor([[62, *target[:-1]]]))], dim=1)
+    logits = model(inputs_embeds=states, use_cache=False).logits[0, -len(target) :]
+    return F.cross_entropy(logits, torch.tensor(target), reduction="none")

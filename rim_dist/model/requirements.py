@@ -1,4 +1,4 @@
-"""Tokenizer, configuration and attention of a run, and everything refused before it costs anything; builds no weights."""
+"""Tokenizer, configuration and attention of a run, with all checks that need no weights."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from rim_dist.tokens import MemoryTokens, add_memory_tokens, set_chat_template
 
 @dataclass
 class Requirements:
-    """What a run needs before any weight exists: tokenizer, configuration, and what was chosen for them."""
+    """What a run needs before any weight exists."""
 
     tokenizer: PreTrainedTokenizerBase
     tokens: MemoryTokens
     config: PretrainedConfig
-    source: Path | str | None  # where weights come from; None: from scratch
-    checkpoint: Path | None  # a rim_dist checkpoint to take weights from, instead of an HF folder
+    source: Path | str | None  # see `Start`
+    checkpoint: Path | None
     attention: PathChoice
     sequence_mode: Mode  # how ranks of a sequence group share a row
 
@@ -64,9 +64,7 @@ def _scratch_config(recipe: Recipe, vocabulary: int) -> PretrainedConfig:
     fields = dict(recipe.model.config or {})
     model_type = fields.pop("model_type")
     try:
-        known = set(AutoConfig.for_model(model_type).to_dict())
-        unknown = sorted(set(fields) - known)
-        if unknown:
+        if unknown := sorted(set(fields) - set(AutoConfig.for_model(model_type).to_dict())):
             raise ConfigError(f"model.config: {model_type} has no field {', '.join(unknown)}")
         return AutoConfig.for_model(model_type, **{"vocab_size": vocabulary, **fields})
     except RimError:
@@ -87,10 +85,10 @@ class Start:
 
 
 def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
-    """Tokenizer and model configuration with all their checks; builds no weights.
+    """Load and check tokenizer and model configuration.
 
-    Raises ModelError or ConfigError: unknown model, no end-of-text token, a family that cannot take the RiM mask,
-    blocks beyond the model's positions.
+    Raises ModelError or ConfigError: unknown model, no end-of-text token, a family that cannot take the RiM mask, blocks beyond
+    the model's positions.
     """
     section = recipe.model
     source = start.source
@@ -116,7 +114,7 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
     if method.thoughts:
         prove_thoughts(config, section.trust_remote_code)
     if recipe.parallel.tensor > 1:
-        split_model(skeleton(recipe, config, tokens), TensorRank(0, recipe.parallel.tensor))  # refused here, if at all
+        split_model(skeleton(recipe, config, tokens), TensorRank(0, recipe.parallel.tensor))  # refuses what it cannot split
     return requirements
 
 
@@ -143,7 +141,7 @@ def _check_positions(method: Method, requirements: Requirements) -> None:
 
 
 def fetch_weights(recipe: Recipe, requirements: Requirements) -> None:
-    """Bring the model's weights onto this machine if they are on the hub; nothing to do for a folder or from scratch."""
+    """Download the model's weights if they are on the hub. Does nothing for a folder or a model from scratch."""
     if requirements.source is None or Path(requirements.source).exists():
         return
     from huggingface_hub import snapshot_download

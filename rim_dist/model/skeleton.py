@@ -1,4 +1,4 @@
-"""What a run trains, before it has values: the model on the meta device with its memory rows and adapters."""
+"""The model of a run without values: on the meta device, with its memory rows and adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def empty_module(recipe: Recipe, config: PretrainedConfig, tokens: MemoryTokens | None) -> Any:
-    """The model of a recipe without values, on the meta device; with its adapters if `tokens` are given and it has any."""
+    """The model of a recipe on the meta device. It gets the recipe's adapters if `tokens` are given."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(
             config, trust_remote_code=recipe.model.trust_remote_code, dtype=torch.float32
@@ -29,7 +29,7 @@ def empty_module(recipe: Recipe, config: PretrainedConfig, tokens: MemoryTokens 
 
 
 def skeleton(recipe: Recipe, config: PretrainedConfig, tokens: MemoryTokens) -> Any:
-    """What a run trains, with a row for each memory token, without values."""
+    """The trained module of a run on the meta device: with a row for each memory token, and with adapters."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, max(tokens.ids) + 1)
@@ -37,22 +37,22 @@ def skeleton(recipe: Recipe, config: PretrainedConfig, tokens: MemoryTokens) -> 
 
 
 def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: MemoryTokens) -> Any:
-    """Wrap the model with peft: adapters and the memory rows train, everything else is frozen."""
+    """Wrap the model with peft. Adapters and the memory rows are trained, everything else is frozen."""
     import peft
 
     lora = recipe.model.lora
     assert lora is not None
     modules = dict(model.named_modules())
     rows: dict[str, list[int]] = {}
-    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-        name = next(name for name, module in modules.items() if module is part).rpartition(".")[2]
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        name = next(name for name, module in modules.items() if module is layer).rpartition(".")[2]
         rows[name] = list(tokens.ids)
     if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         rows = dict([next(iter(rows.items()))])  # a tied head follows the embedding
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        # peft leaves out a dropout of 0 for good; the trainer sets the real value at each stage.
+        # peft builds no dropout module for 0. The trainer sets the real value at each stage.
         lora_dropout=max(recipe.curriculum.stage1.dropout, recipe.curriculum.stage2.dropout),
         target_modules=lora.target_modules,
         trainable_token_indices=rows,

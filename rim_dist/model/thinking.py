@@ -1,7 +1,7 @@
-"""Continuous thoughts before an answer: the model's own `generate`, with the passes that feed hidden states back before it.
+"""Continuous thoughts before an answer: the model's own `generate`, preceded by the passes that feed hidden states back.
 
-Everything that asks a model through `generate` (answers, latency, sampling) then gets answers after thoughts, and the time to
-the first token has the passes in it.
+Every caller of `generate` (answers, latency, sampling) then gets answers after thoughts, and its time to the first token
+includes the passes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from rim_dist.errors import DataError
+from rim_dist.model.generation import model_positions
 
 _PLAIN = "_rim_dist_plain_generate"
 
@@ -22,8 +23,8 @@ _PLAIN = "_rim_dist_plain_generate"
 def think_before_answers(model: PreTrainedModel, thoughts: int, markers: Sequence[int]) -> None:
     """Let `model.generate` run `thoughts` continuous thoughts between the prompt and what it generates.
 
-    `markers`: ids of the begin token, of the token that stands for a thought where ids are wanted, and of the end token. What
-    is returned is prompt and new tokens, as before.
+    `markers`: ids of the begin token, of a placeholder for a thought, and of the end token. `generate` still returns prompt and
+    new tokens.
     """
     begin, memory, end = markers
     extra = [begin, *[memory] * thoughts, end]
@@ -44,7 +45,7 @@ def think_before_answers(model: PreTrainedModel, thoughts: int, markers: Sequenc
         config = _fitting(model, generation_config, whole.shape[1])
         cache, last = thought_cache(model, whole, mask, thoughts)
         wanted = {name: keywords.get(name, getattr(config, name, None)) or 1 for name in ("num_return_sequences", "num_beams")}
-        if (copies := max(wanted.values())) > 1:  # generate copies the prompt so often, and nothing else
+        if (copies := max(wanted.values())) > 1:  # generate repeats the prompt itself, but not the cache
             cache.batch_repeat_interleave(copies)
             last = last.repeat_interleave(copies, dim=0)
         with _last_thought(model, last) if thoughts else contextlib.nullcontext():
@@ -58,9 +59,9 @@ def think_before_answers(model: PreTrainedModel, thoughts: int, markers: Sequenc
 
 def _fitting(model: PreTrainedModel, config: GenerationConfig | None, length: int) -> GenerationConfig | None:
     """The generation config with no more new tokens than positions after `length`. Raises DataError if none are left."""
-    room = (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - length
-    if room < 1:
-        raise DataError(f"a question with its continuous thoughts has {length} tokens; the model has {length + room} positions")
+    positions = model_positions(model.config)
+    if (room := positions - length) < 1:
+        raise DataError(f"a question with its continuous thoughts has {length} tokens; the model has {positions} positions")
     if config is None or config.max_new_tokens is None or config.max_new_tokens <= room:
         return config
     return GenerationConfig.from_dict({**config.to_dict(), "max_new_tokens": room})
@@ -68,7 +69,7 @@ def _fitting(model: PreTrainedModel, config: GenerationConfig | None, length: in
 
 @contextlib.contextmanager
 def _last_thought(model: PreTrainedModel, state: torch.Tensor) -> Iterator[None]:
-    """Within: the first pass, over the tokens of last thought and end, is fed `state` `[rows, 1, hidden]` for the thought."""
+    """In this context the first pass, over last thought and end token, takes `state` `[rows, 1, hidden]` for the thought."""
 
     def replace(_module: torch.nn.Module, _inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
         handle.remove()
@@ -84,16 +85,17 @@ def _last_thought(model: PreTrainedModel, state: torch.Tensor) -> Iterator[None]
 def thought_cache(
     model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, thoughts: int
 ) -> tuple[DynamicCache, torch.Tensor]:
-    """Keys and values of all before the last thought (it runs with the end token) and the state to feed it `[rows, 1, hidden]`.
+    """Keys and values of everything before the last thought, and the last thought's input `[rows, 1, hidden]`.
 
-    `ids`, `mask`: `[rows, prompt + begin + thoughts + end]`, padded left. Without thoughts: of all before the end token.
+    `ids`, `mask`: `[rows, prompt + begin + thoughts + end]`, padded left. Without thoughts: keys and values of everything
+    before the end token.
     """
     position = (mask.cumsum(dim=1) - 1).clamp_min(0)
     cache = DynamicCache()
 
     def run(start: int, stop: int, **inputs: Any) -> torch.Tensor:
-        places = {"attention_mask": mask[:, :stop], "position_ids": position[:, start:stop]}
-        return model.base_model(**inputs, **places, past_key_values=cache, use_cache=True)[0][:, -1:]
+        inputs |= {"attention_mask": mask[:, :stop], "position_ids": position[:, start:stop]}
+        return model.base_model(**inputs, past_key_values=cache, use_cache=True)[0][:, -1:]
 
     prompt = ids.shape[1] - thoughts - 1
     with torch.no_grad():
