@@ -68,15 +68,13 @@ def evaluation_samples(data: str, file_format: str, limit: int, columns: Columns
     if name == "synthetic":
         if seed and not seed.isdigit():
             raise DataError(f"{data}: the seed of synthetic is a whole number")
-        problems = SyntheticTask(1, steps).held_out(limit, int(seed or 0))
-        return [Sample(p.question, p.steps, p.answer, i) for i, p in enumerate(problems, 1)]
+        return list(SyntheticTask(1, steps).held_out(limit, int(seed or 0)))
     path = Path(data)
     file_format = recognise(path) if file_format == "auto" else file_format
     samples: list[Sample] = []
     for row in read_file(path, file_format, columns):
         if isinstance(row, BadSample):
-            detail = f" ({row.detail})" if row.detail else ""
-            raise DataError(f"{path}:{row.line}: {row.reason}{detail}")
+            raise DataError(f"{path}:{row.line}: {row.reason}{row.remark}")
         samples.append(row)
         if len(samples) == limit:
             break
