@@ -38,7 +38,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     **_COUNTS,
     "model": {"help": _MODEL},
     "data": {"help": "a file of questions, or synthetic[:SEED]"},
-    "--format": {"default": "auto", "choices": ["auto", *format_names()], "help": "format of the file (auto)"},
+    "--format": {"default": "auto", "help": "format of the file (auto)"},
     "--column": {
         "action": "append",
         "default": [],
@@ -55,7 +55,9 @@ _QUESTIONS = ("data", "--format", "--column", "--samples", "--batch", "--max-new
 def _add(sub: argparse.ArgumentParser, *names: str, **changed: Any) -> None:
     """Add arguments of `_OPTIONS` to a command; `changed`: what is different for this command."""
     for name in names:
-        sub.add_argument(name, **{**_OPTIONS[name], **changed})
+        argument = sub.add_argument(name, **{**_OPTIONS[name], **changed})
+        if name == "--format":
+            argument.choices = ["auto", *format_names()]  # the formats that are registered by now
 
 
 def add_evaluation_commands(command: Command) -> None:

@@ -32,7 +32,7 @@ def _each_block(blocks: int) -> list[tuple[str, Any]]:
 def _scatter(axes: Any, title: str, groups: Sequence[torch.Tensor], styles: Sequence[tuple[str, Any]]) -> None:
     """Groups of points `[points, 2]` with a label and a colour each, without ticks."""
     for points, (label, colour) in zip(groups, styles, strict=True):
-        axes.scatter(points[:, 0], points[:, 1], s=6, alpha=0.6, color=colour, label=label)
+        axes.scatter(*points.T.numpy(), s=6, alpha=0.6, color=colour, label=label)
     axes.set(title=title, xticks=[], yticks=[])
 
 
@@ -40,7 +40,7 @@ def _stacked(axes: Any, columns: Sequence[int], heights: torch.Tensor, styles: S
     """Bars of heights `[layers, columns]` on top of each other, with a label and a colour for each layer."""
     bottom = torch.zeros(len(columns))
     for layer, (label, colour) in zip(heights, styles, strict=True):
-        axes.bar(columns, layer, bottom=bottom, color=colour, label=label)
+        axes.bar(columns, layer.numpy(), bottom=bottom.numpy(), color=colour, label=label)
         bottom = bottom + layer
 
 
@@ -101,7 +101,7 @@ def draw_attention(mass: torch.Tensor, path: Path) -> None:
     """Attention mass on the question by layer and block, and on everything by block (`attention_mass`)."""
     layers, blocks, _ = mass.shape
     with _panels(path, 11, 4.2, 1, 2) as (figure, (by_layer, by_key)):
-        image = by_layer.imshow(mass[:, :, 0], aspect="auto", origin="lower", vmin=0, vmax=1, cmap="magma")
+        image = by_layer.imshow(mass[:, :, 0].numpy(), aspect="auto", origin="lower", vmin=0, vmax=1, cmap="magma")
         by_layer.set(title="attention mass on the question", xlabel="block", ylabel="layer")
         by_layer.set_xticks(range(blocks), [str(k) for k in range(1, blocks + 1)])
         by_layer.set_yticks(range(0, layers, max(1, layers // 8)))
