@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common import ROOT, publish, table
+from common import ROOT, publish
+
+from rim_dist.table import Table
 
 
 def demo_recipe(folder: str, steps: int) -> dict[str, Any]:
@@ -45,8 +47,8 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "rim_dist", "train", str(path)], check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
 
         from rim_dist.data.loader import BatchLoader, plan_stages
+        from rim_dist.metrics import read_metrics
         from rim_dist.recipe import load_recipe
-        from rim_dist.training.metrics import read_metrics
         from rim_dist.training.trainer import prepare_run
 
         recipe = load_recipe(path)
@@ -67,7 +69,7 @@ def main() -> None:
             figures[plan.name] = {"consumed": consumed, "pipeline": rate}
             lines.append([plan.name, f"{consumed:.0f}", f"{rate:.0f}", f"{rate / consumed:.1f}x"])
         first_step = metrics[0]["seconds"]
-    text = table(["stage", "trainer, samples/s", "pipeline, samples/s", "ratio"], lines)
+    text = Table(["stage", "trainer, samples/s", "pipeline, samples/s", "ratio"], lines).markdown()
     text += f"\nFrom the command to the engine's start {first:.1f} s, the first step {first_step:.2f} s more.\n"
     publish("data-pipeline", "Data pipeline of the demo on one core", text, figures, options.quick)
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import ROOT, SMOLLM2_135M, publish, real_rows, table
+from common import ROOT, SMOLLM2_135M, publish, real_rows
 
 from rim_dist.checkpoint.start import model_of, requirements_of
 from rim_dist.config import Recipe
@@ -32,6 +32,7 @@ from rim_dist.data.rows import Batch, pack
 from rim_dist.model.requirements import Requirements
 from rim_dist.objective.forward import run_batch
 from rim_dist.recipe import validate_recipe
+from rim_dist.table import Table
 
 FLOORS = {"fsdp": 1.05, "bare": 1.1}
 TOKENS = 2_048  # of an optimizer step, at least, over all ranks
@@ -201,7 +202,7 @@ def main() -> None:
         print(lines[-1], flush=True)
     layers = 4 if options.quick else SMOLLM2_135M["num_hidden_layers"]
     text = f"{layers} layers of SmolLM2-135M's shape, K = 8, M = 2, stage 2, fp32, medians in turns.\n\n"
-    text += table(["engine", "against", "tokens a step", "engine, s", "other, s", "ratio", "at most"], lines)
+    text += Table(["engine", "against", "tokens a step", "engine, s", "other, s", "ratio", "at most"], lines).markdown()
     publish("engine-overhead", "What the engine costs", text, figures, options.quick or bool(options.only))
 
 

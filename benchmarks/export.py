@@ -21,7 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, publish, table
+from common import ROOT, publish
+
+from rim_dist.table import Table
 
 SHARD_BYTES = 200 * 10**6
 RANKS = 2
@@ -257,7 +259,7 @@ def main() -> int:
             lines.append([row["model"], name, f"{seconds:.2f}", f"{row['speed_of_cp'][name]:.2f}", memory])
     repeats = 1 if arguments.quick else arguments.repeats
     text = f"ZeRO-3 checkpoints of 2 ranks, fp32, files of at most {SHARD_BYTES / 1e6:.0f} MB, medians of {repeats}.\n\n"
-    text += table(["model", "", "s", "of cp's speed", "peak above imports, MB"], lines)
+    text += Table(["model", "", "s", "of cp's speed", "peak above imports, MB"], lines).markdown()
     limits = ", ".join(f"{row['model']} {row['memory_limit_bytes'] / 1e6:.0f} MB" for row in rows)
     text += f"\n1.5 x the largest file + 100 MB: {limits}.\n"
     publish("export", "Export of a checkpoint", text, rows, arguments.quick)

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import VOCABULARIES, block_ids, llama, publish, real_rows, table
+from common import VOCABULARIES, block_ids, llama, publish, real_rows
 from step_time import SAMPLES, PaddedRows, padded_step, rim_step
 
 from rim_dist.data.samples import Readout, Row
 from rim_dist.objective.forward import install_readout_loss
+from rim_dist.table import Table
 
 GROWTH = [(4, 1024), (8, 1024), (16, 1024), (32, 1024), (64, 1024)]
 TINY = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -108,7 +109,7 @@ def main() -> None:
         figures["padded"][vocabulary] = {"rim": rim, "padded": padded}
         lines.append([vocabulary, f"{rim / 2**20:.0f}", f"{padded / 2**20:.0f}", f"{rim / padded:.2f}"])
     text = f"Stage 2, K = 8, M = 2, {SAMPLES} samples with GSM8K's lengths, {layers} layers of SmolLM2-135M, fp32.\n\n"
-    text += table(["vocabulary", "rim, MiB", "padded rows and full logits, MiB", "ratio"], lines)
+    text += Table(["vocabulary", "rim, MiB", "padded rows and full logits, MiB", "ratio"], lines).markdown()
     lines = []
     for checkpointing in (False, True):
         points = []
@@ -128,7 +129,7 @@ def main() -> None:
         figures.setdefault("fit", []).append({"bytes_per_token": float(fit[0]), "constant": float(fit[1]), "r2": left})
         lines.append(["linear fit", checkpointing, f"{fit[1] / 2**20:.0f} + {fit[0]:.0f} B a token", f"R2 {left:.4f}", ""])
     text += "\nOne sample, question of 80 tokens, M = 1,024, a 2-layer 64-wide model:\n\n"
-    text += table(["K x M", "checkpointing", "peak, MiB", "bytes a memory token", "seconds"], lines)
+    text += Table(["K x M", "checkpointing", "peak, MiB", "bytes a memory token", "seconds"], lines).markdown()
     publish("memory", "Memory of a step", text, figures, options.quick)
 
 

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import ROOT, block_ids, llama, publish, table
+from common import ROOT, block_ids, llama, publish
 from planner import Allocator
 
 from rim_dist.attention.registration import use_rim_attention
@@ -43,6 +43,7 @@ from rim_dist.data.samples import Readout, Row
 from rim_dist.objective.forward import install_readout_loss, run_batch
 from rim_dist.parallel.zero import shipped_config
 from rim_dist.recipe import validate_recipe
+from rim_dist.table import Table
 
 # Layers of Llama-3.2-1B at a quarter of their width.
 LAYERS = {
@@ -293,7 +294,7 @@ def main() -> None:
         f"One sample, K = {blocks}, M = {memory:,}, question of 80 tokens, {LAYERS['num_hidden_layers']} layers "
         f"{LAYERS['hidden_size']} wide ({heads}), fp32, split path; of the rank with the most.\n\n"
     )
-    text += table(["row shared by", "peak activations, MiB", "of SP1", "at most"], lines)
+    text += Table(["row shared by", "peak activations, MiB", "of SP1", "at most"], lines).markdown()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_model(folder / "model", MODEL_QUICK if options.quick else MODEL_135M)
@@ -314,9 +315,11 @@ def main() -> None:
                 more.append([name, *shown])
             print(lines[-1], shown, flush=True)
     text += "\nBytes of all tensors alive between steps, MiB, of the rank with the most:\n\n"
-    text += table(["", "MiB", "of one rank", "at most"], lines)
+    text += Table(["", "MiB", "of one rank", "at most"], lines).markdown()
     text += "\nPeak above the imports, MiB. The limit is what is alive + 3 x the largest module + the configured buckets.\n\n"
-    text += table(["", "built: alive", "peak", "limit", "after three steps: alive", "peak of tensors", "peak", "limit"], more)
+    text += Table(
+        ["", "built: alive", "peak", "limit", "after three steps: alive", "peak of tensors", "peak", "limit"], more
+    ).markdown()
     publish("parallel-memory", "Memory of a rank", text, figures, options.quick)
 
 

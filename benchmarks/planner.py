@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, SMOLLM2_135M, VOCABULARIES, publish, table
+from common import ROOT, SMOLLM2_135M, VOCABULARIES, publish
 
 from rim_dist.config import Recipe
 from rim_dist.parallel.degrees import choose_mode
@@ -33,6 +33,7 @@ from rim_dist.planning.memory import Buckets, MemoryEstimate, Setup, estimate
 from rim_dist.planning.shape import read_shape
 from rim_dist.planning.workload import Workload
 from rim_dist.recipe import validate_recipe
+from rim_dist.table import Table
 
 TINY = {
     "model_type": "llama",
@@ -355,7 +356,7 @@ def main() -> None:
     head += ["between, said / measured", "peak, said / measured", "fullest at", "resident, MiB"]
     text = f"{len(figures)} configurations; the prediction furthest off: {worst:.1%}."
     text += f" Measured at commit {page['commit']}.\n\n" if options.measured else "\n\n"
-    text += table(head, lines)
+    text += Table(head, lines).markdown()
     publish("planner", "The planner against measurements", text, figures, options.quick or bool(options.only))
 
 

@@ -30,7 +30,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, machine, publish, table
+from common import ROOT, machine, publish
+
+from rim_dist.table import Table
 
 TRY_AGAIN = 75
 LABELS = {
@@ -283,7 +285,7 @@ def stop(active: dict[str, subprocess.Popen[bytes]]) -> None:
 
 
 def read_result(plan: Plan, name: str) -> Result:
-    from rim_dist.training.metrics import read_metrics
+    from rim_dist.metrics import read_metrics
 
     lines = [line for line in read_metrics(plan.folder(name) / "metrics.jsonl") if line["kind"] == "train"]
     found = json.loads((plan.folder(name) / "report" / "evaluation.json").read_text(encoding="utf-8"))
@@ -403,7 +405,7 @@ def page(plan: Plan, methods: Sequence[str], seeds: Sequence[int], timing: dict[
             f"Times: medians over single questions, as multiples of the time to the first token after a plain prompt of as "
             f"many tokens as RiM's ({1000 * plain:.2f} ms). `answer begins`: the first token of the answer proper.\n"
         )
-    text += f"\n{table(head, rows)}"
+    text += f"\n{Table(head, rows).markdown()}"
     margins: dict[str, dict[str, list[float]]] = {}
     said: dict[str, dict[str, str]] = {}
     if "rim" in of:
@@ -416,7 +418,7 @@ def page(plan: Plan, methods: Sequence[str], seeds: Sequence[int], timing: dict[
                     said.setdefault(m, {})[kind] = percent(margins[m][kind], error, "+")
         lines = [[LABELS[m], *(kinds.get(k, "") for k in ("samples", "compute"))] for m, kinds in said.items()]
         text += "\nRiM ahead of it, in points, seed by seed:\n\n"
-        text += table(("method", "at equal samples", "at equal compute"), lines)
+        text += Table(("method", "at equal samples", "at equal compute"), lines).markdown()
         by_block = [statistics.fmean(values) for values in zip(*(r.per_block for r in of["rim"]), strict=True)]
         text += f"\nRiM after block {', '.join(f'{k}: {100 * a:.1f}' for k, a in enumerate(by_block, 1))} %.\n"
     commits = sorted({r.commit for r in results.values()})

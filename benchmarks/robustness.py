@@ -23,8 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import publish, results_stem, table
+from common import publish, results_stem
 from reproduce import LABELS, TRY_AGAIN, Plan, Run, Scale, run_all
+
+from rim_dist.table import Table
 
 CAPABILITIES = ("default", "avx2")
 WINDOW = 20  # optimizer steps of a mean
@@ -66,7 +68,7 @@ def step_curves(plan: Plan, name: str) -> dict[str, Any]:
     """A RiM run's stage 1 by block: first-token loss of its steps in means of WINDOW steps, and the share of them left."""
     kept = plan.figures / f"{name}.curves.json"
     if not kept.is_file():
-        from rim_dist.training.metrics import read_metrics
+        from rim_dist.metrics import read_metrics
 
         lines = [line for line in read_metrics(plan.folder(name) / "metrics.jsonl") if line["kind"] == "train"]
         lines = [line for line in lines if line["stage"] == "stage1"]
@@ -142,11 +144,11 @@ def page(plan: Plan, starts: Sequence[Start], methods: Sequence[str]) -> tuple[s
     text = (
         "Block columns: optimizer step of stage 1 at which the block took off / at which half of its steps had faded out.\n\n"
     )
-    text += table(head, rows) + "\n"
-    text += table(
+    text += Table(head, rows).markdown() + "\n"
+    text += Table(
         ("", "mean", "worst", "best"),
         [[name, *(f"{100 * f(v):.1f}" for f in (lambda v: sum(v) / len(v), min, max))] for name, v in summary.items()],
-    )
+    ).markdown()
     checks = {
         f"RiM at {100 * LEAST:.0f} % or more: all starts but one in twenty": sum(a < LEAST for a in rim) <= len(rim) // 20,
         f"RiM below {100 * FLOOR:.0f} %: no start": min(rim) >= FLOOR,

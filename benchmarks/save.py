@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common import ROOT, publish, table
+from common import ROOT, publish
+
+from rim_dist.table import Table
 
 MODELS = {
     "10M": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 8192},
@@ -87,7 +89,7 @@ def main() -> int:
         for way in saves
     ]
     text = f"A random Llama of {model}, 2 ranks, ZeRO-3, fp32: {size:,.0f} MiB a save, medians of {arguments.steps - 1}.\n\n"
-    text += table(["", "the loop stands still, s", "until it is on disk, s"], lines)
+    text += Table(["", "the loop stands still, s", "until it is on disk, s"], lines).markdown()
     text += f"\nIn the background the loop stands still for {100 * share:.1f} % of the time in front.\n"
     figures = {"median_blocked_seconds": blocked, "background_blocks_share_of_front": share, "saves": saves}
     publish("save", "A save and the step loop", text, figures, arguments.quick)

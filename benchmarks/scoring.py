@@ -18,7 +18,7 @@ from typing import Any
 
 import lm_eval
 import yaml
-from common import publish, table
+from common import publish
 from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import exact_match_fn
 from lm_eval.filters import build_filter_ensemble
@@ -28,6 +28,7 @@ from rim_dist.data.samples import BadSample
 from rim_dist.data.sources import read_file
 from rim_dist.evaluation.rules import RULES
 from rim_dist.evaluation.scoring import extract_answer, same_answer
+from rim_dist.table import Table
 
 PHRASINGS: dict[str, Callable[[str], str]] = {
     "#### 72": lambda n: f"#### {n}",
@@ -98,13 +99,13 @@ def main() -> int:
                 accepted[name] = counts
     head = ["text", *accepted["72"]]
     text = f"{len(answers)} targets of GSM8K's test set, lm_eval {lm_eval.__version__}. Right answers that are accepted:\n\n"
-    text += table(head, [[name, *(counts[rule] for rule in head[1:])] for name, counts in accepted.items()])
+    text += Table(head, [[name, *(counts[rule] for rule in head[1:])] for name, counts in accepted.items()]).markdown()
     text += f"\nAnswers one off, {total // 2} in all, that are accepted:\n\n"
-    text += table(head, [["", *(wrongly[rule] for rule in head[1:])]])
+    text += Table(head, [["", *(wrongly[rule] for rule in head[1:])]]).markdown()
     text += f"\nThe same verdict as the harness on {total} texts, right and wrong ones:\n\n"
-    text += table(
+    text += Table(
         ["rule", "the same"], [[f"`{k}`" if " " not in k else k, f"{v} ({100 * v / total:.2f} %)"] for k, v in same.items()]
-    )
+    ).markdown()
     figures = {
         "targets": len(answers),
         "texts": total,

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import VOCABULARIES, block_ids, llama, publish, real_rows, side_by_side, table
+from common import VOCABULARIES, block_ids, llama, publish, real_rows, side_by_side
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -27,6 +27,7 @@ from rim_dist.attention.registration import use_plain_attention, use_rim_attenti
 from rim_dist.data.rows import pack
 from rim_dist.data.samples import Row
 from rim_dist.objective.forward import install_readout_loss, run_batch
+from rim_dist.table import Table
 
 SAMPLES = 16
 Step = Callable[[], Any]
@@ -226,7 +227,7 @@ def main() -> None:
         "of what the counts of this very batch say,\npadded (unrolled) tokens x (layers + head) / (real tokens x layers + "
         "targets x head).\n\n"
     )
-    publish("step-time", "Step time", text + table(head, lines), figures, options.quick or bool(options.only))
+    publish("step-time", "Step time", text + Table(head, lines).markdown(), figures, options.quick or bool(options.only))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ import argparse
 from typing import Any
 
 import torch
-from common import VOCABULARIES, block_ids, llama, publish, side_by_side, table
+from common import VOCABULARIES, block_ids, llama, publish, side_by_side
 
 from rim_dist.evaluation.readouts import readout_ids
 from rim_dist.model.generation import Decoding, generate_ids
+from rim_dist.table import Table
 
 QUESTION, BLOCKS, THOUGHT, ANSWER = 80, 8, 37, 5
 
@@ -78,7 +79,7 @@ def main() -> None:
     )
     lines = [[name, f"{1000 * value:.1f}", f"{value / seconds['rim']:.2f}"] for name, value in seconds.items()]
     text = f"{layers} layers of SmolLM2-135M, fp32, question of {QUESTION} tokens, K = {BLOCKS}, M = 2, {rounds} rounds.\n\n"
-    text += table(["", "ms", "x rim"], lines)
+    text += Table(["", "ms", "x rim"], lines).markdown()
     text += f"\nEvery block against one answer: {seconds['every block'] / seconds['one answer']:.2f}x.\n"
     publish("ttft", "Time to the first token", text, seconds, options.quick)
 

@@ -60,6 +60,14 @@ def field_names(section: type[Section] = Recipe, prefix: str = "") -> list[str]:
     return names
 
 
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings by their dotted names; a mapping with nothing in it is a leaf."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    leaves = (flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in tree.items())
+    return {name: leaf for part in leaves for name, leaf in part.items()}
+
+
 def _nearest(path: str) -> str:
     """The known field closest to an unknown dotted name: the same section first, then a same-named field elsewhere."""
     names = field_names()
@@ -145,16 +153,12 @@ def validate_recipe(tree: Any, origin: str, written: bool = False) -> Recipe:
 
 def _wrong_choices(tree: dict[str, Any]) -> set[str]:
     """A line for each field of CHOICES with an unknown value."""
-    lines = set()
-    for field, names in CHOICES.items():
-        *parents, leaf = field.split(".")
-        node: Any = tree
-        for parent in parents:
-            node = node.get(parent) if isinstance(node, dict) else None
-        value = node.get(leaf) if isinstance(node, dict) else None
-        if isinstance(value, str) and value not in names():
-            lines.add(f"{field}: {value!r} is not allowed; allowed: {', '.join(names())}")
-    return lines
+    given = flatten(tree)
+    return {
+        f"{field}: {value!r} is not allowed; allowed: {', '.join(names())}"
+        for field, names in CHOICES.items()
+        if isinstance(value := given.get(field), str) and value not in names()
+    }
 
 
 def _check_choices(recipe: Recipe) -> None:

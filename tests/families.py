@@ -22,6 +22,7 @@ from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ModelError
 from rim_dist.model.proof import prove_family
 from rim_dist.objective.forward import install_readout_loss, run_batch
+from rim_dist.table import Table
 
 NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 SIZES = {
@@ -168,10 +169,7 @@ def refusal(config: transformers.PretrainedConfig) -> str:
 
 
 def table() -> str:
-    lines = [
-        "| family | dense | split | flex (forward) |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for family in FAMILIES:
         cells = []
         for path in PATHS:
@@ -179,10 +177,10 @@ def table() -> str:
             loss, gradient = max(d.loss for d in worst), max(d.gradient for d in worst)
             cells.append(f"exact ({loss:.0e}" + (")" if path == "flex" else f", {gradient:.0e})"))
             assert max(loss, gradient) <= 1e-5, (family, path, worst)
-        lines.append(f"| {family} | {' | '.join(cells)} |")
+        rows.append([family, *cells])
     for family, config in REFUSED.items():
-        lines.append(f"| {family} | refused: {refusal(config).partition(': ')[2].partition(' (')[0][:110]} | | |")
-    return "\n".join(lines) + "\n"
+        rows.append([family, f"refused: {refusal(config).partition(': ')[2].partition(' (')[0][:110]}", "", ""])
+    return Table(["family", "dense", "split", "flex (forward)"], rows, align="l").markdown()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from rim_dist.objective.loss import HeadWeights, LogitRule, plain_cross_entropy,
 from rim_dist.parallel.mesh import Degrees, Mesh, make_mesh
 from rim_dist.parallel.sequence import shard_row
 from rim_dist.parallel.tensor import Slice, TensorRank, Vocabulary, slice_of, split_model, sum_shared_gradients
+from rim_dist.table import Table
 
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 SEQUENCE = ("SP2 ulysses", "SP2 allgather_kv")
@@ -241,7 +242,7 @@ def run_calls(calls: Sequence[Call], ranks: int, folder: Path, timeout: float = 
 
 
 def table(results: dict[tuple[str, str, str], dict[str, Any]]) -> str:
-    lines = [f"| family | {' | '.join(('TP2', *SEQUENCE))} |", "|---|---|---|---|"]
+    rows = []
     for family in FAMILIES:
         cells = []
         for way in ("TP2", *SEQUENCE):
@@ -252,8 +253,8 @@ def table(results: dict[tuple[str, str, str], dict[str, Any]]) -> str:
                 loss, gradient = (max(r[field] for r in found) for field in ("loss", "gradient"))
                 assert max(loss, gradient) <= TOLERANCE, (family, way, found)
                 cells.append(f"exact ({loss:.0e}, {gradient:.0e})")
-        lines.append(f"| {family} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([family, *cells])
+    return Table(["family", "TP2", *SEQUENCE], rows, align="l").markdown()
 
 
 def main() -> None:

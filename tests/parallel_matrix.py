@@ -21,6 +21,7 @@ from oracle import train_one_process
 
 from rim_dist.config import Recipe
 from rim_dist.recipe import validate_recipe
+from rim_dist.table import Table
 
 STEPS = 8
 BATCH = 12
@@ -195,13 +196,14 @@ def run_cases(cases: list[Case], folder: Path, timeout: float = 3600) -> dict[Ca
 
 
 def table(results: dict[Case, Difference]) -> str:
-    lines = ["| ranks | trained | ZeRO | loss | gradient norm | gradients | parameters |", "|---|---|---|---|---|---|---|"]
+    rows = []
     for name, lora, zero in itertools.product(LAYOUTS, (False, True), (1, 2, 3)):
         found = [d for c, d in results.items() if (c.layout, c.lora, c.zero) == (name, lora, zero)]
         if found:
             worst = [max(getattr(d, field) for d in found) for field in ("loss", "norm", "gradient", "weights")]
-            lines.append(f"| {name} | {'LoRA' if lora else 'full'} | {zero} | " + " | ".join(f"{w:.0e}" for w in worst) + " |")
-    return "\n".join(lines)
+            rows.append([name, "LoRA" if lora else "full", zero, *(f"{w:.0e}" for w in worst)])
+    head = ["ranks", "trained", "ZeRO", "loss", "gradient norm", "gradients", "parameters"]
+    return Table(head, rows, align="l").markdown()
 
 
 def main() -> None:
@@ -218,7 +220,7 @@ def main() -> None:
     if arguments.write:
         before, start, rest = DOCS.read_text().partition("<!-- matrix -->\n")
         _, end, after = rest.partition("<!-- end -->")
-        DOCS.write_text(before + start + text + "\n" + end + after)
+        DOCS.write_text(before + start + text + end + after)
     assert worst.worst <= TOLERANCE, "above the tolerance"
 
 

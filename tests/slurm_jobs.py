@@ -17,7 +17,7 @@ from states import trained_weights
 
 from rim_dist.checkpoint.store import find_checkpoint
 from rim_dist.cluster.attempts import Attempt, attempts_of
-from rim_dist.training.metrics import read_metrics
+from rim_dist.metrics import read_metrics
 
 JOB_ENVIRONMENT = {
     "RIM_VENV": sys.prefix,

@@ -1,4 +1,4 @@
-"""docs/configuration.md says what the configuration classes say."""
+"""docs/configuration.md says what the configuration classes say, docs/metrics.md what the list of metrics says."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ import config_reference
 from rim_dist.recipe import field_names
 
 
-def test_page_is_current() -> None:
+def test_pages_are_current() -> None:
     assert config_reference.main(["--check"]) == 0, "run python tools/config_reference.py"
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new"), [("configuration.md", "| `128` |", "| `64` |"), ("metrics.md", " in nats", " in bits")]
+)
 def test_check_finds_an_outdated_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = tmp_path / "docs" / "configuration.md"
-    monkeypatch.setattr(config_reference, "PAGE", page)
+    monkeypatch.setattr(config_reference, "DOCS", tmp_path / "docs")
     assert config_reference.main([]) == 0
+    page = tmp_path / "docs" / name
     text = page.read_text(encoding="utf-8")
-    assert text == config_reference.reference()
-    page.write_text(text.replace("| `128` |", "| `64` |", 1), encoding="utf-8")
-    assert not config_reference.is_current(page)
+    assert text == config_reference.PAGES[name]()
+    assert old in text
+    assert config_reference.main(["--check"]) == 0
+    page.write_text(text.replace(old, new, 1), encoding="utf-8")
     assert config_reference.main(["--check"]) == 1
-    assert "docs/configuration.md is out of date" in capsys.readouterr().err
+    assert f"docs/{name} is out of date" in capsys.readouterr().err
 
 
 def test_every_field_has_one_row() -> None:

@@ -12,7 +12,7 @@ from conftest import tiny_recipe, write_recipe
 from ranks import run
 
 from rim_dist.checkpoint.store import complete_checkpoints, find_checkpoint, read_state
-from rim_dist.training.metrics import read_metrics
+from rim_dist.metrics import read_metrics
 
 MOST_SECONDS = 60
 HOST = socket.gethostname()

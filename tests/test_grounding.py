@@ -13,8 +13,8 @@ from ranks import run
 
 from rim_dist.data.rows import Targets, pack
 from rim_dist.data.samples import Readout, Row
+from rim_dist.metrics import read_metrics
 from rim_dist.training.grounding import GroundingWatch, near_guessing
-from rim_dist.training.metrics import read_metrics
 
 GUESSING = math.log(4)  # four first tokens, equally often
 

@@ -27,11 +27,11 @@ from rim_dist.evaluation.evaluate import evaluate_model, evaluation_samples
 from rim_dist.evaluation.loading import load_for_evaluation
 from rim_dist.methods import method_names, method_of
 from rim_dist.methods.base import StageProgress
+from rim_dist.metrics import read_metrics
 from rim_dist.model.generation import Decoding, generate_ids
 from rim_dist.model.thinking import think_before_answers
 from rim_dist.objective.forward import install_readout_loss, run_batch
 from rim_dist.recipe import load_recipe
-from rim_dist.training.metrics import read_metrics
 from rim_dist.training.trainer import prepare_run
 
 BLOCK = [94, 95, 96]

@@ -16,8 +16,8 @@ from ranks import run
 from rim_dist.checkpoint.hf_export import export_checkpoint
 from rim_dist.checkpoint.store import complete_checkpoints, find_checkpoint, folder_of
 from rim_dist.cli import main
+from rim_dist.metrics import read_metrics
 from rim_dist.recipe import load_recipe
-from rim_dist.training.metrics import read_metrics
 
 # Four key heads, so that TP2 x SP2 has enough of them.
 MODEL = {**TINY_MODEL, "num_key_value_heads": 4}

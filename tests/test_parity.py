@@ -10,8 +10,8 @@ from oracle import train_one_process
 from ranks import run
 
 from rim_dist.config import STAGE_NAMES
+from rim_dist.metrics import read_metrics
 from rim_dist.recipe import load_recipe
-from rim_dist.training.metrics import read_metrics
 
 # A model like the demo's (recipes/demo-base.yaml), of fewer layers, on the demo's task.
 DEMO_MODEL = {

@@ -23,13 +23,13 @@ from ranks import ROOT, command, environment, free_port, run
 
 from rim_dist.data.prepared import PreparedData
 from rim_dist.errors import ModelError, TrainingError
+from rim_dist.metrics import read_metrics
 from rim_dist.parallel import liveness
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.mesh import Degrees, make_mesh
 from rim_dist.parallel.zero import compose
 from rim_dist.recipe import load_recipe, validate_recipe
 from rim_dist.training import parity
-from rim_dist.training.metrics import read_metrics
 from rim_dist.training.preflight import Preflight, first_difference, versions
 from rim_dist.training.trainer import prepare_run
 

@@ -18,11 +18,13 @@ import yaml
 from tiny_export import write_model
 
 from rim_dist.cli import main
+from rim_dist.recipe import flatten
 from rim_dist.report.build import build_report
-from rim_dist.report.collect import RunFacts, collect_all, differences, flatten
-from rim_dist.report.document import Example, Examples, Paragraph, Report, Section, Table
+from rim_dist.report.collect import RunFolder, collect_all, differences
+from rim_dist.report.document import Examples, Report
 from rim_dist.report.html import render_html
 from rim_dist.report.markdown import render_markdown
+from rim_dist.table import Table
 
 NASTY = '<script>alert("x")</script> | a\nb & "c" ![p](http://example.org/p.png)'
 
@@ -151,8 +153,8 @@ def test_page_refers_to_nothing_outside(runs: list[str]) -> None:
 
 def test_markdown_cells_stay_in_their_row() -> None:
     table = Table(["a", "b"], [[NASTY, "x"]])
-    example = Examples("some", [Example(NASTY, "7", [(NASTY, True)], "text")])
-    text = render_markdown(Report("t", [Section("s", [Paragraph("p"), table, example])]))
+    answer = {"question": NASTY, "target": "7", "answers": [NASTY], "correct": [True], "text": "text"}
+    text = render_markdown(Report("t", {"s": ["p", table, Examples("some", [answer])]}))
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [3, 3, 3, 4, 4, 4]
 
@@ -160,8 +162,8 @@ def test_markdown_cells_stay_in_their_row() -> None:
 def test_differences_of_recipes() -> None:
     assert flatten({"a": {"b": 1, "c": {"d": None}}, "e": [1]}) == {"a.b": 1, "a.c.d": None, "e": [1]}
     runs = [
-        RunFacts("x", {"run": {"name": "x"}, "a": 1, "m": {"n": 2}}),
-        RunFacts("y", {"run": {"name": "y"}, "a": 1, "m": None}),
+        RunFolder("x", {"run": {"name": "x"}, "a": 1, "m": {"n": 2}}),
+        RunFolder("y", {"run": {"name": "y"}, "a": 1, "m": None}),
     ]
     assert differences(runs) == {"m.n": [2, None]}
     assert differences(runs[:1] * 2) == {}

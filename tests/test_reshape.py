@@ -19,8 +19,8 @@ from rim_dist.checkpoint.index import index_checkpoint
 from rim_dist.checkpoint.store import find_checkpoint, folder_of, read_state
 from rim_dist.checkpoint.stored_tensors import read_tensor
 from rim_dist.cli import main
+from rim_dist.metrics import read_metrics
 from rim_dist.recipe import load_recipe
-from rim_dist.training.metrics import read_metrics
 
 SAVED = 4
 STEPS = 12

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from states import trained_weights
 
 from rim_dist.checkpoint.store import complete_checkpoints, find_checkpoint, read_state
-from rim_dist.training.metrics import read_metrics
+from rim_dist.metrics import read_metrics
 
 
 def long_recipe(folder: Path, name: str) -> dict:

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rim_dist.cli import main
 from rim_dist.data.synthetic import SyntheticTask
 from rim_dist.evaluation.loading import load_for_evaluation
+from rim_dist.metrics import read_metrics
 from rim_dist.recipe import load_recipe
-from rim_dist.training.metrics import read_metrics
 
 Make = Callable[..., Path]
 

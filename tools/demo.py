@@ -42,7 +42,7 @@ def finish(*runs: subprocess.Popen[bytes]) -> None:
 
 
 def last_line(name: str, kind: str) -> dict[str, Any]:
-    from rim_dist.training.metrics import read_metrics
+    from rim_dist.metrics import read_metrics
 
     return [line for line in read_metrics(ROOT / "runs" / name / "metrics.jsonl") if line["kind"] == kind][-1]
 
@@ -116,7 +116,7 @@ def main() -> int:
 
     torch.set_num_threads(1)
     results = {key: measure(name, seed) for key, name in names.items()}
-    show(results, ROOT / "runs" / names["rim"])
+    show_results(results, ROOT / "runs" / names["rim"])
     (ROOT / "runs" / names["rim"] / "report" / "comparison.json").write_text(
         json.dumps(results, indent=1) + "\n", encoding="utf-8"
     )
@@ -128,16 +128,10 @@ def main() -> int:
     return 0
 
 
-def show(results: dict[str, Any], folder: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def show_results(results: dict[str, Any], folder: Path) -> None:
+    from rim_dist.table import Table, show
 
-    console = Console(highlight=False, soft_wrap=True)
-    console.width = max(console.width, 100)
-    table = Table(title=f"{QUESTIONS} held-out walks through 5 doors; guessing gets 20 %")
-    table.add_column("method")
-    for name in ("accuracy %", "samples", "10^12 operations", "TTFT ms", "answer ms", "tokens"):
-        table.add_column(name, justify="right")
+    rows = []
     labels = {
         "rim": "RiM, final block",
         "direct": "direct, equal samples",
@@ -148,23 +142,26 @@ def show(results: dict[str, Any], folder: Path) -> None:
         if (r := results.get(key)) is None:
             continue
         latency = r["latency"]
-        table.add_row(
-            label,
-            f"{100 * r['accuracy']:.1f}",
-            f"{r['samples']:,}",
-            f"{r['operations'] / 1e12:.2f}",
-            f"{1000 * latency['first_token_seconds']:.1f}",
-            f"{1000 * latency['answer_seconds']:.1f}",
-            f"{latency['new_tokens']:.1f}",
+        rows.append(
+            [
+                label,
+                f"{100 * r['accuracy']:.1f}",
+                f"{r['samples']:,}",
+                f"{r['operations'] / 1e12:.2f}",
+                f"{1000 * latency['first_token_seconds']:.1f}",
+                f"{1000 * latency['answer_seconds']:.1f}",
+                f"{latency['new_tokens']:.1f}",
+            ]
         )
-    console.print(table)
+    head = ["method", "accuracy %", "samples", "10^12 operations", "TTFT ms", "answer ms", "tokens"]
+    show(Table(head, rows, f"{QUESTIONS} held-out walks through 5 doors; guessing gets 20 %"))
     blocks = results["rim"]["per_block"]
-    console.print("RiM after block " + ", ".join(f"{k}: {100 * a:.1f} %" for k, a in enumerate(blocks, 1)))
+    print("RiM after block " + ", ".join(f"{k}: {100 * a:.1f} %" for k, a in enumerate(blocks, 1)))
     margin = 100 * (blocks[-1] - results["direct"]["accuracy"])
-    console.print(f"RiM's final block is {margin:+.1f} points against direct answering at equal samples.")
+    print(f"RiM's final block is {margin:+.1f} points against direct answering at equal samples.")
     if "compute" in results:
-        console.print(f"At equal compute: {100 * (blocks[-1] - results['compute']['accuracy']):+.1f} points.")
-    console.print(
+        print(f"At equal compute: {100 * (blocks[-1] - results['compute']['accuracy']):+.1f} points.")
+    print(
         f'Ask it: .venv/bin/rim-dist generate {folder.relative_to(ROOT)}/hf "From the attic take red blue pink." --every-block'
     )
 

@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from rim_dist.table import Table
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "build" / "test-all.json"
 PAGE = ROOT / "docs" / "testing.md"
@@ -49,7 +51,7 @@ def run_group(path: Path) -> dict[str, object]:
 
 def table(results: dict[str, dict[str, object]], at: str) -> str:
     """The section of docs/testing.md on a complete run."""
-    rows = []
+    rows: list[list[object]] = []
     total: dict[str, int] = {}
     minutes = 0.0
     for name, result in results.items():
@@ -57,11 +59,10 @@ def table(results: dict[str, dict[str, object]], at: str) -> str:
         for word, number in counts.items():
             total[word] = total.get(word, 0) + number
         minutes += float(str(result["minutes"]))
-        rows.append(f"| {name} | {counts.get('passed', 0)} | {counts.get('skipped', 0)} | {result['minutes']} |")
-    rows.append(f"| all | {total.get('passed', 0)} | {total.get('skipped', 0)} | {minutes:.0f} |")
-    head = f"Commit {at}, {datetime.date.today().isoformat()}, {os.cpu_count()} cores.\n\n"
-    head += "| file | passed | left out | minutes |"
-    return f"{_HEADING}\n\n{head}\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+        rows.append([name, counts.get("passed", 0), counts.get("skipped", 0), result["minutes"]])
+    rows.append(["all", total.get("passed", 0), total.get("skipped", 0), f"{minutes:.0f}"])
+    title = f"Commit {at}, {datetime.date.today().isoformat()}, {os.cpu_count()} cores."
+    return f"{_HEADING}\n\n" + Table(["file", "passed", "left out", "minutes"], rows, title).markdown()
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rim_dist.checkpoint.store import complete_checkpoints, read_state
 from rim_dist.cluster.attempts import attempts_of
 from rim_dist.errors import CheckpointError, ConfigError
-from rim_dist.training.metrics import read_metrics
+from rim_dist.metrics import read_metrics
 
 _RECENT = 20  # steps whose median time the ETA assumes
 

@@ -13,7 +13,7 @@ from typing import Any
 from rim_dist.checkpoint.store import complete_checkpoints, read_state
 from rim_dist.config import STAGE_NAMES, Recipe
 from rim_dist.errors import ConfigError
-from rim_dist.training.metrics import read_metrics
+from rim_dist.metrics import read_metrics
 
 
 def _rate(text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rim_dist.data.formats import format_names
 from rim_dist.errors import EXIT_DONE, ConfigError
 from rim_dist.messages import say
+from rim_dist.table import show
 
 if TYPE_CHECKING:
     from rim_dist.data.samples import Sample
@@ -251,7 +253,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from rim_dist.evaluation.evaluate import evaluate_model, write_evaluation
     from rim_dist.evaluation.latency import device_name
-    from rim_dist.evaluation.table import print_evaluation
+    from rim_dist.evaluation.tables import evaluation_table
     from rim_dist.model.generation import Sampling
 
     _check(arguments)
@@ -261,7 +263,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     sampling = Sampling(arguments.sampled, arguments.temperature) if arguments.sampled else None
     decoding = _decoding(arguments, loaded, arguments.batch)
     result = evaluate_model(loaded, samples, blocks, decoding, arguments.timed, arguments.timed_batch, sampling)
-    print_evaluation(result, arguments.model)
+    show(evaluation_table(result, arguments.model))
     if arguments.output is not None:
         about = {"model": arguments.model, "data": arguments.data, "method": loaded.method, "blocks": blocks}
         write_evaluation(result, Path(arguments.output), {**about, "device": device_name()})
@@ -272,7 +274,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _latency(arguments: argparse.Namespace) -> int:
     from rim_dist.evaluation.latency import Candidate, device_name, time_side_by_side
-    from rim_dist.evaluation.table import print_latency
+    from rim_dist.evaluation.tables import latency_table
     from rim_dist.model.generation import Decoding
 
     _check(arguments)
@@ -298,7 +300,7 @@ def _latency(arguments: argparse.Namespace) -> int:
         }
         for name, seconds in timed.items()
     }
-    print_latency(figures, f"{device_name()}, batches of {batch}")
+    show(latency_table(figures, f"{device_name()}, batches of {batch}"))
     _write_json(arguments.output, "latency.json", {"data": arguments.data, "device": device_name(), "models": figures})
     return EXIT_DONE
 
@@ -319,7 +321,7 @@ def _block_budgets(arguments: argparse.Namespace) -> int:
     from rim_dist.evaluation.block_budgets import measure_budgets
     from rim_dist.evaluation.figures import draw_budgets
     from rim_dist.evaluation.latency import device_name
-    from rim_dist.evaluation.table import print_sweep
+    from rim_dist.evaluation.tables import budget_tables
 
     name = arguments.command  # under its earlier name the command writes the files of that name
     if name == "sweep":
@@ -334,14 +336,14 @@ def _block_budgets(arguments: argparse.Namespace) -> int:
     draw_budgets(figures, Path(arguments.output) / f"{name}.png")
     if probe is not None:
         probe.save(Path(arguments.output) / "probe.safetensors")
-    print_sweep(figures, arguments.model)
+    show(*budget_tables(figures, arguments.model))
     return EXIT_DONE
 
 
 def _analyse(arguments: argparse.Namespace) -> int:
     from rim_dist.checkpoint.store import run_checkpoints
     from rim_dist.evaluation.analysis import analyse
-    from rim_dist.evaluation.table import print_analysis
+    from rim_dist.evaluation.tables import analysis_tables
 
     _check(arguments)
     loaded, samples, decoding = _load_with_blocks(arguments)
@@ -349,13 +351,13 @@ def _analyse(arguments: argparse.Namespace) -> int:
     checkpoints = run_checkpoints(folder) if (folder / "checkpoints").is_dir() else []
     figures = analyse(loaded, samples, checkpoints, decoding, Path(arguments.output))
     _write_json(arguments.output, "analysis.json", {"model": arguments.model, "data": arguments.data, **figures})
-    print_analysis(figures, arguments.model)
+    show(*analysis_tables(figures, arguments.model))
     return EXIT_DONE
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     from rim_dist.evaluation.comparison import compare_paired, read_answers, same_questions, select_by_splits
-    from rim_dist.evaluation.table import print_comparisons, print_selection
+    from rim_dist.evaluation.tables import comparison_table, selection_tables
 
     folders = arguments.evaluation
     if len(folders) < 2:
@@ -364,8 +366,9 @@ def _compare(arguments: argparse.Namespace) -> int:
     same_questions(folders, answers)
     correct = [[answer["correct"][-1] for answer in rows] for rows in answers]
     if arguments.select:
-        print_selection(select_by_splits(correct), folders, [sum(row) / len(row) for row in correct])
+        show(*selection_tables(select_by_splits(correct), folders, [sum(row) / len(row) for row in correct]))
     else:
-        pairs = [(i, j) for i in range(len(folders)) for j in range(i + 1, len(folders))]
-        print_comparisons([(folders[i], folders[j], compare_paired(correct[i], correct[j])) for i, j in pairs])
+        named = itertools.combinations(zip(folders, correct, strict=True), 2)
+        pairs = [(a, b, compare_paired(rows_a, rows_b)) for (a, rows_a), (b, rows_b) in named]
+        show(comparison_table(pairs, f"final block, {len(answers[0])} questions"))
     return EXIT_DONE

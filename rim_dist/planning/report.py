@@ -6,12 +6,10 @@ import io
 from dataclasses import asdict, replace
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from rim_dist.planning.communication import sent_bytes
 from rim_dist.planning.memory import PARTS, evaluation_cache
 from rim_dist.planning.recommend import USABLE, Candidate, Planner, gib, notable, reasons, words
+from rim_dist.table import Table, show
 
 SHOWN = 6  # candidates in table and picture
 SEQUENCE_DEGREES = (1, 2, 4, 8, 16, 32, 64)
@@ -101,39 +99,41 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
 
 def print_plan(plan: Plan) -> None:
     planner, cluster = plan.planner, plan.planner.cluster
-    console = Console(highlight=False, soft_wrap=True, width=max(118, Console().width))
     shape, recipe, row = planner.shape, planner.recipe, planner.row
     trained = sum(t.entries for t in shape.tensors(recipe.model.lora) if t.trained)
-    console.print(
+    show(
         f"{shape.name}: {shape.parameters():,} parameters, {trained:,} trained, {recipe.model.dtype}; "
-        f"{cluster} ({USABLE:.0%} usable), {cluster.gpus_per_node} a node, {cluster.link.name}"
+        f"{cluster} ({USABLE:.0%} usable), {cluster.gpus_per_node} a node, {cluster.link.name}",
+        f"{recipe.optimizer.global_batch} rows a step, each {planner.row_in_words()}: {row.row:,} tokens",
+        _candidates(plan),
     )
-    console.print(f"{recipe.optimizer.global_batch} rows a step, each {planner.row_in_words()}: {row.row:,} tokens")
-    _print_candidates(console, plan)
-    console.print(f"\nrecommended: {words(plan.chosen)}")
-    for line in plan.reasons:
-        console.print(f"  {line}")
-    console.print(f"  rim-dist train RECIPE {' '.join(plan.chosen.overrides)}")
-    _print_memory(console, plan)
-    _print_sent(console, plan.chosen)
-    _print_largest(console, plan)
+    if plan.written is None:
+        show(f"the recipe as it is cannot run here: {plan.refusal}")
+    elif not plan.written.fits:
+        show("!: does not fit")
+    show(f"\nrecommended: {words(plan.chosen)}", *(f"  {line}" for line in plan.reasons))
+    show(f"  rim-dist train RECIPE {' '.join(plan.chosen.overrides)}", _memory(plan))
+    if plan.chosen.memory.host:
+        show(f"CPU memory of a rank: {gib(plan.chosen.memory.host)}")
+    prompts = recipe.evaluation.batch
+    line = f"evaluation, {prompts} prompts together: keys and values {gib(plan.cache(prompts))} beside the states"
+    if plan.most_prompts < prompts:
+        line += f"; too much: set evaluation.batch to at most {plan.most_prompts}"
+    show(line, _sent(plan.chosen))
+    if row.blocks:
+        show(_largest(plan), f"The model's {shape.positions:,} positions are a limit as well.")
 
 
-def _print_candidates(console: Console, plan: Plan) -> None:
-    table = Table(title="GiB of a GPU at its fullest, GiB it sends a step, seconds of a step", title_justify="left")
-    heads = ("", "tensor", "seq", "data", "ZeRO", "recompute", "tokens", "states", "kept", "rest", "total", "sent", "s/step")
-    for head in heads:
-        table.add_column(head, justify="right" if head else "left")
-
-    def add(name: str, c: Candidate) -> None:
+def _candidates(plan: Plan) -> Table:
+    def row(name: str, c: Candidate) -> list[object]:
         s, peak = c.setup, c.memory.peak
         held = sum(peak.get(part, 0) for part in ("parameters", "gradients", "optimizer"))
         kept = peak.get("activations", 0)
-        table.add_row(
+        return [
             name,
-            str(s.tensor),
-            str(s.sequence),
-            str(s.data),
+            s.tensor,
+            s.sequence,
+            s.data,
             f"{s.zero_stage}{' + CPU' if s.offload else ''}",
             f"{'yes' if s.checkpointing else ''}{' + CPU' if s.activation_offload else ''}",
             f"{c.budget:,}",
@@ -143,67 +143,43 @@ def _print_candidates(console: Console, plan: Plan) -> None:
             f"{c.memory.peak_bytes / 2**30:,.1f}{'' if c.fits else ' !'}",
             f"{sent_bytes(c.transfers) / 2**30:,.1f}",
             f"{c.time.total:,.2f}",
-        )
+        ]
 
-    if plan.written is not None:
-        add("recipe as it is", plan.written)
-    add("recommended", plan.chosen)
-    for candidate in plan.shown[1:]:
-        add("", candidate)
-    console.print(table)
-    if plan.written is None:
-        console.print(f"the recipe as it is cannot run here: {plan.refusal}")
-    elif not plan.written.fits:
-        console.print("!: does not fit")
+    rows = [row("recipe as it is", plan.written)] if plan.written is not None else []
+    rows += [row("recommended", plan.chosen), *(row("", candidate) for candidate in plan.shown[1:])]
+    head = ["", "tensor", "seq", "data", "ZeRO", "recompute", "tokens", "states", "kept", "rest", "total", "sent", "s/step"]
+    return Table(head, rows, "GiB of a GPU at its fullest, GiB it sends a step, seconds of a step")
 
 
-def _print_memory(console: Console, plan: Plan) -> None:
+def _memory(plan: Plan) -> Table:
     memory = plan.chosen.memory
-    table = Table(title=f"\nMemory of a GPU, GiB; fullest at: {memory.moment}", title_justify="left")
-    for head in ("part", "between steps", "at its fullest"):
-        table.add_column(head, justify="left" if head == "part" else "right")
-    for part in PARTS:
-        if part in memory.peak or part in memory.states:
-            table.add_row(part, *(f"{found.get(part, 0) / 2**30:,.2f}" for found in (memory.states, memory.peak)))
-    table.add_row("total", f"{memory.states_bytes / 2**30:,.2f}", f"{memory.peak_bytes / 2**30:,.2f}")
-    console.print(table)
-    if memory.host:
-        console.print(f"CPU memory of a rank: {gib(memory.host)}")
-    prompts = plan.planner.recipe.evaluation.batch
-    line = f"evaluation, {prompts} prompts together: keys and values {gib(plan.cache(prompts))} beside the states"
-    if plan.most_prompts < prompts:
-        line += f"; too much: set evaluation.batch to at most {plan.most_prompts}"
-    console.print(line)
+    rows = [
+        [part, *(f"{found.get(part, 0) / 2**30:,.2f}" for found in (memory.states, memory.peak))]
+        for part in PARTS
+        if part in memory.peak or part in memory.states
+    ]
+    rows.append(["total", f"{memory.states_bytes / 2**30:,.2f}", f"{memory.peak_bytes / 2**30:,.2f}"])
+    title = f"\nMemory of a GPU, GiB; fullest at: {memory.moment}"
+    return Table(["part", "between steps", "at its fullest"], rows, title)
 
 
-def _print_sent(console: Console, chosen: Candidate) -> None:
-    table = Table(
-        title=f"\nSent by a GPU in a step of {chosen.load.rounds} micro-batch{'es' if chosen.load.rounds > 1 else ''}",
-        title_justify="left",
-    )
-    for head in ("", "what", "how", "times", "GiB", "seconds"):
-        table.add_column(head, justify="right" if head in ("times", "GiB", "seconds") else "left")
-    for t in chosen.transfers:
-        table.add_row(t.part, t.what, t.operation, f"{t.times:,.0f}", f"{t.sent / 2**30:,.2f}", f"{t.seconds:,.3f}")
-    time = chosen.time
-    table.add_row("", "computing", "", "", "", f"{time.compute:,.3f}")
-    table.add_row("", "step (ZeRO's sending beside computing)", "", "", "", f"{time.total:,.3f}")
-    console.print(table)
+def _sent(chosen: Candidate) -> Table:
+    rows = [
+        [t.part, t.what, t.operation, f"{t.times:,.0f}", f"{t.sent / 2**30:,.2f}", f"{t.seconds:,.3f}"]
+        for t in chosen.transfers
+    ]
+    rows.append(["", "computing", "", "", "", f"{chosen.time.compute:,.3f}"])
+    rows.append(["", "step (ZeRO's sending beside computing)", "", "", "", f"{chosen.time.total:,.3f}"])
+    title = f"\nSent by a GPU in a step of {chosen.load.rounds} micro-batch{'es' if chosen.load.rounds > 1 else ''}"
+    return Table(["", "what", "how", "times", "GiB", "seconds"], rows, title, "lllr")
 
 
-def _print_largest(console: Console, plan: Plan) -> None:
-    planner = plan.planner
-    if not planner.row.blocks:
-        return
-    table = Table(title="\nLargest memory blocks, one row in a micro-batch", title_justify="left")
-    blocks, memory = planner.row.blocks, planner.recipe.memory.tokens_per_block
-    for head in ("", f"M at K = {blocks}", "K x M", f"K at M = {memory}", "K x M"):
-        table.add_column(head, justify="right" if head else "left")
-    for found in plan.largest():
-        m, k = found["memory"], found["blocks"]
-        table.add_row(found["way"], f"{m:,}", f"{blocks * m:,}", f"{k:,}", f"{k * memory:,}")
-    console.print(table)
-    console.print(f"The model's {planner.shape.positions:,} positions are a limit as well.")
+def _largest(plan: Plan) -> Table:
+    blocks, size = plan.planner.row.blocks, plan.planner.recipe.memory.tokens_per_block
+    found = [(way["way"], way["memory"], way["blocks"]) for way in plan.largest()]
+    rows = [[way, f"{m:,}", f"{blocks * m:,}", f"{k:,}", f"{k * size:,}"] for way, m, k in found]
+    head = ["", f"M at K = {blocks}", "K x M", f"K at M = {size}", "K x M"]
+    return Table(head, rows, "\nLargest memory blocks, one row in a micro-batch")
 
 
 # ---- picture -----------------------------------------------------------------------------------------------

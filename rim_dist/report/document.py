@@ -1,22 +1,11 @@
-"""A report before it has a format: sections of paragraphs, tables, pictures and examples."""
+"""A report before it has a format: sections of paragraphs (plain text), tables, pictures and examples."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
-
-@dataclass(frozen=True)
-class Paragraph:
-    text: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as text; the first column is a name, the others are figures unless `words`."""
-
-    head: list[str]
-    rows: list[list[str]]
-    words: bool = False
+from rim_dist.table import Table
 
 
 @dataclass(frozen=True)
@@ -29,31 +18,19 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Example:
-    """A question with the answer after every block and whether it is right; `text` is what the last block wrote."""
+class Examples:
+    """Questions with their answers after every block, as `answers.jsonl` has them."""
 
-    question: str
-    target: str
-    answers: list[tuple[str, bool]]
-    text: str
+    title: str
+    answers: list[dict[str, Any]]
+
+
+Part = str | Table | Picture | Examples
 
 
 @dataclass(frozen=True)
-class Examples:
-    title: str
-    examples: list[Example]
-
-
-Part = Paragraph | Table | Picture | Examples
-
-
-@dataclass
-class Section:
-    title: str
-    parts: list[Part] = field(default_factory=list)
-
-
-@dataclass
 class Report:
+    """Parts by the title of their section."""
+
     title: str
-    sections: list[Section] = field(default_factory=list)
+    sections: dict[str, list[Part]]

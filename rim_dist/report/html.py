@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 from html import escape
+from typing import Any
 
-from rim_dist.report.document import Example, Examples, Paragraph, Part, Picture, Report, Table
+from rim_dist.report.document import Part, Picture, Report
+from rim_dist.table import Table
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; }
@@ -17,7 +19,7 @@ table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabula
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #d8dee4; text-align: right; vertical-align: top; }
 th { background: #f6f8fa; font-weight: 600; }
 td { white-space: nowrap; } .words td { white-space: normal; overflow-wrap: anywhere; }
-th:first-child, td:first-child, .words th, .words td { text-align: left; }
+th.l, td.l, caption { text-align: left; }
 figure { margin: 1rem 0; } figcaption { color: #57606a; font-size: .9rem; } img { max-width: 100%; height: auto; }
 details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; }
 .example { border-left: 3px solid #d0d7de; margin: .8rem 0; padding: .1rem .8rem; }
@@ -27,48 +29,38 @@ pre { white-space: pre-wrap; margin: .3rem 0; font-size: .85rem; }
 """
 
 
-def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in table.rows)
-    words = ' class="words"' if table.words else ""
-    return f'<div class="wide"><table{words}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
-
-
-def _picture(picture: Picture) -> str:
-    data = base64.b64encode(picture.png).decode("ascii")
-    title = escape(picture.title)
-    return f'<figure><img alt="{title}" src="data:image/png;base64,{data}"><figcaption>{title}</figcaption></figure>\n'
-
-
-def _example(example: Example) -> str:
-    answers = "".join(
-        f'<span class="answer{" right" if right else ""}">{k}: {escape(answer)} {"&#10003;" if right else "&#10007;"}</span>'
-        for k, (answer, right) in enumerate(example.answers, 1)
-    )
-    return (
-        f'<div class="example"><p>{escape(example.question)} <span class="target">target: {escape(example.target)}</span></p>\n'
-        f"<p>{answers}</p>\n<pre>{escape(example.text)}</pre></div>\n"
-    )
-
-
 def _part(part: Part) -> str:
-    if isinstance(part, Paragraph):
-        return f"<p>{escape(part.text)}</p>\n"
+    if isinstance(part, str):
+        return f"<p>{escape(part)}</p>\n"
     if isinstance(part, Table):
-        return _table(part)
+        return f'<div class="wide">{part.html()}</div>\n'
     if isinstance(part, Picture):
-        return _picture(part)
-    assert isinstance(part, Examples)
-    inside = "".join(map(_example, part.examples))
+        data = base64.b64encode(part.png).decode("ascii")
+        title = escape(part.title)
+        return f'<figure><img alt="{title}" src="data:image/png;base64,{data}"><figcaption>{title}</figcaption></figure>\n'
+    inside = "".join(map(_example, part.answers))
     return f"<details><summary>{escape(part.title)}</summary>\n{inside}</details>\n"
+
+
+def _example(answer: dict[str, Any]) -> str:
+    answers = "".join(
+        f'<span class="answer{" right" if right else ""}">{k}: {escape(text)} {"&#10003;" if right else "&#10007;"}</span>'
+        for k, (text, right) in enumerate(zip(answer["answers"], answer["correct"], strict=True), 1)
+    )
+    question, target = escape(answer["question"]), escape(answer["target"])
+    return (
+        f'<div class="example"><p>{question} <span class="target">target: {target}</span></p>\n'
+        f"<p>{answers}</p>\n<pre>{escape(answer['text'])}</pre></div>\n"
+    )
 
 
 def render_html(report: Report) -> str:
     """The whole page."""
-    links = "".join(f'<a href="#s{i}">{escape(section.title)}</a>' for i, section in enumerate(report.sections))
+    titles = [escape(title) for title in report.sections]
+    links = "".join(f'<a href="#s{i}">{title}</a>' for i, title in enumerate(titles))
     body = "".join(
-        f'<section id="s{i}"><h2>{escape(section.title)}</h2>\n{"".join(map(_part, section.parts))}</section>\n'
-        for i, section in enumerate(report.sections)
+        f'<section id="s{i}"><h2>{title}</h2>\n{"".join(map(_part, parts))}</section>\n'
+        for i, (title, parts) in enumerate(zip(titles, report.sections.values(), strict=True))
     )
     title = escape(report.title)
     return (

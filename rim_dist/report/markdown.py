@@ -2,51 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from rim_dist.report.document import Examples, Paragraph, Part, Picture, Report, Table
+from rim_dist.report.document import Part, Picture, Report
+from rim_dist.table import Table
 
 PICTURES = "pictures"
 
 
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(_cell, cells)) + " |\n"
-
-
-def _table(table: Table) -> str:
-    side = ":--" if table.words else "--:"
-    rule = "|" + "|".join([":--", *[side] * (len(table.head) - 1)]) + "|\n"
-    return _row(table.head) + rule + "".join(map(_row, table.rows)) + "\n"
-
-
 def _part(part: Part) -> str:
-    if isinstance(part, Paragraph):
-        return part.text + "\n\n"
+    if isinstance(part, str):
+        return part + "\n\n"
     if isinstance(part, Table):
-        return _table(part)
+        return part.markdown() + "\n"
     if isinstance(part, Picture):
         return f"![{part.title}]({PICTURES}/{part.name}.png)\n\n"
-    assert isinstance(part, Examples)
-    blocks = max((len(example.answers) for example in part.examples), default=0)
-    head = ["question", "target", *(f"{k}" for k in range(1, blocks + 1))]
+    blocks = max(len(answer["answers"]) for answer in part.answers)
     rows = []
-    for example in part.examples:
-        answers = [answer + (" ✓" if right else " ✗") for answer, right in example.answers]
-        rows.append([example.question, example.target, *answers, *[""] * (blocks - len(answers))])
-    return f"{part.title}:\n\n" + _table(Table(head, rows, words=True))
+    for answer in part.answers:
+        marked = [f"{text} {'✓' if right else '✗'}" for text, right in zip(answer["answers"], answer["correct"], strict=True)]
+        rows.append([answer["question"], answer["target"], *marked, *[""] * (blocks - len(marked))])
+    return Table(["question", "target", *range(1, blocks + 1)], rows, f"{part.title}:", "l").markdown() + "\n"
 
 
 def render_markdown(report: Report) -> str:
-    """The text; `pictures` has what belongs beside it."""
-    sections = (f"## {section.title}\n\n" + "".join(map(_part, section.parts)) for section in report.sections)
-    return f"# {report.title}\n\n" + "".join(sections)
-
-
-def pictures(report: Report) -> dict[str, bytes]:
-    """File name below `PICTURES`, and content."""
-    parts = [part for section in report.sections for part in section.parts]
-    return {f"{part.name}.png": part.png for part in parts if isinstance(part, Picture)}
+    """The text, which expects the report's pictures in the folder `PICTURES`."""
+    return f"# {report.title}\n\n" + "".join(
+        f"## {title}\n\n" + "".join(map(_part, parts)) for title, parts in report.sections.items()
+    )

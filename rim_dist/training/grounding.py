@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from rim_dist.data.rows import Targets
 from rim_dist.data.synthetic import GUESSING
-from rim_dist.training.metrics import Metrics
+from rim_dist.metrics import MetricLine
 
 LEARNING_PAGE = "docs/learning.md"
 
@@ -36,7 +36,7 @@ class GroundingWatch:
         self._steps = 0
         self._judged: set[int] = set()
 
-    def observe(self, line: Metrics, targets: Iterable[Targets] = ()) -> list[str]:
+    def observe(self, line: MetricLine, targets: Iterable[Targets] = ()) -> list[str]:
         """Warnings after an optimizer step, at most one a block: its steps fade out and are not learned.
 
         `line`: the step's metrics. `targets`: of this rank's micro-batches; the metrics read back after a resume have none.

@@ -31,6 +31,7 @@ from rim_dist.parallel.collectives import all_reduce, all_to_all
 from rim_dist.parallel.environment import package_versions
 from rim_dist.parallel.launch import Process
 from rim_dist.parallel.mesh import Mesh
+from rim_dist.recipe import flatten
 from rim_dist.training.hardware import free_memory_bytes, this_device
 from rim_dist.training.parity import check_parity
 
@@ -53,7 +54,7 @@ def first_difference(values: list[dict[str, Any]], name: Callable[[list[int]], s
 
     Empty if there is none. `name` formats ranks for the message.
     """
-    flat = [_flat(value) for value in values]
+    flat = [flatten(value) for value in values]
     for field in dict.fromkeys(key for value in flat for key in value):
         by_value: dict[str, list[int]] = {}
         for rank, value in enumerate(flat):
@@ -63,12 +64,6 @@ def first_difference(values: list[dict[str, Any]], name: Callable[[list[int]], s
             shown = ", ".join(f"{_short(value)} on {name(ranks)}" for value, ranks in others[:3])
             return f"{field} is not the same on every rank: {shown}, {_short(common)} on the others"
     return ""
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    return {name: leaf for key, value in tree.items() for name, leaf in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
 
 
 def _short(text: str) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from rim_dist.messages import say
+from rim_dist.metrics import MetricLine, progress_texts
 
 
 def _span(seconds: float) -> str:
@@ -18,22 +18,10 @@ def _span(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def describe(line: dict[str, Any], total_steps: int, remaining_seconds: float) -> str:
+def describe(line: MetricLine, total_steps: int, remaining_seconds: float) -> str:
     """One line of text for a step's metrics."""
-    blocks = [f"{value:.2f}" for value in line.get("block_loss") or [] if value is not None]
-    parts = [
-        f"{line['stage']} step {line['step']}/{total_steps}",
-        f"loss {line['loss']:.4f}",
-        *([f"blocks {' '.join(blocks)}"] if blocks else []),
-        f"lr {line['learning_rate']:.2e}",
-        f"grad {line['grad_norm']:.3f}",
-        f"{line['samples_per_second']:.0f} samples/s",
-        f"{line['tokens_per_second']:.0f} tokens/s",
-        f"mem {line['memory_bytes'] / 2**30:.2f} GiB",
-        *([f"MFU {100 * line['mfu']:.1f}%"] if "mfu" in line else []),
-        f"ETA {_span(remaining_seconds)}",
-    ]
-    return "  ".join(parts)
+    texts = [f"{line['stage']} step {line['step']}/{total_steps}", *progress_texts(line), f"ETA {_span(remaining_seconds)}"]
+    return "  ".join(texts)
 
 
 class ProgressReport:
@@ -50,7 +38,7 @@ class ProgressReport:
             self._live.start()
             self._task = self._live.add_task("starting", total=total_steps, completed=first_step)
 
-    def step(self, line: dict[str, Any]) -> None:
+    def step(self, line: MetricLine) -> None:
         done = line["step"]
         seconds = (time.monotonic() - self._start) / max(1, done - self._first) * (self._total - done)
         if self._live is not None:

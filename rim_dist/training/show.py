@@ -7,9 +7,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from rim_dist.attention.visibility import KIND_NAMES, MEMORY
 from rim_dist.checkpoint.start import requirements_of
 from rim_dist.config import Recipe
@@ -21,6 +18,7 @@ from rim_dist.data.rows import pack
 from rim_dist.data.samples import Row
 from rim_dist.data.sources import source_name
 from rim_dist.model.requirements import Requirements
+from rim_dist.table import Table, show
 
 _STREAM_LOOK = 1000
 _STEPS_LOOK = 20
@@ -29,24 +27,23 @@ _STEPS_LOOK = 20
 def show_data(recipe: Recipe, samples: int) -> None:
     """Print counts, step histogram and lengths of a recipe's data, and `samples` samples of each stage row by row."""
     requirements = requirements_of(recipe)
-    console = Console(highlight=False, soft_wrap=True)
     arguments = (recipe, requirements.tokenizer, requirements.tokens, requirements.positions)
     with tempfile.TemporaryDirectory() as scratch:
         data: SampleStream
         if recipe.data.streaming:
             data = StreamedData(*arguments)
             data.samples(0, _STREAM_LOOK)
-            console.print(f"a stream: the first {_STREAM_LOOK} samples")
+            print(f"a stream: the first {_STREAM_LOOK} samples")
         else:
             folder = Path(recipe.data.cache_dir) if recipe.data.cache_dir else Path(scratch)
             data = prepare(*arguments, folder)
-        _print_report(console, recipe, data.report)
+        _print_report(recipe, data.report)
         loader = BatchLoader(recipe, data, requirements.tokens, 0, 1)
         for plan in plan_stages(recipe, len(data)):
             if isinstance(data, PreparedData):
-                _print_lengths(console, plan.name, [len(loader.row(plan, 0, data[i])) for i in range(min(len(data), 2000))])
-            console.print(f"{plan.name}: {plan.steps} optimizer steps, {plan.samples} samples")
-            _print_packing(console, recipe, loader, plan)
+                _print_lengths(plan.name, [len(loader.row(plan, 0, data[i])) for i in range(min(len(data), 2000))])
+            print(f"{plan.name}: {plan.steps} optimizer steps, {plan.samples} samples")
+            _print_packing(recipe, loader, plan)
             starts = [
                 step for step in range(plan.steps) if not step or loader.phase(plan, step) != loader.phase(plan, step - 1)
             ]
@@ -54,32 +51,29 @@ def show_data(recipe: Recipe, samples: int) -> None:
                 when = f", from step {step + 1}" if len(starts) > 1 else ""
                 for number, sample in enumerate(data.samples(plan.first_sample, plan.first_sample + samples), 1):
                     title = f"{plan.name}{when}, sample {number} ({source_name(recipe.data)}:{sample.line})"
-                    _print_row(console, requirements, loader.row(plan, step, sample), title)
+                    _print_row(requirements, loader.row(plan, step, sample), title)
 
 
-def _print_report(console: Console, recipe: Recipe, report: DataReport) -> None:
-    console.print(
-        f"{source_name(recipe.data)}: {report.rows} rows, {report.used} used, {sum(report.skipped.values())} left out"
-    )
+def _print_report(recipe: Recipe, report: DataReport) -> None:
+    print(f"{source_name(recipe.data)}: {report.rows} rows, {report.used} used, {sum(report.skipped.values())} left out")
     for reason, count in report.skipped.most_common():
-        console.print(f"  left out: {count} x {reason}; first {report.examples[reason]}")
+        print(f"  left out: {count} x {reason}; first {report.examples[reason]}")
     if report.truncated:
-        console.print(f"  cut to {recipe.curriculum.stage1.max_steps} steps: {report.truncated}")
+        print(f"  cut to {recipe.curriculum.stage1.max_steps} steps: {report.truncated}")
     largest = max(report.steps.values(), default=1)
-    console.print("steps  samples")
-    for steps, count in sorted(report.steps.items()):
-        console.print(f"{steps:5d}  {count:7d}  {'#' * round(40 * count / largest)}")
+    bars = [(steps, count, "#" * round(40 * count / largest)) for steps, count in sorted(report.steps.items())]
+    show(Table(["steps", "samples", ""], bars, align="rrl"))
 
 
-def _print_lengths(console: Console, stage: str, lengths: Sequence[int]) -> None:
+def _print_lengths(stage: str, lengths: Sequence[int]) -> None:
     ordered = sorted(lengths)
-    console.print(
+    print(
         f"{stage}: row length in tokens over {len(ordered)} samples: min {ordered[0]}, median {ordered[len(ordered) // 2]}, "
         f"95% {ordered[int(len(ordered) * 0.95)]}, max {ordered[-1]}"
     )
 
 
-def _print_packing(console: Console, recipe: Recipe, loader: BatchLoader, plan: StagePlan) -> None:
+def _print_packing(recipe: Recipe, loader: BatchLoader, plan: StagePlan) -> None:
     """How full and how even micro-batches are over the stage's first steps, by number of ranks (cost: tokens)."""
     budget = recipe.optimizer.micro_batch_tokens
     steps = [
@@ -91,26 +85,23 @@ def _print_packing(console: Console, recipe: Recipe, loader: BatchLoader, plan: 
         packings = [pack_step(rows, ranks, budget, RowCost()) for rows in steps]
         full, even = (statistics.fmean(getattr(p, name) for p in packings) for name in ("efficiency", "balance"))
         rounds = statistics.fmean(len(p.bins) for p in packings)
-        console.print(
+        print(
             f"  on {ranks} rank(s): {rounds:.1f} micro-batches a step and rank, {100 * full:.0f}% of {budget} tokens, "
             f"no padding; mean cost / largest cost {even:.3f}"
         )
 
 
-def _print_row(console: Console, requirements: Requirements, row: Row, title: str) -> None:
-    table = Table(title=title)
-    for name in ("#", "token", "kind", "block", "position", "target", "weight"):
-        table.add_column(name, justify="left" if name in ("token", "kind", "target") else "right")
-
+def _print_row(requirements: Requirements, row: Row, title: str) -> None:
     def text(token: int) -> str:
         return repr(requirements.tokenizer.decode([token]))[1:-1]
 
     batch = pack([row], requirements.tokens.block)
     columns, labels, weights = (t.tolist() for t in (batch.targets.column, batch.targets.label, batch.targets.weight))
     targets = {column: (text(label), f"{weight:.3f}") for column, label, weight in zip(columns, labels, weights, strict=True)}
-    places = zip(*(t[0].tolist() for t in batch.layout.queries), strict=True)
-    for i, (token, (_, kind, block, position)) in enumerate(zip(batch.input_ids[0].tolist(), places, strict=True)):
+    rows = []
+    columns_of_tokens = zip(batch.input_ids[0].tolist(), *(t[0].tolist() for t in batch.layout.queries), strict=True)
+    for i, (token, _, kind, block, position) in enumerate(columns_of_tokens):
         thought = row.latent and kind == MEMORY and token == requirements.tokens.memory
         name = "thought" if thought else KIND_NAMES[kind]
-        table.add_row(str(i), text(token), name, str(block or ""), str(position), *targets.get(i, ("", "")))
-    console.print(table)
+        rows.append([i, text(token), name, block or "", position, *targets.get(i, ("", ""))])
+    show(Table(["#", "token", "kind", "block", "position", "target", "weight"], rows, title, "rllrrlr"))

@@ -35,6 +35,7 @@ from rim_dist.evaluation.evaluate import Evaluation, block_answers, recipe_sampl
 from rim_dist.files import os_errors, write_atomically
 from rim_dist.messages import say
 from rim_dist.methods import method_of
+from rim_dist.metrics import EvaluationDone, TrainStep, make_line, progress_texts, read_metrics
 from rim_dist.model.generation import Decoding, check_prompts, generation_config, padding_note
 from rim_dist.model.requirements import Requirements
 from rim_dist.model.skeleton import DTYPES
@@ -45,12 +46,13 @@ from rim_dist.parallel.mesh import describe, make_mesh
 from rim_dist.parallel.zero import compose, partitioner
 from rim_dist.recipe import dump_recipe
 from rim_dist.tokens import prompt_ids
+from rim_dist.training.curves import curve_metrics, draw_curves
 from rim_dist.training.engine import Engine
 from rim_dist.training.folder import check_run_folder
 from rim_dist.training.grounding import GroundingWatch, near_guessing, not_learned
 from rim_dist.training.hardware import peak_memory_bytes, peak_operations
 from rim_dist.training.heartbeat import send_heartbeat
-from rim_dist.training.metrics import Metrics, MetricsLog, draw_curves, read_metrics
+from rim_dist.training.metrics_log import MetricsLog
 from rim_dist.training.preflight import Preflight
 from rim_dist.training.progress import ProgressReport
 from rim_dist.training.schedule import learning_rate
@@ -70,13 +72,6 @@ def finished_state(recipe: Recipe) -> TrainingState | None:
         state = store.read_state(found[-1])
         return state if state.finished else None
     return None
-
-
-def _by_block(sums: list[float], counts: list[float]) -> tuple[list[float | None], list[int]]:
-    """Means and counts by block, up to the last block that has any."""
-    last = max((block for block, count in enumerate(counts, 1) if count), default=0)
-    pairs = list(zip(sums, counts, strict=True))[:last]
-    return [s / c if c else None for s, c in pairs], [int(c) for _, c in pairs]
 
 
 def open_data(recipe: Recipe, requirements: Requirements) -> SampleStream:
@@ -114,7 +109,7 @@ class Trainer:
         self._saved_step = self._scored_step = -1
         self._last_loss = 0.0
         self._scores: dict[str, float] = {}
-        self._operations = self._logged_operations = 0.0
+        self._operations = 0.0
 
     # ---- the run -------------------------------------------------------------------------------------
 
@@ -194,11 +189,13 @@ class Trainer:
             if self._preflight is not None:
                 started += self._dry_batch(self._preflight, rank_batch)
                 self._preflight = None
-            state, line, stop = self._step(rank_batch, plan, step)
+            done, stop = self._step(rank_batch, plan, step)
+            state = done.state
             send_heartbeat(f"{plan.name} step {state.step}")
-            seconds = time.perf_counter() - started
             if self._log is not None and self._progress is not None:
-                self._complete(line, seconds)
+                done.seconds = time.perf_counter() - started
+                done.memory_bytes = peak_memory_bytes()
+                line = make_line(done)
                 self._log.write(line)
                 self._progress.step(line)
                 for warning in self._grounding.observe(line, (batch.targets for batch in rank_batch.micro_batches)):
@@ -236,7 +233,8 @@ class Trainer:
         preflight.finish(int(sums["tokens"]), seconds, loss, peak_memory_bytes())
         return seconds
 
-    def _step(self, rank_batch: RankBatch, plan: StagePlan, step: int) -> tuple[TrainingState, Metrics, bool]:
+    def _step(self, rank_batch: RankBatch, plan: StagePlan, step: int) -> tuple[TrainStep, bool]:
+        """Run an optimizer step; returns what is known of it, and whether to stop after it."""
         batch_samples = min(self._recipe.optimizer.global_batch, plan.samples - step * self._recipe.optimizer.global_batch)
         divisor, stop = self._before_step(rank_batch, batch_samples)
         self._seed(plan.first_step + step)
@@ -245,26 +243,9 @@ class Trainer:
         norm = self._engine.step(rate)
         self._operations += float(sums["operations"])
         state = self._state_after(plan, step + 1)
-        token_losses, tokens, step_losses, steps = sums["by_block"][:, 1:].tolist()
-        first_losses, readouts = _by_block(step_losses, steps)
-        line: Metrics = {
-            "kind": "train",
-            "stage": plan.name,
-            "step": state.step,
-            "samples": state.samples,
-            "loss": self._last_loss,
-            "block_loss": _by_block(token_losses, tokens)[0],
-            "step_loss": first_losses,
-            "step_readouts": readouts,
-            "learning_rate": rate,
-            "grad_norm": norm,
-            "batch_samples": batch_samples,
-            "tokens": int(sums["tokens"]),
-            "packing_efficiency": rank_batch.packing.efficiency,
-            "packing_balance": rank_batch.packing.balance,
-            "operations": self._operations,
-        }
-        return state, line, stop
+        peak = self._peak * self._process.ranks if self._peak else None
+        packing = rank_batch.packing
+        return TrainStep(state, packing, sums, self._last_loss, rate, norm, batch_samples, peak_operations=peak), stop
 
     def _before_step(self, rank_batch: RankBatch, batch_samples: int) -> tuple[float, bool]:
         """The divisor of the step's loss, and whether to stop after the step: one reduction before the first forward."""
@@ -315,16 +296,6 @@ class Trainer:
             finished=plan is self._plans[-1] and done == plan.steps,
         )
 
-    def _complete(self, line: Metrics, seconds: float) -> None:
-        operations = line["operations"] - self._logged_operations
-        self._logged_operations = line["operations"]
-        line["seconds"] = seconds
-        line["samples_per_second"] = line["batch_samples"] / seconds
-        line["tokens_per_second"] = line["tokens"] / seconds
-        line["memory_bytes"] = peak_memory_bytes()
-        if self._peak:
-            line["mfu"] = operations / seconds / (self._peak * self._process.ranks)
-
     def _sum(self, values: Mapping[str, Any], **flags: bool) -> dict[str, numpy.ndarray]:
         """Sums over ranks by name, in one reduction. Tensor ranks have equal `values`, which are counted once."""
         if self._process.ranks > 1 and not self._mesh.counts:
@@ -369,7 +340,7 @@ class Trainer:
             )
         if not starts_fresh(checkpoint):
             self._engine.load(checkpoint)
-        self._operations = self._logged_operations = state.operations
+        self._operations = state.operations
         self._saved_step = state.step
         return state
 
@@ -427,26 +398,13 @@ class Trainer:
         """Log an evaluation, keep its scores for the checkpoint of its step, write the `report` (first rank only)."""
         assert self._log is not None
         assert self._progress is not None
-        line = {
-            "kind": "evaluation",
-            "stage": state.stage,
-            "step": state.step,
-            "samples": state.samples,
-            "questions": result.questions,
-            "accuracy": result.accuracy,
-            "block_accuracy": result.per_block,
-            "any_block_accuracy": result.any_block,
-            "operations": state.operations,
-        }
+        line = make_line(EvaluationDone(state, result))
         self._log.write(line)
         self._scored_step = state.step
         self._scores = {"accuracy": result.accuracy, "any_block_accuracy": result.any_block}
         if self._saved_step == state.step:
             note_scores(self._checkpoints, state.step, self._scores)
-        by_block = " ".join(f"{100 * a:.1f}" for a in result.per_block)
-        self._progress.say(
-            f"step {state.step}: accuracy {100 * result.accuracy:.1f}% of {result.questions} (by block: {by_block})"
-        )
+        self._progress.say(f"step {state.step}: {'  '.join(progress_texts(line))}")
         if not report:
             return
         recipe = self._recipe
@@ -501,7 +459,10 @@ class Trainer:
         try:
             if self._recipe.exportable:
                 export_checkpoint(self._checkpoints, self._folder / "hf")
-            draw_curves(read_metrics(self._folder / "metrics.jsonl"), self._folder / "report" / "curves.png")
+            lines = read_metrics(self._folder / "metrics.jsonl")
+            curves = draw_curves({self._recipe.run.name: lines}, [(metric, "step") for metric in curve_metrics()])
+            (self._folder / "report").mkdir(exist_ok=True)
+            (self._folder / "report" / "curves.png").write_bytes(curves)
         except OSError as error:
             raise TrainingError(f"{self._folder}: the report cannot be written ({error.strerror or error})") from error
         plain = f"{self._folder / 'hf'} is a plain HF folder"
