@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rim_dist.attention.registration import use_plain_attention
 from rim_dist.data.synthetic import synthetic_tokenizer
-from rim_dist.evaluation.prefixes import prefix_places
+from rim_dist.evaluation.prefixes import prefix_coordinates
 from rim_dist.evaluation.readouts import readout_ids
 from rim_dist.model.generation import Decoding, answer_texts, generate_ids
 
@@ -128,12 +128,12 @@ def test_stop_texts() -> None:
     assert answer_texts(names, [cut[1], plain], decoding) == [text.partition(word)[0]] * 2
 
 
-def test_prefix_places() -> None:
-    places = prefix_places([5, 7], 2, 2)
-    assert places.segment.tolist() == [[-1, -1, 0, 0, 0, 0, 0], [0] * 7]
-    assert places.kind.tolist() == [[0, 0, 0, 1, 1, 1, 1]] * 2
-    assert places.block.tolist() == [[0, 0, 0, 1, 1, 2, 2]] * 2
-    assert places.position.tolist() == [[0, 0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6]]
+def test_prefix_coordinates() -> None:
+    coordinates = prefix_coordinates([5, 7], 2, 2)
+    assert coordinates.segment.tolist() == [[-1, -1, 0, 0, 0, 0, 0], [0] * 7]
+    assert coordinates.kind.tolist() == [[0, 0, 0, 1, 1, 1, 1]] * 2
+    assert coordinates.block.tolist() == [[0, 0, 0, 1, 1, 2, 2]] * 2
+    assert coordinates.position.tolist() == [[0, 0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6]]
 
 
 def test_a_family_without_the_mask_answers_at_every_budget(tmp_path: Any) -> None:

@@ -24,12 +24,12 @@ def attention_mass(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> tor
     total = torch.zeros(())
     model.set_attn_implementation("eager")
     try:
-        for arguments, places in prefix_batches(model, loaded.tokenizer, prompts, blocks, loaded.block_size, _BATCH):
+        for arguments, coordinates in prefix_batches(model, loaded.tokenizer, prompts, blocks, loaded.block_size, _BATCH):
             with torch.no_grad():
                 weights = model(**arguments, use_cache=False, output_attentions=True, logits_to_keep=1).attentions
             if not weights or weights[0] is None:
                 raise ModelError(f"{type(model).__name__}: its attention weights cannot be read")
-            group = torch.nn.functional.one_hot(places.block, blocks + 1).double()  # [prompts, keys, 1 + blocks]
+            group = torch.nn.functional.one_hot(coordinates.block, blocks + 1).double()  # [prompts, keys, 1 + blocks]
             by_token = [w[:, :, -memory:].double().mean(dim=1) @ group for w in weights]  # [prompts, memory, 1 + blocks]
             mass = torch.stack(by_token).unflatten(2, (blocks, loaded.block_size)).mean(dim=3)
             total = total + mass.sum(dim=1).cpu()

@@ -13,7 +13,7 @@ from rim_dist.attention.visibility import MEMORY, PADDING_SEGMENT, QUESTION, Tok
 from rim_dist.model.generation import Decoding, check_prompts, generation_config, model_positions, stopped
 
 
-def prefix_places(lengths: Sequence[int], blocks: int, block_size: int) -> TokenCoordinates:
+def prefix_coordinates(lengths: Sequence[int], blocks: int, block_size: int) -> TokenCoordinates:
     """Coordinates `[prompts, longest]` of prompts of the given lengths, blocks at their end, padded on the left."""
     longest, memory = max(lengths), blocks * block_size
     column = torch.arange(longest).expand(len(lengths), longest)
@@ -32,7 +32,7 @@ def prefix_batches(
     block_size: int,
     batch: int,
 ) -> Iterator[tuple[dict[str, torch.Tensor], TokenCoordinates]]:
-    """Arguments of the model's forward for `batch` prompts at a time, and the places of their tokens.
+    """Arguments of the model's forward for `batch` prompts at a time, and the coordinates of their tokens.
 
     `prompts` (token ids) end with `blocks` blocks of `block_size` tokens. Raises DataError if one does not fit the model.
     """
@@ -43,11 +43,11 @@ def prefix_batches(
         lengths = [len(prompt) for prompt in prompts[start : start + batch]]
         longest = max(lengths)
         ids = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts[start : start + batch]]
-        places = prefix_places(lengths, blocks, block_size).map(lambda t: t.to(device))
-        arguments = {"input_ids": torch.tensor(ids, device=device), "position_ids": places.position}
+        coordinates = prefix_coordinates(lengths, blocks, block_size).map(lambda t: t.to(device))
+        arguments = {"input_ids": torch.tensor(ids, device=device), "position_ids": coordinates.position}
         if min(lengths) < longest:
-            arguments["attention_mask"] = (places.segment != PADDING_SEGMENT).long()
-        yield arguments, places
+            arguments["attention_mask"] = (coordinates.segment != PADDING_SEGMENT).long()
+        yield arguments, coordinates
 
 
 def decode_greedily(

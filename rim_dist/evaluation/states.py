@@ -20,8 +20,8 @@ def block_states(loaded: LoadedModel, prompts: Sequence[Sequence[int]], batch: i
     """
     states = []
     batches = prefix_batches(loaded.model, loaded.tokenizer, prompts, loaded.blocks, loaded.block_size, batch)
-    for arguments, places in batches:
-        ends = places.block.shape[1] - 1 - torch.arange(loaded.blocks - 1, -1, -1) * loaded.block_size
+    for arguments, coordinates in batches:
+        ends = coordinates.block.shape[1] - 1 - torch.arange(loaded.blocks - 1, -1, -1) * loaded.block_size
         with torch.no_grad():
             hidden = loaded.model.base_model(**arguments, use_cache=False)[0]
         states.append(hidden[:, ends.to(hidden.device)].float().cpu())
