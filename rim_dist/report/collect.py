@@ -1,4 +1,4 @@
-"""What a run left on disk: recipe, metrics, evaluations, sweeps, analyses."""
+"""What a run left on disk: recipe, metrics, evaluations, block budgets, analyses."""
 
 from __future__ import annotations
 
