@@ -28,7 +28,9 @@ def _monitored(store: Any, rank: int, ranks: int, body: Body) -> None:
     assert monitor.hosts == [f"n{r}" for r in range(ranks)]
     monitor.gather("")
     monitor.broadcast("")
-    monitor.gather("")  # the first rank goes on when nobody is still reading
+    monitor._store.set(f"ready/{rank}", "1")
+    while rank == 0 and not monitor._store.check([f"ready/{r}" for r in range(ranks)]):
+        time.sleep(0.01)  # the store's rank goes on when nobody is still reading; others may have failed by then
     body(monitor)
 
 

@@ -279,7 +279,7 @@ class LivenessMonitor:
 
     def _check_local_peers(self) -> None:
         """The death of a process on this machine is certain, and known before any collective breaks."""
-        for rank in [r for r in self._watched if self._is_dead(r)]:
+        for rank in [r for r in tuple(self._watched) if self._is_dead(r)]:  # two threads may be here
             self._watched.discard(rank)
             # A rank that raised has published that before it ended: then this is not the first failure.
             if not self._store.check([f"left/{rank}"]):
