@@ -3,9 +3,11 @@
 #   TORCH_SPEC=...  another PyTorch than the pinned one, as pip takes it: "torch==2.13.0 --index-url URL"; remembered
 #   DEMO_ARGS=...   arguments of the demo
 #   TEST_ARGS=...   arguments of pytest
+#   TEST_JOBS=2     files of tests that run at once; 0: in one process, for a debugger
 
 PYTHON ?= $(shell if python3.11 -c '' 2>/dev/null; then echo python3.11; else echo python3; fi)
 VENV := .venv
+TEST_JOBS := 2
 # The environment's programs first: PyTorch looks for ninja on PATH.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -28,7 +30,7 @@ demo: $(VENV)/installed  ## Train, export and evaluate the demo
 
 test: lint  ## Lint, then the quick tier of the tests with coverage
 	$(VENV)/bin/python -m coverage erase
-	$(VENV)/bin/python -m coverage run -m pytest $(TEST_ARGS)
+	$(VENV)/bin/python -m coverage run -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 	$(VENV)/bin/python -m coverage combine --quiet
 	$(VENV)/bin/python -m coverage report
 

@@ -55,6 +55,7 @@ setup(
         "dev": [
             "pytest>=9",
             "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",
             "coverage>=7.17",
             "ruff>=0.17",
             "mypy>=2.4",

@@ -7,6 +7,7 @@ python tests/families.py --write    # and put it into docs/families.md
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import random
 from dataclasses import dataclass
@@ -86,7 +87,8 @@ Sample = tuple[list[int], int, list[Readout]]
 
 def build(family: str) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config({**FAMILIES, **HEADS}[family]).float()
+    config = copy.deepcopy({**FAMILIES, **HEADS}[family])  # the model's attention function is a field of it
+    return transformers.AutoModelForCausalLM.from_config(config).float()
 
 
 def random_samples(seed: int) -> list[Sample]:

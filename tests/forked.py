@@ -11,7 +11,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ PROCESSES.set_forkserver_preload(
         "matplotlib.figure",
     ]
 )
+
+
+def _forked(function: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A process that calls the function; the process it is forked from is started without coverage."""
+    traced = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("COVERAGE_")}
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.update(traced)
+    return PROCESSES.Process(target=function, args=arguments)
 
 
 def _rank(body: Callable[..., None], rank: int, ranks: int, port: int, output: str, arguments: tuple[Any, ...]) -> None:
@@ -52,10 +63,7 @@ class Job:
         self, body: Callable[..., None], ranks: int, folder: Path, *arguments: Any, stopped: int | None = None
     ) -> None:
         port, files = free_port(), [folder / f"rank-{rank}" for rank in range(ranks)]
-        processes = [
-            PROCESSES.Process(target=_rank, args=(body, rank, ranks, port, str(file), arguments))
-            for rank, file in enumerate(files)
-        ]
+        processes = [_forked(_rank, body, rank, ranks, port, str(file), arguments) for rank, file in enumerate(files)]
         began = time.monotonic()
         for process in processes:
             process.start()
@@ -88,22 +96,30 @@ def _command(target: Sequence[str], variables: dict[str, str], output: str) -> N
         runpy.run_path(target[0], run_name="__main__")
 
 
-def run_forked(ranks: int, target: Sequence[str], timeout: float, variables: dict[str, str]) -> tuple[int | None, str]:
-    """What torchrun does without starting Python anew: the first status that is not 0 (None: time is up), and the output.
+def start_forked(targets: Sequence[Sequence[str]], variables: dict[str, str], outputs: Sequence[str]) -> list[BaseProcess]:
+    """The ranks of one job without starting Python anew, each with its target and its output file (all may have the same).
 
-    `target`: `-m module` or a script, with arguments. After a rank has failed the others have a minute to notice. What is
-    registered with `atexit` is left out, as multiprocessing does (and as a rank among others does).
+    A target: `-m module` or a script, with arguments. What is registered with `atexit` is left out, as multiprocessing does
+    (and as a rank among others does).
     """
-    variables = dict(variables)
-    if ranks > 1:
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    ranks = len(targets)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+    processes = []
+    for rank, (target, output) in enumerate(zip(targets, outputs, strict=True)):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        processes.append(_forked(_command, target, variables | shared | own, output))
+        processes[-1].start()
+    return processes
+
+
+def run_forked(ranks: int, target: Sequence[str], timeout: float, variables: dict[str, str]) -> tuple[int | None, str]:
+    """What torchrun does: the first status that is not 0 (None: time is up), and the output.
+
+    After a rank has failed the others have a minute to notice.
+    """
     deadline = time.monotonic() + timeout
     with tempfile.NamedTemporaryFile("r") as output:
-        processes = []
-        for rank in range(ranks):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            processes.append(PROCESSES.Process(target=_command, args=(target, variables | place, output.name)))
-            processes[-1].start()
+        processes = start_forked([target] * ranks, variables, [output.name] * ranks)
         while (alive := [p for p in processes if p.is_alive()]) and time.monotonic() < deadline:
             connection.wait([p.sentinel for p in alive], 1)
             if any(p.exitcode for p in processes):

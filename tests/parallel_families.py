@@ -198,6 +198,19 @@ FAMILY_CALLS = {
     },
 }
 _BOTH = [path for path in PATHS if path != "flex"]
+
+
+def _quick(family: str, way: str, path: str) -> bool:
+    """Every family in every way, by one of the two paths that a CPU trains with, in turns; by flex those of two variants."""
+    if way == "TP2":
+        return True
+    if path == "flex":
+        return family in ("Llama", "Gemma 2")
+    return (list(FAMILIES).index(family) + SEQUENCE.index(way) + _BOTH.index(path)) % 2 == 0
+
+
+QUICK_CALLS = [c for key, c in FAMILY_CALLS.items() if _quick(*key)]
+SLOW_CALLS = [c for key, c in FAMILY_CALLS.items() if not _quick(*key)]
 # Beside the families: key heads that several ranks get, head counts that do not divide, blocks bidirectional inside.
 OTHER_CALLS = {
     2: [

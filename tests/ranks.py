@@ -37,9 +37,9 @@ def command(launcher: str, ranks: int, target: Sequence[str]) -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment without another launcher's variables."""
+    """This process's environment without another launcher's variables and without coverage, which makes ranks half as fast."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    clean = {k: v for k, v in os.environ.items() if k not in names}
+    clean = {k: v for k, v in os.environ.items() if k not in names and not k.startswith("COVERAGE_")}
     path = f"{BIN}{os.pathsep}{clean.get('PATH', '')}"
     return {**clean, "PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "DS_ACCELERATOR": "cpu", **extra}
 

@@ -38,20 +38,22 @@ DEMO_MODEL = {
     "max_position_embeddings": 256,
 }
 
-# recipes/demo.yaml cut to 20 + 20 steps, from random weights instead of the demo's base; its dropout is 0.
-DEMO_CUT = [
-    "model.init_from=null",
-    f"model.config={json.dumps(DEMO_MODEL)}",
-    "model.tokenizer=synthetic",
-    "data.synthetic.samples=2560",
-    "curriculum.stage1.samples=1280",
-    "curriculum.stage2.samples=1280",
-    "checkpoint.every_steps=10",
-    "evaluation.samples=16",
-    "evaluation.batch=16",
-    "evaluation.every_steps=0",
-    "logging.every_steps=1",
-]
+
+def demo_cut(steps: int = 20) -> list[str]:
+    """recipes/demo.yaml cut to some steps a stage, from random weights instead of the demo's base; its dropout is 0."""
+    return [
+        "model.init_from=null",
+        f"model.config={json.dumps(DEMO_MODEL)}",
+        "model.tokenizer=synthetic",
+        "data.synthetic.samples=2560",
+        f"curriculum.stage1.samples={64 * steps}",
+        f"curriculum.stage2.samples={64 * steps}",
+        "checkpoint.every_steps=10",
+        "evaluation.samples=16",
+        "evaluation.batch=16",
+        "evaluation.every_steps=0",
+        "logging.every_steps=1",
+    ]
 
 
 def shape(nodes: int, ranks_per_node: int) -> list[str]:

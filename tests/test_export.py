@@ -13,6 +13,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from rim_dist.checkpoint.store import find_checkpoint
 from rim_dist.checkpoint.workers import Workers
 from rim_dist.cli import main
 from rim_dist.errors import CheckpointError
-from rim_dist.evaluation import verify
+from rim_dist.evaluation import plain_logits, verify
 from rim_dist.files import damage_of, read_manifest, record_of, write_manifest
 from rim_dist.recipe import load_recipe
 from rim_dist.tokens import prompt_ids
@@ -72,6 +73,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paths = [str(write_recipe(folder / f"{kind}.yaml", recipe_of(folder, kind))) for kind in FULL + LORA]
     run("fork", 2, ["tests/workers/train_many.py", *paths], timeout=500)
     return folder
+
+
+@pytest.fixture
+def plain_logits_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What verification asks of a new process is computed in this one; `--verify` elsewhere here starts the new one."""
+
+    def run_here(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        plain_logits.main(*command[-3:])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(plain_logits, "sys", SimpleNamespace(modules={}))
+    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run_here))
 
 
 def zero_to_fp32(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -138,7 +151,7 @@ def test_files_and_index(runs: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("kind", ["full1", "full3", "lora1"])
+@pytest.mark.parametrize("kind", ["full1", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("full3", "lora1"))])
 def test_a_padded_vocabulary_answers_the_same(
     runs: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,6 +214,7 @@ def test_one_mpi_rank_that_fails_ends_all(runs: Path, tmp_path: Path, error: str
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("plain_logits_here")
 def test_verification_fails_where_it_should(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other weights, weights that are no numbers (whose difference is none either), and nothing that could be asked."""
     checkpoint, out = find_checkpoint(runs / "full1"), tmp_path / "out"
@@ -215,6 +229,7 @@ def test_verification_fails_where_it_should(runs: Path, tmp_path: Path, monkeypa
         verify.verify_export(checkpoint, out)
 
 
+@pytest.mark.usefixtures("plain_logits_here")
 def test_verification_asks_with_blocks_where_the_method_has_any(runs: Path, tmp_path: Path) -> None:
     """Pause tokens have blocks as RiM has: a KeyError otherwise."""
     checkpoint = tmp_path / "checkpoint"
@@ -374,6 +389,7 @@ def test_inspect_and_diff(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     }
 
 
+@pytest.mark.usefixtures("plain_logits_here")
 def test_verify_finds_what_differs(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import save_file
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import TINY_MODEL, partitioned, tiny_recipe, write_recipe
 from oracle import train_one_process
-from parallel_matrix import TOLERANCE, all_cases, pairwise_cases, run_cases, table
+from parallel_matrix import LAYOUTS, TOLERANCE, Case, all_cases, pairwise_cases, run_cases, table
 from ranks import run
 
 from rim_dist.checkpoint.hf_export import export_checkpoint
@@ -23,10 +24,20 @@ from rim_dist.recipe import load_recipe
 MODEL = {**TINY_MODEL, "num_key_value_heads": 4}
 
 
+EIGHT = [case for case in pairwise_cases() if LAYOUTS[case.layout].ranks == 8]
+
+
+@pytest.mark.untraced
 @pytest.mark.timeout(1800)
-def test_every_mix_of_ranks_equals_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param([case for case in pairwise_cases() if case not in EIGHT], id="2 and 4 ranks"),
+        pytest.param(EIGHT, marks=pytest.mark.thorough, id="8 ranks"),
+    ],
+)
+def test_every_mix_of_ranks_equals_one_process(cases: list[Case], tmp_path: Path) -> None:
     """Every pair of values of two dimensions of the matrix; `python tests/parallel_matrix.py` runs all of it."""
-    cases = pairwise_cases()
     assert len(cases) < len(all_cases()) / 5
     results = run_cases(cases, tmp_path, timeout=1500)
     print(table(results))
@@ -56,27 +67,31 @@ RUNS: dict[str, dict[str, Any]] = {
     "offload-sp2": {"sequence": 2, "offload": True, "deepspeed_config": None},
     "bf16-tp2": {"tensor": 2},
 }
+SLOW = ("sp2", "offload-tp2")
+NAMES = [pytest.param(name, marks=pytest.mark.thorough) if name in SLOW else name for name in RUNS]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of 2 ranks from recipe to export."""
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Runs of 2 ranks from recipe to export, each once; returns the folder of all."""
     folder = tmp_path_factory.mktemp("shared")
-    paths = []
-    for name, parallel in RUNS.items():
-        recipe = shared_run(folder, name, **parallel)
-        if name.startswith("bf16"):
-            recipe["model"] |= {"dtype": "bf16"}
-        paths.append(str(write_recipe(folder / f"{name}.yaml", recipe)))
-    run("fork", 2, ["tests/workers/train_many.py", *paths], timeout=900)
-    return folder
+
+    def make(name: str) -> Path:
+        if not (folder / name).exists():
+            recipe = shared_run(folder, name, **RUNS[name])
+            if name.startswith("bf16"):
+                recipe["model"] |= {"dtype": "bf16"}
+            run("fork", 2, ["-m", "rim_dist", "train", str(write_recipe(folder / f"{name}.yaml", recipe))], timeout=300)
+        return folder
+
+    return make
 
 
 @pytest.mark.timeout(700)
-@pytest.mark.parametrize("name", ["tp2", "sp2", "offload-tp2", "offload-sp2"])
-def test_a_run_of_shared_matrices_or_rows_is_one_process(runs: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "bf16-tp2"])
+def test_a_run_of_shared_matrices_or_rows_is_one_process(train: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     expected = train_one_process(load_recipe(write_recipe(tmp_path / "r.yaml", shared_run(tmp_path, "one"))))
-    lines = [line for line in read_metrics(runs / name / "metrics.jsonl") if line["kind"] == "train"]
+    lines = [line for line in read_metrics(train(name) / name / "metrics.jsonl") if line["kind"] == "train"]
     assert len(lines) == len(expected) == 8
     for line, (loss, norm) in zip(lines, expected, strict=True):
         assert line["loss"] == pytest.approx(loss, rel=1e-5)
@@ -85,9 +100,10 @@ def test_a_run_of_shared_matrices_or_rows_is_one_process(runs: Path, tmp_path: P
 
 
 @pytest.mark.timeout(700)
-@pytest.mark.parametrize("name", RUNS)
-def test_answers_of_shared_ranks_are_the_exports(runs: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_of_shared_ranks_are_the_exports(train: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     """What the ranks answered together during training, and what one process answers with the exported folder."""
+    runs = train(name)
     report = json.loads((runs / name / "report" / "evaluation.json").read_text())
     assert report["questions"] == 10
     answers = [json.loads(line) for line in (runs / name / "report" / "answers.jsonl").read_text().splitlines()]
@@ -100,7 +116,8 @@ def test_answers_of_shared_ranks_are_the_exports(runs: Path, tmp_path: Path, nam
         assert answer["answers"] == again[answer["question"]]["answers"], answer["question"]
 
 
-def test_other_degrees_name_the_command(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_degrees_name_the_command(train: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    runs = train("tp2")
     assert main(["train", str(runs / "tp2.yaml"), "parallel.tensor=1"]) == 2
     error = capsys.readouterr().err
     assert "holds a run of other degrees (parallel.tensor: 2 there, 1 here)" in error
@@ -108,7 +125,7 @@ def test_other_degrees_name_the_command(runs: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.timeout(700)
-def test_a_killed_run_of_tensor_ranks_goes_on_exactly(runs: Path, tmp_path: Path) -> None:
+def test_a_killed_run_of_tensor_ranks_goes_on_exactly(tmp_path: Path) -> None:
     """Half a run with dropout, then the rest in new processes: the same parameters as without a break, bit for bit."""
     paths = []
     for name in ("whole", "broken"):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from families import FAMILIES
-from parallel_families import DOCS, FAMILY_CALLS, LEAK_CALLS, LOSS_CALLS, OTHER_CALLS, SEQUENCE, run_calls
+from parallel_families import DOCS, LEAK_CALLS, LOSS_CALLS, OTHER_CALLS, QUICK_CALLS, SEQUENCE, SLOW_CALLS, run_calls
 from parallel_matrix import TOLERANCE
 
 REFUSED = {
@@ -23,7 +24,7 @@ REFUSED = {
 def returned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, Any]]]:
     """What was called on so many ranks, by function: (arguments, result). One process group for all."""
     ranks = request.param
-    calls = [*(FAMILY_CALLS.values() if ranks == 2 else ()), *OTHER_CALLS[ranks], *LEAK_CALLS[ranks], *LOSS_CALLS[ranks]]
+    calls = [*(QUICK_CALLS if ranks == 2 else ()), *OTHER_CALLS[ranks], *LEAK_CALLS[ranks], *LOSS_CALLS[ranks]]
     results = run_calls(calls, ranks, tmp_path_factory.mktemp("calls"))
     found: dict[str, list[tuple[str, Any]]] = {"measure": [], "leak": [], "vocabulary_loss": []}
     for (name, arguments), result in zip(calls, results, strict=True):
@@ -33,8 +34,19 @@ def returned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.timeout(600)
 def test_parallel_equals_unrolled(returned: dict[str, list[tuple[str, Any]]]) -> None:
+    check(returned["measure"])
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.thorough
+def test_every_path_of_every_family(tmp_path: Path) -> None:
+    names = [", ".join(map(str, arguments)) for _, arguments in SLOW_CALLS]
+    check(list(zip(names, run_calls(SLOW_CALLS, 2, tmp_path), strict=True)))
+
+
+def check(measured: list[tuple[str, Any]]) -> None:
     """Loss and gradients on 2 and 4 ranks, relative to the loss and to the model's largest gradient entry; or refused."""
-    for name, result in returned["measure"]:
+    for name, result in measured:
         if "refused" in result:
             family = name.partition(",")[0]
             assert "TP2" in name

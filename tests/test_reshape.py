@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,23 @@ MOVES = {
     2: {"tp2-zero1": (1, 2, 1), "tp2-zero3": (2, 1, 1), "tp2-lora3": (1, 1, 2), "sp2-zero3": (2, 1, 1), "lora3": (2, 1, 1)},
     4: {"tp2-zero3": (2, 2, 1), "tp2-lora3": (2, 1, 2), "zero3": (2, 2, 1)},
 }
+Move = tuple[str, tuple[int, int, int]]
+
+
+def moves_to(ranks: int) -> list[Move]:
+    """Every kind with as many data ranks, and the moves above."""
+    return [(k, (1, 1, ranks)) for k in KINDS if ranks == 2 or not k.startswith("bf16")] + list(MOVES[ranks].items())
+
+
+# Rows and matrices of every kind, cut anew: ZeRO-1 to sequence ranks, sequence ranks to tensor ranks, adapters to tensor ranks;
+# and two that stay as they are, without ZeRO and in bf16.
+QUICK: list[Move] = [
+    ("zero0", (1, 1, 2)),
+    ("bf16zero3", (1, 1, 2)),
+    ("tp2-zero1", (1, 2, 1)),
+    ("sp2-zero3", (2, 1, 1)),
+    ("lora3", (2, 1, 1)),
+]
 
 
 def recipe_of(folder: Path, kind: str, base: str = "") -> dict:
@@ -58,14 +76,20 @@ def recipe_of(folder: Path, kind: str, base: str = "") -> dict:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All kinds trained on 2 ranks without a break."""
+def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Kinds trained on 2 ranks without a break, each once; returns the folder of all."""
     folder = tmp_path_factory.mktemp("reshape")
-    base = str(folder / "zero1" / "hf")
-    paths = [str(write_recipe(folder / f"{kind}.yaml", recipe_of(folder, kind, base))) for kind in (*KINDS, *SHARED)]
-    paths = [p for p in paths if "lora" not in p] + [p for p in paths if "lora" in p]
-    run("fork", 2, ["tests/workers/train_many.py", *paths], timeout=400)
-    return folder
+
+    def make(*kinds: str) -> Path:
+        needed = [*(["zero1"] if any("lora" in kind for kind in kinds) else []), *kinds]  # adapters start from its export
+        missing = [kind for kind in dict.fromkeys(needed) if not (folder / kind).exists()]
+        base = str(folder / "zero1" / "hf")
+        paths = [str(write_recipe(folder / f"{kind}.yaml", recipe_of(folder, kind, base))) for kind in missing]
+        if paths:
+            run("fork", 2, ["tests/workers/train_many.py", *paths], timeout=400)
+        return folder
+
+    return make
 
 
 def losses(folder: Path) -> list[float]:
@@ -73,10 +97,17 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.thorough) for ranks in (4, 1))])
-def test_goes_on_at_other_ranks(runs: Path, tmp_path: Path, ranks: int) -> None:
-    moves = [(k, (1, 1, ranks)) for k in KINDS if ranks == 2 or not k.startswith("bf16")] + list(MOVES[ranks].items())
-    targets = []
+@pytest.mark.parametrize(
+    ("ranks", "moves"),
+    [
+        pytest.param(2, QUICK, id="2"),
+        pytest.param(2, [move for move in moves_to(2) if move not in QUICK], marks=pytest.mark.thorough, id="2-more"),
+        pytest.param(4, moves_to(4), marks=pytest.mark.thorough, id="4"),
+        pytest.param(1, moves_to(1), marks=pytest.mark.thorough, id="1"),
+    ],
+)
+def test_goes_on_at_other_ranks(train: Callable[..., Path], tmp_path: Path, ranks: int, moves: list[Move]) -> None:
+    runs, targets = train(*(kind for kind, _ in moves)), []
     for kind, (tensor, sequence, data) in moves:
         source, target = folder_of(runs / kind / "checkpoints", SAVED), tmp_path / f"{kind}-{tensor}-{sequence}"
         degrees = ["--tensor", str(tensor), "--sequence", str(sequence), "--data", str(data)]
@@ -113,20 +144,20 @@ def test_goes_on_at_other_ranks(runs: Path, tmp_path: Path, ranks: int) -> None:
     ],
 )
 def test_impossible_degrees(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert main(["convert", "reshape", str(runs / "zero1"), str(tmp_path / "out"), *arguments]) == 2
+    assert main(["convert", "reshape", str(train("zero1") / "zero1"), str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_reshape_that_fails_can_be_tried_again(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    arguments = ["convert", "reshape", str(runs / "zero1"), str(tmp_path / "out"), "--data", "1"]
+    arguments = ["convert", "reshape", str(train("zero1") / "zero1"), str(tmp_path / "out"), "--data", "1"]
     with monkeypatch.context() as patch:
         patch.setattr(safetensors_files, "write_all", full)
         assert main(arguments) == 2
@@ -135,10 +166,11 @@ def test_a_reshape_that_fails_can_be_tried_again(
     assert main(arguments) == 0
 
 
-def test_other_ranks_name_the_command(runs: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(runs / "zero3.yaml")
-    (runs / "zero3" / "hf" / "rim_dist.json").unlink()
-    result = run("fork", 1, ["-m", "rim_dist", "train", str(runs / "zero3.yaml")], check=False)
+def test_other_ranks_name_the_command(train: Callable[..., Path], tmp_path: Path) -> None:
+    runs = train("zero0")
+    recipe = load_recipe(runs / "zero0.yaml")
+    (runs / "zero0" / "hf" / "rim_dist.json").unlink()
+    result = run("fork", 1, ["-m", "rim_dist", "train", str(runs / "zero0.yaml")], check=False)
     assert result.returncode == 2
     assert "saved by 2 ranks, this run has 1" in result.stdout
     assert (
@@ -151,8 +183,9 @@ def test_other_ranks_name_the_command(runs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kind", ["tp2-zero3", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("zero3", "lora3", "sp2-zero3"))]
 )
-def test_to_hf_from_hf_to_hf(runs: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_to_hf_from_hf_to_hf(train: Callable[..., Path], tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Bit for bit in fp32; and the run that starts from it trains the weights of the folder, its memory rows kept."""
+    runs = train(kind)
     first, start, second = tmp_path / "first", tmp_path / "start", tmp_path / "second"
     assert main(["export", str(folder_of(runs / kind / "checkpoints", STEPS)), str(first), "--dtype", "fp32"]) == 0
     tensor, sequence = SHARED.get(kind, (1, 1))
@@ -183,14 +216,16 @@ def test_to_hf_from_hf_to_hf(runs: Path, tmp_path: Path, kind: str, capsys: pyte
 
 
 @pytest.mark.timeout(300)
-def test_from_a_plain_model_into_a_stage(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_a_plain_model_into_a_stage(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A folder without memory rows gets them as training would make them; the second stage begins at its own place."""
     from transformers import AutoModelForCausalLM
 
     from rim_dist.data.synthetic import synthetic_tokenizer
 
     plain = tmp_path / "plain"
-    model = AutoModelForCausalLM.from_pretrained(runs / "zero1" / "hf")
+    model = AutoModelForCausalLM.from_pretrained(train("zero1") / "zero1" / "hf")
     model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] - 3)
     model.save_pretrained(plain)
     synthetic_tokenizer().save_pretrained(plain)

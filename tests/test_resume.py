@@ -8,14 +8,16 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_recipe, write_recipe
+from forked import start_forked
 from ranks import ROOT, command, environment, run
 from safetensors.torch import load_file
 from states import trained_weights
@@ -24,14 +26,15 @@ from rim_dist.checkpoint.store import complete_checkpoints, find_checkpoint, rea
 from rim_dist.metrics import read_metrics
 
 
-def long_recipe(folder: Path, name: str) -> dict:
-    """351 short steps over both stages, dropout on, a checkpoint every seven steps, evaluations between."""
+def long_recipe(folder: Path, name: str, steps: int = 351) -> dict:
+    """Short steps over both stages, dropout on, a checkpoint every seven steps, evaluations between."""
+    samples = 8 * steps
     return tiny_recipe(
         folder,
         run={"name": name},
         curriculum={
-            "stage1": {"samples": 2808, "learning_rate": 1e-3, "max_steps": 4, "dropout": 0.1},
-            "stage2": {"samples": 2800, "learning_rate": 5e-4, "dropout": 0.2},
+            "stage1": {"samples": samples, "learning_rate": 1e-3, "max_steps": 4, "dropout": 0.1},
+            "stage2": {"samples": samples - 8, "learning_rate": 5e-4, "dropout": 0.2},
         },
         model={"config": {**tiny_recipe(folder)["model"]["config"], "attention_dropout": 0.1}},
         data={"synthetic": {"samples": 700, "min_steps": 1, "max_steps": 4}},
@@ -106,15 +109,16 @@ def test_a_run_in_two_halves_is_the_whole_run(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.timeout(300)
 def test_signal_stops_all_ranks_and_the_run_goes_on(tmp_path: Path) -> None:
     """Two ranks: SIGTERM to one of them; both finish the step, save and end with 75; then the run is completed."""
-    whole = write_recipe(tmp_path / "whole.yaml", long_recipe(tmp_path, "whole"))
-    stopped = write_recipe(tmp_path / "stopped.yaml", long_recipe(tmp_path, "stopped"))
+    whole = write_recipe(tmp_path / "whole.yaml", long_recipe(tmp_path, "whole", 61))
+    stopped = write_recipe(tmp_path / "stopped.yaml", long_recipe(tmp_path, "stopped", 61))
     run("fork", 2, ["tests/workers/train_many.py", str(whole)])
-    ranks = _start_two_ranks(stopped)
-    _wait_for_steps(tmp_path / "stopped", 12, ranks)
-    ranks[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=60)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [75, 75], outputs
-    assert "stopped by a signal after step" in outputs[0]
+    with two_ranks(stopped) as (ranks, outputs):
+        _wait_for_steps(tmp_path / "stopped", 12, ranks)
+        ranks[1].terminate()
+        for process in ranks:
+            process.join(60)
+        assert [process.exitcode for process in ranks] == [75, 75], [output.read_text() for output in outputs]
+    assert "stopped by a signal after step" in outputs[0].read_text()
     run("fork", 2, ["-m", "rim_dist", "train", str(stopped)])
     same_weights(tmp_path / "whole", tmp_path / "stopped")
 
@@ -122,12 +126,12 @@ def test_signal_stops_all_ranks_and_the_run_goes_on(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_lost_rank_ends_the_other_in_time(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "lost.yaml", long_recipe(tmp_path, "lost"))
-    ranks = _start_two_ranks(recipe)
-    _wait_for_steps(tmp_path / "lost", 12, ranks)
-    ranks[1].kill()
-    output, _ = ranks[0].communicate(timeout=60)
-    assert ranks[0].returncode == 75, output
-    assert f"rank 0: lost a peer: rank 1 (host {socket.gethostname()}) is gone: killed" in output
+    with two_ranks(recipe) as (ranks, outputs):
+        _wait_for_steps(tmp_path / "lost", 12, ranks)
+        ranks[1].kill()
+        ranks[0].join(60)
+        assert ranks[0].exitcode == 75, outputs[0].read_text()
+    assert f"rank 0: lost a peer: rank 1 (host {socket.gethostname()}) is gone: killed" in outputs[0].read_text()
     assert complete_checkpoints(tmp_path / "lost" / "checkpoints")
 
 
@@ -135,44 +139,35 @@ def test_lost_rank_ends_the_other_in_time(tmp_path: Path) -> None:
 def test_checkpoint_that_cannot_be_written_keeps_the_last(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     """Writes fail as on a full disk (a limit on file sizes): a message, status 1, no half checkpoint, and the run goes on."""
     path = recipe_file()
-    limited = ["bash", "-c", f"ulimit -f 64; exec {sys.executable} -m rim_dist train {path}"]
-    # Without coverage, whose own data file is larger than the limit.
-    variables = {name: value for name, value in environment().items() if not name.startswith("COVERAGE_")}
-    result = subprocess.run(limited, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 1, result.stderr
-    assert "the checkpoint of step 3 cannot be written" in result.stderr
-    assert "Traceback" not in result.stderr
+    result = run("fork", 1, ["tests/workers/small_files.py", str(path)], check=False, RIM_TEST_RANK="0")
+    assert result.returncode == 1, result.stdout
+    assert "the checkpoint of step 3 cannot be written" in result.stdout
+    assert "Traceback" not in result.stdout
     assert not list((tmp_path / "runs" / "tiny" / "checkpoints").iterdir())
     run("fork", 1, ["-m", "rim_dist", "train", str(path)])
     assert (tmp_path / "runs" / "tiny" / "hf" / "config.json").is_file()
 
 
-def _start_two_ranks(recipe: Path) -> list[subprocess.Popen[str]]:
-    from ranks import free_port
-
-    port = str(free_port())
-    processes = []
-    for rank in range(2):
-        variables = environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        processes.append(
-            subprocess.Popen(
-                command("python", 1, ["-m", "rim_dist", "train", str(recipe)]),
-                cwd=ROOT,
-                env=variables,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    return processes
+@contextmanager
+def two_ranks(recipe: Path) -> Iterator[tuple[list[BaseProcess], list[Path]]]:
+    """A training on two ranks, killed at the end if it still runs: its processes, and the files of what they say."""
+    outputs = [recipe.with_suffix(f".rank-{rank}") for rank in range(2)]
+    target = ["-m", "rim_dist", "train", str(recipe)]
+    ranks = start_forked([target] * 2, environment(), [str(output) for output in outputs])
+    try:
+        yield ranks, outputs
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
 
 
-def _wait_for_steps(folder: Path, steps: int, processes: list[subprocess.Popen[str]]) -> None:
+def _wait_for_steps(folder: Path, steps: int, processes: list[BaseProcess]) -> None:
     deadline = time.monotonic() + 90
     while len(steps_of(folder)) < steps:
         assert time.monotonic() < deadline, "no steps"
         for process in processes:
-            assert process.poll() is None, process.communicate()[0]
+            assert process.is_alive(), "ended before it was disturbed"
         time.sleep(0.05)
 
 

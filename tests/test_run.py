@@ -25,9 +25,8 @@ from rim_dist.recipe import load_recipe
 Make = Callable[..., Path]
 
 
-def train(path: Path, *overrides: str) -> str:
-    # A process of its own: wandb waits at a Python's exit for what it still writes.
-    return run("python", 1, ["-m", "rim_dist", "train", str(path), *overrides]).stdout
+def train(path: Path, *overrides: str, launcher: str = "fork") -> str:
+    return run(launcher, 1, ["-m", "rim_dist", "train", str(path), *overrides]).stdout
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluation={"samples": 12, "max_new_tokens": 4, "every_steps": 3},
         logging={"tensorboard": True, "profile": [2, 3], "wandb": "offline"},
     )
-    train(write_recipe(folder / "r.yaml", recipe))
+    # A Python of its own: wandb waits at its exit for what it still writes.
+    train(write_recipe(folder / "r.yaml", recipe), launcher="python")
     return folder / "tiny"
 
 
@@ -399,7 +399,7 @@ def test_mpirun_and_srun_variables(recipe_file: Make, tmp_path: Path) -> None:
     srun = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "77"}
     run("fork", 1, ["-m", "rim_dist", "train", str(recipe_file()), "run.name=slurm"], **srun)
     several = run(
-        "python",
+        "fork",
         1,
         ["-m", "rim_dist", "train", str(recipe_file()), "run.name=x"],
         check=False,

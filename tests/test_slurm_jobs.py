@@ -5,17 +5,18 @@ What takes more than a few minutes is thorough.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import tiny_recipe, write_recipe
 from ranks import ROOT, run
 from slurm_cluster import Cluster, missing
-from slurm_jobs import DEMO_CUT, JOB_ENVIRONMENT, complete, last_step, losses, shape, steps_recipe, until
+from slurm_jobs import JOB_ENVIRONMENT, complete, demo_cut, last_step, losses, shape, steps_recipe, until
 
 from rim_dist.cluster.attempts import attempts_of
 from rim_dist.cluster.status import describe
@@ -34,27 +35,43 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, int, float]]:
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], list[tuple[str, int, float]]]:
+    """The losses of one process with the overrides given."""
     folder = tmp_path_factory.mktemp("one")
-    run("python", 1, ["-m", "rim_dist", "train", "recipes/demo.yaml", *DEMO_CUT, f"run.output_dir={folder}", "run.name=one"])
-    return losses(folder / "one")
+
+    @functools.cache
+    def train(cut: tuple[str, ...]) -> list[tuple[str, int, float]]:
+        name = f"one-{len(list(folder.iterdir()))}"
+        own = [f"run.output_dir={folder}", f"run.name={name}"]
+        run("fork", 1, ["-m", "rim_dist", "train", "recipes/demo.yaml", *cut, *own])
+        return losses(folder / name)
+
+    return lambda cut: train(tuple(cut))
 
 
 @pytest.mark.parametrize(
-    ("launcher", "nodes", "ranks"),
+    ("launcher", "nodes", "ranks", "steps"),
     [
-        ("srun", 2, 2),
-        pytest.param("mpi", 2, 2, marks=long),
-        pytest.param("torchrun", 2, 2, marks=long),
-        pytest.param("deepspeed", 2, 2, marks=long),
-        pytest.param("mpirun", 2, 2, marks=long),
-        pytest.param("srun", 4, 1, marks=long),
+        ("srun", 2, 1, 5),
+        pytest.param("srun", 2, 2, 20, marks=long),
+        pytest.param("mpi", 2, 2, 20, marks=long),
+        pytest.param("torchrun", 2, 2, 20, marks=long),
+        pytest.param("deepspeed", 2, 2, 20, marks=long),
+        pytest.param("mpirun", 2, 2, 20, marks=long),
+        pytest.param("srun", 4, 1, 20, marks=long),
     ],
 )
 def test_every_launcher_equals_one_process(
-    launcher: str, nodes: int, ranks: int, cluster: Cluster, tmp_path: Path, one_process: list[tuple[str, int, float]]
+    launcher: str,
+    nodes: int,
+    ranks: int,
+    steps: int,
+    cluster: Cluster,
+    tmp_path: Path,
+    one_process: Callable[[list[str]], list[tuple[str, int, float]]],
 ) -> None:
-    """The demo's recipe cut to 20 + 20 steps."""
+    """The demo's recipe cut to some steps a stage."""
+    cut = demo_cut(steps)
     began = time.monotonic()
     script = "slurm/mpi.sbatch" if launcher.startswith("mpi") else "slurm/train.sbatch"
     job = cluster.sbatch(
@@ -62,17 +79,17 @@ def test_every_launcher_equals_one_process(
         f"--output={tmp_path}/slurm-%j.out",
         script,
         "recipes/demo.yaml",
-        *DEMO_CUT,
+        *cut,
         f"run.output_dir={tmp_path}",
         "run.name=several",
         **JOB_ENVIRONMENT,
         RIM_LAUNCHER=launcher,
     )
     complete(cluster, job, tmp_path / "several", 300)
-    found = losses(tmp_path / "several")
-    assert [line[:2] for line in found] == [line[:2] for line in one_process]
-    assert len(found) == 40
-    worst = max(abs(a[2] / b[2] - 1) for a, b in zip(found, one_process, strict=True))
+    found, expected = losses(tmp_path / "several"), one_process(cut)
+    assert [line[:2] for line in found] == [line[:2] for line in expected]
+    assert len(found) == 2 * steps
+    worst = max(abs(a[2] / b[2] - 1) for a, b in zip(found, expected, strict=True))
     print(f"\n| {launcher} | {nodes} x {ranks} | {worst:.1e} | {time.monotonic() - began:.0f} |", flush=True)
     assert worst <= 1e-5
     (start,) = attempts_of(tmp_path / "several")
@@ -128,6 +145,7 @@ def test_chain_goes_from_nothing_to_an_export_that_answers(cluster: Cluster, tmp
         assert seen == {"IN_CONTAINER": "1", "HANG_MINUTES": "7", "LAUNCHER": "srun"}
 
 
+@long
 def test_failing_stage_leaves_nothing_in_the_queue(cluster: Cluster, tmp_path: Path) -> None:
     no_data = ["data.source=jsonl", f"data.path={tmp_path}/none.jsonl", "evaluation.data=synthetic"]
     jobs = curriculum(cluster, chain_recipe(tmp_path), *no_data)
