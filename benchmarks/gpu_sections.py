@@ -1,4 +1,4 @@
-"""Sections a to e of gpu.py: what the card is, whether every path computes the same on it, and how fast they are."""
+"""Sections a to e of gpu.py: what the card is, whether every kernel computes the same on it, and how fast they are."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from ttft import Tokenizer
 
 import rim_dist
 from rim_dist.attention import flex
+from rim_dist.attention.kernels import kernel_names
 from rim_dist.attention.registration import use_plain_attention, use_rim_attention
 from rim_dist.data.packing import RowCost, pack_step
 from rim_dist.data.rows import Batch, pack
@@ -50,7 +51,7 @@ from rim_dist.training.engine import row_cost
 from rim_dist.unwrap import bare_model
 
 BLOCKS, MEMORY = 8, 2  # K and M of sections c and e
-PATHS: tuple[Literal["dense", "split", "flex"], ...] = ("dense", "split", "flex")
+KERNELS = kernel_names()
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "peft", "pydantic", "datasets", "cut-cross-entropy", "numpy")
 
 
@@ -184,7 +185,7 @@ def oracle(cx: Context, entry: dict[str, Any]) -> None:
 
 
 def compare_family(cx: Context, entry: dict[str, Any], name: str, truth: Oracle) -> None:
-    """Every path against the unrolled runs. In bf16 those are off as well: a path may be twice as far off, and a little."""
+    """Every kernel against the unrolled runs. In bf16 those are off as well: a kernel may be twice as far off, and a little."""
     for dtype in (torch.float32, torch.bfloat16):
         kind = f"{name} {str(dtype).removeprefix('torch.')}"
         plain = truth.copy(dtype)
@@ -192,22 +193,22 @@ def compare_family(cx: Context, entry: dict[str, Any], name: str, truth: Oracle)
         loss.backward()
         floor = entry[f"{kind} unrolled"] = truth.off(plain, loss)
         limits = (1e-5, 1e-4) if dtype == torch.float32 else (2 * floor[0] + 2e-3, 2 * floor[1] + 5e-3)
-        for path in PATHS:
-            if path == "flex" and dtype == torch.float32 and name != "llama d64" and cx.cuda:
+        for kernel in KERNELS:
+            if kernel == "flex" and dtype == torch.float32 and name != "llama d64" and cx.cuda:
                 continue  # compiling takes the time
-            key = f"{kind} {path}"
+            key = f"{kind} {kernel}"
             with cx.attempt(entry, key, f"b  {key:28s}"):
-                found = entry[key] = compare_path(cx, truth, dtype, path, limits)
+                found = entry[key] = compare_kernel(cx, truth, dtype, kernel, limits)
                 verdict = "ok" if found["ok"] else "WRONG"
                 figures = f"loss {found['loss']:.1e} grad {found['gradient']:.1e} (unrolled {floor[1]:.1e})"
                 cx.row(f"b  {key:28s} {figures} {verdict} {found['seconds']:.1f}s")
 
 
-def compare_path(cx: Context, truth: Oracle, dtype: torch.dtype, path: Any, limits: tuple[float, float]) -> dict[str, Any]:
+def compare_kernel(cx: Context, truth: Oracle, dtype: torch.dtype, kernel: str, limits: tuple[float, float]) -> dict[str, Any]:
     reset_dynamo()
     before = graphs()
     model = truth.copy(dtype)
-    use_rim_attention(model, path)
+    use_rim_attention(model, kernel)
     install_readout_loss(model)
     cx.sync()
     began = time.perf_counter()
@@ -278,14 +279,14 @@ def train_step(cx: Context, model: Any, batch: Batch) -> Step:
     return step
 
 
-def work_of(cx: Context, model: Any, batches: list[MicroBatch], path: str) -> Work:
-    """`path`: one of the attention paths, or `padded`: the first batch only, as a user of plain transformers lays it out."""
+def work_of(cx: Context, model: Any, batches: list[MicroBatch], kernel: str) -> Work:
+    """`kernel`: an attention kernel, or `padded`: the first batch only, as a user of plain transformers lays it out."""
     cost, bare = row_cost(model), bare_model(model)
-    if path == "padded":
+    if kernel == "padded":
         batches = batches[:1]
     tokens, operations = sum(b.batch.tokens for b in batches), sum(cost.of_batch(b.batch) for b in batches)
-    if path != "padded":
-        use_rim_attention(bare, path)  # type: ignore[arg-type]
+    if kernel != "padded":
+        use_rim_attention(bare, kernel)
         return Work([train_step(cx, model, b.batch) for b in batches], tokens, operations, operations)
     padded = step_time.PaddedRows(batches[0].rows, batches[0].ids)
     for name, tensor in vars(padded).items():
@@ -341,7 +342,7 @@ def time_work(cx: Context, work: Work) -> dict[str, Any]:
 def measure(
     cx: Context, entry: dict[str, Any], name: str, model: Any, batches: list[MicroBatch], path: str, note: str = ""
 ) -> None:
-    """Time of a micro-batch's forward and backward pass by one path over batches of different rows."""
+    """Time of a micro-batch's forward and backward pass by one kernel over batches of different rows."""
     cx.fresh()
     with cx.attempt(entry, name, f"c  {name:26s}"):
         found = entry[name] = time_work(cx, work_of(cx, model, batches, path))

@@ -137,7 +137,7 @@ def setup_of(case: Case) -> Setup:
         lora=recipe.model.lora,
         checkpointing=case.checkpointing,
         activation_offload=case.activation_offload,
-        attention=case.attention,  # type: ignore[arg-type]
+        attention=case.attention,
         device="cpu",
     )
 
@@ -202,7 +202,7 @@ def measure_here(case: Case, process: Any) -> dict[str, int]:
     """Measure on this rank of a group that has joined."""
     from transformers import AutoConfig
 
-    from rim_dist.attention.choice import PathChoice
+    from rim_dist.attention.choice import KernelChoice
     from rim_dist.checkpoint.start import model_of
     from rim_dist.data.rows import pack
     from rim_dist.data.samples import Readout, Row
@@ -222,8 +222,8 @@ def measure_here(case: Case, process: Any) -> dict[str, int]:
         size = config.get_text_config().vocab_size
         tokens = MemoryTokens(size - 3, size - 2, size - 1, load.memory, ())
         mode = setup_of(case).sequence_mode
-        path = PathChoice(case.attention, "")  # type: ignore[arg-type]
-        requirements = Requirements(None, tokens, config, None, None, path, mode)  # type: ignore[arg-type]
+        kernel = KernelChoice(case.attention, "")
+        requirements = Requirements(None, tokens, config, None, None, kernel, mode)  # type: ignore[arg-type]
         mesh = make_mesh(fit_degrees(recipe, process.ranks), process.rank, "cpu")
         ds_config = ds_config_of(case)
         model = model_of(recipe, requirements, None, mesh, partitioner(ds_config, mesh, DTYPES[recipe.model.dtype]))

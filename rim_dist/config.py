@@ -53,11 +53,10 @@ class ModelSection(Section):
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Precision of forward and backward; the optimizer always keeps fp32 weights."
     )
-    attention: Literal["auto", "dense", "split", "flex"] = Field(
+    attention: str = Field(
         "auto",
-        description="How the RiM visibility is computed; the result is the same. `dense`: one mask over a whole micro-batch. "
-        "`split`: sample by sample, without such a mask. `flex`: FlexAttention (CUDA, no dropout). `auto` chooses and "
-        "says why in the log.",
+        description="The attention kernel, a file of `rim_dist/attention/kernels` (below); all compute the same. `auto` "
+        "chooses one and says why in the log.",
     )
     activation_checkpointing: StrictBool = Field(
         False, description="Recompute each layer in the backward pass instead of keeping its activations."

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from rim_dist.attention.kernels import kernel_names
 from rim_dist.config import Recipe, Section
 from rim_dist.data.formats import format_names, format_of
 from rim_dist.errors import ConfigError
@@ -28,6 +29,7 @@ FORMAT = 2
 # Fields whose values are the names of files in a folder of rim_dist, besides some fixed ones.
 CHOICES: dict[str, Callable[[], list[str]]] = {
     "method": method_names,
+    "model.attention": lambda: ["auto", *kernel_names()],
     "data.source": lambda: ["synthetic", "hub", *format_names()],
     "evaluation.format": lambda: ["auto", *format_names()],
 }

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from families import BLOCK, FAMILIES, PATHS, Difference, build, expected, pack_samples, random_samples
+from families import BLOCK, FAMILIES, KERNELS, TRAINED_ON_CPU, Difference, build, expected, pack_samples, random_samples
 from parallel_matrix import LAYOUTS, TOLERANCE, Layout
 
 from rim_dist.attention.registration import use_rim_attention
@@ -68,7 +68,7 @@ def largest(values: Sequence[float]) -> list[float]:
     return found.tolist()
 
 
-def measure(family: str, way: str, path: str, bidirectional: bool = False, seed: int = 0) -> dict[str, Any]:
+def measure(family: str, way: str, kernel: str, bidirectional: bool = False, seed: int = 0) -> dict[str, Any]:
     """Loss and gradients of a packed batch on all ranks against the unrolled runs of one; or why the family is refused."""
     loss, wanted = expected(family, seed, bidirectional)
     mesh = mesh_of(way)
@@ -80,16 +80,16 @@ def measure(family: str, way: str, path: str, bidirectional: bool = False, seed:
         return {"refused": str(error)}
     sum_shared_gradients(model)
     install_readout_loss(model)
-    use_rim_attention(model, path)  # type: ignore[arg-type]
+    use_rim_attention(model, kernel)
     batch = own_part(pack_samples(random_samples(seed), bidirectional), way)
-    with torch.set_grad_enabled(path != "flex"):
+    with torch.set_grad_enabled(kernel in TRAINED_ON_CPU):
         weighted_sum, token_losses = run_batch(model, batch)
     sums = torch.stack([weighted_sum.detach(), (token_losses * batch.targets.weight).sum()])
     if mesh.sequence_group is not None:
         dist.all_reduce(sums, group=mesh.sequence_group)
     off = max(abs(float(value) / loss - 1) for value in sums)
     gradient = 0.0
-    if path != "flex":
+    if kernel in TRAINED_ON_CPU:
         weighted_sum.backward()
         entry = max(float(g.abs().max()) for g in wanted.values())
         names = [name for name, p in model.named_parameters() if p.grad is not None]
@@ -105,14 +105,14 @@ def measure(family: str, way: str, path: str, bidirectional: bool = False, seed:
     return asdict(Difference(*largest([off, gradient])))
 
 
-def leak(family: str, way: str, path: str) -> dict[str, float]:
+def leak(family: str, way: str, kernel: str) -> dict[str, float]:
     """A readout's tokens changed at equal lengths: how far the logits of all other tokens move, and its own."""
     pick = random.Random(1)
     question = [pick.randrange(94) for _ in range(7)]
     readouts = tuple(Readout(k, [pick.randrange(94) for _ in range(9)], 1.0) for k in range(1, 5))
     changed = (readouts[0], Readout(2, [pick.randrange(94) for _ in range(9)], 1.0), *readouts[2:])
     model = build(family).eval()
-    use_rim_attention(model, path)  # type: ignore[arg-type]
+    use_rim_attention(model, kernel)
     found = []
     for some in (readouts, changed):
         batch = own_part(pack([Row(question, 4, len(BLOCK), some)], BLOCK), way)
@@ -193,20 +193,19 @@ def call(function: str, *arguments: Any) -> Call:
 FAMILY_CALLS = {
     **{(family, "TP2", "split"): call("measure", family, "TP2", "split") for family in FAMILIES},
     **{
-        (family, way, path): call("measure", family, way, path)
-        for family, way, path in itertools.product(FAMILIES, SEQUENCE, PATHS)
+        (family, way, kernel): call("measure", family, way, kernel)
+        for family, way, kernel in itertools.product(FAMILIES, SEQUENCE, KERNELS)
     },
 }
-_BOTH = [path for path in PATHS if path != "flex"]
 
 
-def _quick(family: str, way: str, path: str) -> bool:
-    """Every family in every way, by one of the two paths that a CPU trains with, in turns; by flex those of two variants."""
+def _quick(family: str, way: str, kernel: str) -> bool:
+    """Every family in every way, by one of the two kernels that a CPU trains with, in turns; by flex those of two variants."""
     if way == "TP2":
         return True
-    if path == "flex":
+    if kernel not in TRAINED_ON_CPU:
         return family in ("Llama", "Gemma 2")
-    return (list(FAMILIES).index(family) + SEQUENCE.index(way) + _BOTH.index(path)) % 2 == 0
+    return (list(FAMILIES).index(family) + SEQUENCE.index(way) + TRAINED_ON_CPU.index(kernel)) % 2 == 0
 
 
 QUICK_CALLS = [c for key, c in FAMILY_CALLS.items() if _quick(*key)]
@@ -214,28 +213,28 @@ SLOW_CALLS = [c for key, c in FAMILY_CALLS.items() if not _quick(*key)]
 # Beside the families: key heads that several ranks get, head counts that do not divide, blocks bidirectional inside.
 OTHER_CALLS = {
     2: [
-        *(call("measure", "Llama, 4 heads, 1 for keys", way, path) for way in SEQUENCE for path in _BOTH),
-        *(call("measure", "Llama, 6 heads, 3 for keys", way, path) for way in SEQUENCE for path in _BOTH),
-        *(call("measure", "Llama, 3 heads, 1 for keys", "SP2 allgather_kv", path) for path in _BOTH),
+        *(call("measure", "Llama, 4 heads, 1 for keys", way, kernel) for way in SEQUENCE for kernel in TRAINED_ON_CPU),
+        *(call("measure", "Llama, 6 heads, 3 for keys", way, kernel) for way in SEQUENCE for kernel in TRAINED_ON_CPU),
+        *(call("measure", "Llama, 3 heads, 1 for keys", "SP2 allgather_kv", kernel) for kernel in TRAINED_ON_CPU),
         *(
-            call("measure", family, way, path, True)
-            for family, way, path in itertools.product(("Llama", "GPT-2", "Phi-3"), SEQUENCE, PATHS)
+            call("measure", family, way, kernel, True)
+            for family, way, kernel in itertools.product(("Llama", "GPT-2", "Phi-3"), SEQUENCE, KERNELS)
         ),
         call("measure", "Llama", "TP2", "dense", True),
         call("measure", "Gemma 2", "TP2", "dense"),
     ],
     4: [
-        *(call("measure", "Llama, 8 heads, 2 for keys", way, path) for way in SEQUENCE_4 for path in _BOTH),
+        *(call("measure", "Llama, 8 heads, 2 for keys", way, kernel) for way in SEQUENCE_4 for kernel in TRAINED_ON_CPU),
         *(call("measure", "Llama, 4 heads, 1 for keys", way, "split") for way in SEQUENCE_4),
-        *(call("measure", "Gemma 2", way, path) for way in SEQUENCE_4 for path in PATHS),
+        *(call("measure", "Gemma 2", way, kernel) for way in SEQUENCE_4 for kernel in KERNELS),
         call("measure", "Llama, 6 heads, 3 for keys", "SP4 allgather_kv", "split"),
         call("measure", "Llama, 3 heads, 1 for keys", "SP4 allgather_kv", "split", True),
     ],
 }
 _PERTURBED = ("Llama", "Gemma 2", "Mistral, sliding window")
 LEAK_CALLS = {
-    2: [call("leak", *c) for c in itertools.product(_PERTURBED, SEQUENCE, PATHS)],
-    4: [call("leak", *c) for c in itertools.product(("Llama",), SEQUENCE_4, PATHS)],
+    2: [call("leak", *c) for c in itertools.product(_PERTURBED, SEQUENCE, KERNELS)],
+    4: [call("leak", *c) for c in itertools.product(("Llama",), SEQUENCE_4, KERNELS)],
 }
 _OPTIONS = ((), ("scale",), ("softcap",), ("bias",), ("rows",), ("scale", "softcap", "bias", "rows"))
 LOSS_CALLS = {

@@ -21,6 +21,8 @@ import gpu
 import gpu_context
 from gpu_context import Context
 
+from rim_dist.attention.kernels import kernel_names  # noqa: E402
+
 FAMILIES = ("llama d64", "qwen3 d128", "gemma2 d64")
 
 
@@ -43,8 +45,8 @@ def test_smoke_run_of_the_oracle(tmp_path: Path) -> None:
     assert list(sections) == ["b oracle"]
     oracle = sections["b oracle"]
     compared = {key for key, value in oracle.items() if isinstance(value, dict)}
-    dtypes, paths = ("float32", "bfloat16"), ("dense", "split", "flex")
-    assert compared == {f"{family} {dtype} {path}" for family in FAMILIES for dtype in dtypes for path in paths}
+    dtypes, kernels = ("float32", "bfloat16"), kernel_names()
+    assert compared == {f"{family} {dtype} {kernel}" for family in FAMILIES for dtype in dtypes for kernel in kernels}
     assert all(oracle[key]["ok"] is True for key in compared)
     for dtype, largest in (("float32", 0.0), ("bfloat16", 0.1)):
         assert all(oracle[f"{family} {dtype} unrolled"][1] <= largest for family in FAMILIES)

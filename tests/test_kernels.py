@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
 import transformers
+from families import FAMILIES, build, pack_samples, random_samples
+from ranks import ROOT, run
 
-from rim_dist.attention.choice import choose_path
-from rim_dist.errors import ConfigError
+import rim_dist.attention.kernels
+from rim_dist.attention.choice import choose_kernel
+from rim_dist.attention.kernels import kernel_names, kernel_of, proof_kernel
+from rim_dist.attention.kernels.base import Demands, Kernel
+from rim_dist.attention.registration import use_rim_attention
+from rim_dist.cli import main
+from rim_dist.errors import ConfigError, ModelError
+from rim_dist.objective.forward import install_readout_loss, run_batch
+from rim_dist.planning.memory import Buckets, Setup, attention_masks
+from rim_dist.planning.workload import Workload
+from rim_dist.recipe import load_recipe
+from rim_dist.training.metrics import read_metrics
+from rim_dist.training.trainer import prepare_run
 
-CONFIGS = {channels: transformers.LlamaConfig(hidden_size=4 * channels, num_attention_heads=4) for channels in (12, 16, 128)}
+DEMANDS = Demands("llama", 64, None, None, "cuda", "bf16", 0.0, False, None, 8192)
 DROPOUT = "it has no dropout, and a stage has dropout 0.1"
 CPU = "it has no backward pass on cpu"
 SMALL_HEADS = "its kernels need heads of at least 16 channels, llama has 12 here"
-# Device, channels of a head, largest dropout: why flex is out of the question, and empty where it is not.
+# Device, channels of a head, largest dropout: why flex cannot be used, and empty where it can.
 FLEX_IS_OUT = {
     ("cuda", 128, 0.0): "",
     ("cuda", 16, 0.0): "",
@@ -29,26 +50,245 @@ FLEX_IS_OUT = {
 }
 
 
-def choice(wanted: str, device: str, channels: int, dropout: float, tokens: int) -> tuple[str, str]:
-    found = choose_path(wanted, device, CONFIGS[channels], dropout, False, tokens)
-    return found.path, found.reason
+def choice(wanted: str, **demands: Any) -> tuple[str, str]:
+    found = choose_kernel(wanted, replace(DEMANDS, **demands))
+    return found.kernel, found.reason
 
 
-@pytest.mark.parametrize(("device", "channels", "dropout"), FLEX_IS_OUT)
-def test_choices(device: str, channels: int, dropout: float) -> None:
-    reason = FLEX_IS_OUT[device, channels, dropout]
+# ---- the choice ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("device", "head_dim", "dropout"), FLEX_IS_OUT)
+def test_choices(device: str, head_dim: int, dropout: float) -> None:
+    """Every dtype, window, softcap, sequence mode and kind of block gets the same kernel."""
+    reason = FLEX_IS_OUT[device, head_dim, dropout]
     large = ("split", f"flex is out: {reason}") if reason else ("flex", "one kernel for the whole row on cuda")
-    for tokens in (1, 256):
-        assert choice("auto", device, channels, dropout, tokens) == ("dense", "micro-batches of at most 256 tokens")
-    for tokens in (257, 8192):
-        assert choice("auto", device, channels, dropout, tokens) == large
-    for tokens in (1, 256, 257, 8192):
-        for wanted in ("dense", "split"):
-            assert choice(wanted, device, channels, dropout, tokens) == (wanted, "the recipe asks for it")
-        if reason:
+    for more in (
+        *({"dtype": dtype} for dtype in ("fp32", "bf16", "fp16")),
+        *({"sequence_mode": mode} for mode in ("ulysses", "allgather_kv")),
+        {"sliding_window": 9},
+        {"softcap": 50.0},
+        {"bidirectional": True},
+    ):
+        given = {"device": device, "head_dim": head_dim, "dropout": dropout, **more}
+        for tokens in (1, 256):
+            expected = ("dense", "micro-batches of at most 256 tokens")
+            assert choice("auto", micro_batch_tokens=tokens, **given) == expected
+        for tokens in (257, 8192):
+            assert choice("auto", micro_batch_tokens=tokens, **given) == large
+        for tokens in (1, 256, 257, 8192):
+            for wanted in ("dense", "split"):
+                assert choice(wanted, micro_batch_tokens=tokens, **given) == (wanted, "the recipe asks for it")
+            if not reason:
+                assert choice("flex", micro_batch_tokens=tokens, **given) == ("flex", "the recipe asks for it")
+                continue
             with pytest.raises(ConfigError) as refused:
-                choice("flex", device, channels, dropout, tokens)
+                choice("flex", micro_batch_tokens=tokens, **given)
             message = f"model.attention: flex cannot be used: {reason}; allowed: auto, split, dense"
             assert str(refused.value) == message
-        else:
-            assert choice("flex", device, channels, dropout, tokens) == ("flex", "the recipe asks for it")
+
+
+def test_demands_of_a_recipe(recipe_file: Callable[..., Path]) -> None:
+    """The largest dropout of a stage that is trained, and what a family's configuration says of its attention."""
+    recipe = load_recipe(
+        recipe_file(
+            curriculum={"stage1": {"samples": 0, "dropout": 0.3}, "stage2": {"samples": 9, "dropout": 0.1}},
+            memory={"blocks": 2, "inside_block": "bidirectional"},
+            parallel={"sequence": 2},
+        )
+    )
+    found = Demands.of(recipe, FAMILIES["Gemma 2"], "cpu", "ulysses")
+    assert found == Demands("gemma2", 12, 9, 5.0, "cpu", "fp32", 0.1, True, "ulysses", 300)
+    with pytest.raises(ConfigError, match=r"memory.inside_block: bidirectional .* window \(9\) of gemma2; allowed: causal"):
+        choose_kernel("auto", found)
+    whole = load_recipe(recipe_file())
+    qwen = Demands.of(
+        whole, transformers.Qwen2Config(sliding_window=9, use_sliding_window=False), "cuda", "ulysses", local=True
+    )
+    assert (qwen.sliding_window, qwen.softcap, qwen.sequence_mode, qwen.local) == (None, None, None, True)
+    assert (
+        choose_kernel("auto", Demands.of(whole, FAMILIES["Llama"], "cuda", "ulysses")).reason == f"flex is out: {SMALL_HEADS}"
+    )
+
+
+def test_packages_count_where_the_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a kernel's packages plans with it, and does not train with it."""
+    monkeypatch.setattr(type(kernel_of("flex")), "packages", ("no_such_package",))
+    assert choice("auto") == ("flex", "one kernel for the whole row on cuda")
+    missing = "it needs packages that are not installed: no_such_package"
+    assert choice("auto", local=True) == ("split", f"flex is out: {missing}")
+    with pytest.raises(ConfigError, match=f"flex cannot be used: {missing}; allowed: auto, split, dense"):
+        choice("flex", local=True)
+
+
+@pytest.mark.parametrize(
+    ("demand", "reason"),
+    [
+        ({"dropout": 0.25}, "it has no dropout, and a stage has dropout 0.25"),
+        ({"device": "cpu"}, "it has no backward pass on cpu"),
+        ({"dtype": "fp16"}, "it computes in bf16, and model.dtype is fp16"),
+        ({"head_dim": 63}, "its kernels need heads of at least 64 channels, llama has 63 here"),
+        ({"head_dim": 129}, "its kernels take heads of at most 128 channels, llama has 129 here"),
+        ({"sliding_window": 9}, "it has no sliding window, and llama has one of 9 tokens"),
+        ({"softcap": 5.0}, "it has no softcap, and llama caps scores at 5.0"),
+        ({"bidirectional": True}, "its blocks are causal inside, and memory.inside_block is bidirectional"),
+        ({"sequence_mode": "ulysses"}, "it cannot run under parallel.sequence_mode ulysses"),
+    ],
+)
+def test_what_is_not_declared_is_refused(demand: dict[str, Any], reason: str) -> None:
+    class Bare(Kernel):
+        devices, dtypes, head_dims = ("cuda",), ("bf16",), (64, 128)
+
+    assert Bare().refusal(DEMANDS) is None
+    assert Bare().refusal(replace(DEMANDS, **demand)) == reason
+
+
+# ---- documentation ---------------------------------------------------------------------------------------------
+
+
+def test_pages_name_every_kernel() -> None:
+    """What each computes, in docs/architecture.md; how exact it is, in docs/families.md; docs/configuration.md is generated."""
+    attention = (
+        (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("\n## Attention\n")[2].partition("\n## ")[0]
+    )
+    assert re.findall(r"^- `(\w+)`: ", attention, flags=re.MULTILINE) == kernel_names()
+    heads = re.findall(
+        r"^\| family \| (.*) \|$", (ROOT / "docs" / "families.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert [head.removesuffix(" (forward)") for head in heads[0].split(" | ")] == kernel_names()
+
+
+# ---- a new kernel ----------------------------------------------------------------------------------------------
+
+NEW_KERNEL = '''
+from rim_dist.attention.kernels.base import Kernel
+
+
+class Copied(Kernel):
+    """Dense under another name."""
+
+    devices = ("cpu",)
+    dtypes = ("fp32",)
+    head_dims = (4, 8)
+    joins_outputs = True
+
+    def mask_bytes(self, load, entry, device, dropout, gathered):
+        return 7 * load.tokens
+
+
+def attend(query, key, value, layout, rule):
+    from rim_dist.attention.dense import attend
+
+    return attend(query, key, value, layout, rule)
+
+
+KERNEL = Copied()
+'''
+LEAKY_KERNEL = (
+    NEW_KERNEL.replace("Copied", "Leaky")
+    .replace("from rim_dist.attention.dense import attend", "from torch.nn.functional import scaled_dot_product_attention")
+    .replace(
+        "attend(query, key, value, layout, rule)\n\n\nKERNEL",
+        "scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)\n\n\nKERNEL",
+    )
+)
+
+
+@pytest.fixture
+def new_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of kernels beside the package's own: `copied`, and `leaky`, which forgets the mask."""
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    (folder / "copied.py").write_text(NEW_KERNEL)
+    (folder / "leaky.py").write_text(LEAKY_KERNEL)
+    monkeypatch.setattr(rim_dist.attention.kernels, "__path__", [*rim_dist.attention.kernels.__path__, str(folder)])
+    return folder
+
+
+def test_a_new_kernel_is_one_file(
+    tmp_path: Path, new_kernels: Path, recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file in `rim_dist/attention/kernels` is enough: a run from recipe to report, the planner and the reference."""
+    import config_reference
+
+    recipe = recipe_file()
+    losses = {}
+    for name in ("dense", "copied"):
+        command = ["tests/workers/with_kernels.py", "train", str(recipe), f"run.name={name}", f"model.attention={name}"]
+        out = run("fork", 1, command, RIM_TEST_KERNELS=str(new_kernels)).stdout
+        assert f"attention {name} (the recipe asks for it)" in out
+        folder = tmp_path / "runs" / name
+        losses[name] = [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "train"]
+    assert losses["copied"] == losses["dense"]
+    assert len(losses["copied"]) == 8
+    assert load_recipe(tmp_path / "runs" / "copied" / "recipe.yaml", written=True).model.attention == "copied"
+    assert main(["export", str(tmp_path / "runs" / "copied"), str(tmp_path / "exported")]) == 0
+    runs = [str(tmp_path / "runs" / name) for name in losses]
+    assert main(["report", *runs, "--output", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"model\.attention.*dense.*copied", page, flags=re.DOTALL)
+
+    capsys.readouterr()
+    overrides = ["model.config.vocab_size=64", "model.attention=copied"]
+    assert main(["plan", str(recipe), *overrides, "--gpus", "1", "--gpu-memory", "1GiB", "--question-tokens", "9"]) == 2
+    assert "model.attention: copied cannot be used: it has no backward pass on cuda; allowed: auto, split, dense" in (
+        capsys.readouterr().err
+    )
+    load = Workload(30, 4, 3, 5, samples=2)
+    setup = Setup(Buckets(1, 1, 1, 1), dtype="fp32", attention="copied", device="cpu")
+    assert attention_masks(setup, load) == 7 * load.tokens
+    row = "| `copied` | Dense under another name. | 4 to 8 | no | no | no | no | no | no | cpu | fp32 | none | none |"
+    assert row in config_reference.reference()
+    with pytest.raises(
+        ConfigError, match=r"model\.attention: 'copie' is not allowed; allowed: auto, copied, dense, flex, leaky"
+    ):
+        load_recipe(recipe, ["model.attention=copie"])
+
+
+@pytest.mark.usefixtures("new_kernels")
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("curriculum.stage2.dropout=0.1", "it has no dropout, and a stage has dropout 0.1"),
+        ("model.dtype=bf16", "it computes in fp32, and model.dtype is bf16"),
+        ("model.config.hidden_size=64", "its kernels take heads of at most 8 channels, llama has 16 here"),
+        ("memory.inside_block=bidirectional", "its blocks are causal inside, and memory.inside_block is bidirectional"),
+        ("parallel.sequence=2", "it cannot run under parallel.sequence_mode ulysses"),
+    ],
+)
+def test_a_new_kernel_refuses_what_it_does_not_declare(
+    override: str, reason: str, recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe_file()), "model.attention=copied", override]) == 2
+    message = f"model.attention: copied cannot be used: {reason}; allowed: auto, split, dense"
+    assert message in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        prepare_run(load_recipe(recipe_file(), ["model.attention=copied", override]))
+
+
+@pytest.mark.usefixtures("new_kernels")
+def test_a_kernel_that_forgets_the_mask_is_refused(recipe_file: Callable[..., Path]) -> None:
+    """The proof of a family runs the kernel of the run."""
+    assert [proof_kernel(name) for name in ("dense", "flex", "split", "leaky")] == ["dense", "split", "split", "leaky"]
+    with pytest.raises(ModelError, match="llama: a packed row differs from its unrolled runs"):
+        prepare_run(load_recipe(recipe_file(model={"attention": "leaky"})))
+
+
+@pytest.mark.usefixtures("new_kernels")
+def test_layers_are_refused_what_a_kernel_does_not_declare() -> None:
+    """Where a family's configuration does not say what its layers ask for."""
+    for family, name in (("Gemma 2", "sliding_window|softcap"), ("Mistral, sliding window", "sliding_window")):
+        model = build(family)
+        install_readout_loss(model)
+        use_rim_attention(model, "copied")
+        with (
+            torch.no_grad(),
+            pytest.raises(ModelError, match=f"attention with ({name}) is not supported by model.attention copied"),
+        ):
+            run_batch(model, pack_samples(random_samples(0)))
+
+
+def test_json_of_a_plan_names_the_kernel(recipe_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ["plan", str(recipe_file()), "model.config.vocab_size=64", "model.attention=split", "--gpus", "1", "--json"]
+    assert main([*plan, "--gpu-memory", "1GiB", "--question-tokens", "9"]) == 0
+    assert json.loads(capsys.readouterr().out)["as_written"]["attention"] == "split"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_MODEL, partitioned, tiny_recipe, write_recipe
-from families import FAMILIES, build
+from families import FAMILIES, TRAINED_ON_CPU, build
 from oracle import thought_loss, train_one_process
 from ranks import run
 from test_generation import lively, tokenizer
@@ -185,16 +185,16 @@ def latent_rows() -> list[Row]:
     return [Row(tokens(q), 1, n + 2, (Readout(1, tokens(t), w),), latent=True) for q, n, t, w in shapes]
 
 
-@pytest.mark.parametrize("path", ["dense", "split"])
+@pytest.mark.parametrize("kernel", TRAINED_ON_CPU)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_thoughts_equal_slow_runs(family: str, path: str) -> None:
+def test_thoughts_equal_slow_runs(family: str, kernel: str) -> None:
     """Loss and all gradients of a packed micro-batch against one sample at a time without a cache, fp32."""
-    check_thoughts(family, path, latent_rows(), 3)
-    check_thoughts(family, path, latent_rows(), 4)  # another rank's rows may need more passes
-    check_thoughts(family, path, [Row(row.question, 1, 2, row.readouts, latent=True) for row in latent_rows()], 0)
+    check_thoughts(family, kernel, latent_rows(), 3)
+    check_thoughts(family, kernel, latent_rows(), 4)  # another rank's rows may need more passes
+    check_thoughts(family, kernel, [Row(row.question, 1, 2, row.readouts, latent=True) for row in latent_rows()], 0)
 
 
-def check_thoughts(family: str, path: str, rows: list[Row], thoughts: int) -> None:
+def check_thoughts(family: str, kernel: str, rows: list[Row], thoughts: int) -> None:
     model = build(family).eval()
     use_plain_attention(model)
     wanted = sum((thought_loss(model, row, BLOCK) for row in rows), torch.zeros(()))
@@ -202,7 +202,7 @@ def check_thoughts(family: str, path: str, rows: list[Row], thoughts: int) -> No
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     install_readout_loss(model)
-    use_rim_attention(model, path)  # type: ignore[arg-type]
+    use_rim_attention(model, kernel)
     loss, _ = run_batch(model, pack(rows, BLOCK, thoughts=thoughts))
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)

@@ -1,4 +1,4 @@
-"""Every path against K separate causal runs, for every family: loss, gradients, and no leak between readouts."""
+"""Every kernel against K separate causal runs, for every family: loss, gradients, and no leak between readouts."""
 
 from __future__ import annotations
 
@@ -12,18 +12,30 @@ import peft
 import pytest
 import torch
 import transformers
-from families import BLOCK, FAMILIES, PATHS, REFUSED, build, gradients, measure, pack_samples, random_samples, refusal
+from families import (
+    BLOCK,
+    FAMILIES,
+    KERNELS,
+    REFUSED,
+    TRAINED_ON_CPU,
+    build,
+    gradients,
+    measure,
+    pack_samples,
+    random_samples,
+    refusal,
+)
 from oracle import plain_row
 
 from rim_dist.attention import split
-from rim_dist.attention.choice import choose_path
 from rim_dist.attention.dense import dense_mask
+from rim_dist.attention.kernels import REFERENCE, kernel_of
 from rim_dist.attention.registration import rim_attention, use_rim_attention
 from rim_dist.attention.split import split_plan
 from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT, RowLayout, TokenCoordinates, visible
 from rim_dist.data.rows import Batch, pack
 from rim_dist.data.samples import Readout, Row
-from rim_dist.errors import ConfigError, ModelError
+from rim_dist.errors import ModelError
 from rim_dist.model.build import recompute_layers
 from rim_dist.objective.forward import install_readout_loss, run_batch
 
@@ -32,27 +44,27 @@ LAYERS = torch.nn.Identity()
 # On a CPU flex is slow: the quick tier has a family with everything plain, one with as many key heads, one with a window, one
 # with windows, softcaps and a scale.
 FLEX = ("Llama", "GPT-2", "Mistral, sliding window", "Gemma 2")
-EVERY_PATH = [
-    pytest.param(path, family, marks=pytest.mark.thorough if path == "flex" and family not in FLEX else ())
-    for path, family in itertools.product(PATHS, FAMILIES)
+EVERY_KERNEL = [
+    pytest.param(kernel, family, marks=pytest.mark.thorough if kernel not in TRAINED_ON_CPU and family not in FLEX else ())
+    for kernel, family in itertools.product(KERNELS, FAMILIES)
 ]
 
 
-@pytest.mark.parametrize(("path", "family"), EVERY_PATH)
-def test_packed_equals_unrolled(family: str, path: str) -> None:
+@pytest.mark.parametrize(("kernel", "family"), EVERY_KERNEL)
+def test_packed_equals_unrolled(family: str, kernel: str) -> None:
     """Loss and gradients of two random batches, relative to the loss and to the model's largest gradient entry."""
     for seed in range(2):
-        off = measure(family, path, seed)
+        off = measure(family, kernel, seed)
         assert off.loss <= 1e-5, off
         assert off.gradient <= 1e-5, off
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("family", ["Llama", "GPT-2", "Phi-3"])
-def test_bidirectional_blocks(family: str, path: str) -> None:
-    off = measure(family, path, 0, bidirectional=True)
+def test_bidirectional_blocks(family: str, kernel: str) -> None:
+    off = measure(family, kernel, 0, bidirectional=True)
     assert max(off.loss, off.gradient) <= 1e-5, off
-    both, causal = (run(build(family).eval(), pack_samples(random_samples(0), variant), path) for variant in (True, False))
+    both, causal = (run(build(family).eval(), pack_samples(random_samples(0), variant), kernel) for variant in (True, False))
     assert float((both - causal).abs().max()) > 1e-3  # the variant is another function
 
 
@@ -64,17 +76,17 @@ def test_the_table_of_families_says_what_is_measured() -> None:
     assert rows == {**dict.fromkeys(FAMILIES, "exact"), **dict.fromkeys(REFUSED, "refused")}
 
 
-def run(model: transformers.PreTrainedModel, batch: Batch, path: str) -> torch.Tensor:
+def run(model: transformers.PreTrainedModel, batch: Batch, kernel: str) -> torch.Tensor:
     """Logits `[tokens, vocabulary]` of a packed batch."""
-    use_rim_attention(model, path)  # type: ignore[arg-type]
+    use_rim_attention(model, kernel)
     with torch.no_grad():
         return model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, rim_layout=batch.layout, use_cache=False
         ).logits[0]
 
 
-@pytest.mark.parametrize(("path", "family"), EVERY_PATH)
-def test_no_readout_sees_another(family: str, path: str) -> None:
+@pytest.mark.parametrize(("kernel", "family"), EVERY_KERNEL)
+def test_no_readout_sees_another(family: str, kernel: str) -> None:
     """Other readouts' tokens changed at equal lengths: not one bit moves (experts mix tokens: 1e-5 there)."""
     pick = random.Random(1)
     question = [pick.randrange(94) for _ in range(7)]
@@ -82,7 +94,7 @@ def test_no_readout_sees_another(family: str, path: str) -> None:
     changed = (readouts[0], Readout(2, [pick.randrange(94) for _ in range(5)], 1.0), *readouts[2:])
     model = build(family).eval()
     batches = [pack([Row(question, 4, len(BLOCK), r)], BLOCK) for r in (readouts, changed)]
-    before, after = (run(model, batch, path) for batch in batches)
+    before, after = (run(model, batch, kernel) for batch in batches)
     places = batches[0].layout.queries
     own = ((places.kind == READOUT) & (places.block == 2))[0]
     difference = float((before[~own] - after[~own]).abs().max())
@@ -90,34 +102,34 @@ def test_no_readout_sees_another(family: str, path: str) -> None:
     assert float((before[own] - after[own]).abs().max()) > 1e-3  # the change itself is seen
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_no_sample_sees_another(path: str) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_sample_sees_another(kernel: str) -> None:
     """A sample's logits in company equal its logits alone."""
     model = build("Llama").eval()
     samples = random_samples(3)
     batch = pack_samples(samples)
-    together = run(model, batch, path)
+    together = run(model, batch, kernel)
     for span, number in zip(batch.layout.spans, batch.order, strict=True):
-        alone = run(model, pack_samples([samples[number]]), path)
+        alone = run(model, pack_samples([samples[number]]), kernel)
         assert torch.allclose(together[span.start : span.start + span.length], alone, atol=1e-5)
 
 
-def test_paths_agree_in_every_block_loss() -> None:
+def test_kernels_agree_in_every_block_loss() -> None:
     model = build("Llama").eval()
     install_readout_loss(model)
     batch = pack_samples(random_samples(5))
     losses = {}
-    for path in PATHS:
-        use_rim_attention(model, path)  # type: ignore[arg-type]
+    for kernel in KERNELS:
+        use_rim_attention(model, kernel)
         with torch.no_grad():
-            losses[path] = run_batch(model, batch)[1]
-    for path in ("split", "flex"):
-        assert torch.allclose(losses[path], losses["dense"], rtol=1e-5, atol=0)
+            losses[kernel] = run_batch(model, batch)[1]
+    for kernel in KERNELS:
+        assert torch.allclose(losses[kernel], losses["dense"], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_recomputed_layers_give_the_same_gradients(offload: bool) -> None:
-    """Activation checkpointing, with and without its inputs in CPU memory, on the split path."""
+    """Activation checkpointing, with and without its inputs in CPU memory, on the split kernel."""
     found = []
     for checkpointing in (False, True):
         model = build("Llama").train()
@@ -180,13 +192,13 @@ def test_packed_rows_are_the_plain_rows() -> None:
 
 
 def plan_mask(layout: RowLayout, window: int | None, whole_masks: bool) -> torch.Tensor:
-    """The mask that the calls of the split path amount to."""
+    """The mask that the calls of the split kernel amount to."""
     seen = torch.zeros(layout.queries.kind.shape[1], layout.queries.kind.shape[1], dtype=torch.bool)
     start = 0
     for group in split_plan(layout, window, torch.float32, whole_masks):
         for _ in range(group.count):
             for call in group.calls:
-                for part in call.parts:
+                for part in call.slices:
                     columns = torch.tensor([start + i for r in part.ranges for i in range(*r)])
                     rows = torch.arange(start + call.start, start + call.stop)[:, None]
                     assert not seen[rows, columns].any()  # no key twice
@@ -268,56 +280,41 @@ def test_missing_layout_is_refused() -> None:
         model(input_ids=torch.tensor([[1, 2]]))
 
 
-def attend(path: str, batch: Batch, **keywords: object) -> torch.Tensor:
+def attend(kernel: str, batch: Batch, **keywords: object) -> torch.Tensor:
     """One call of the attention on random heads, the layout's masks not kept between calls."""
     torch.manual_seed(0)
     query = torch.randn(1, 4, batch.tokens, 8)
     layout = replace(batch.layout, cache={})
-    return rim_attention(LAYERS, query, query, query, None, rim_layout=layout, path=path, **keywords)[0]  # type: ignore[arg-type]
+    return rim_attention(LAYERS, query, query, query, None, rim_layout=layout, kernel=kernel_of(kernel), **keywords)[0]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("path", ["dense", "split"])
-def test_attention_dropout_is_honoured(path: str) -> None:
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if kernel_of(name).dropout])
+def test_attention_dropout_is_honoured(kernel: str) -> None:
     """A part of the weights is dropped and the rest scaled up: zero where all of few keys are dropped, right on average."""
     batch = pack_samples(random_samples(0))
-    kept = attend(path, batch)
-    assert not torch.equal(kept, attend(path, batch, dropout=0.5))
-    capped = attend(path, batch, softcap=9.0)
-    assert not torch.equal(capped, attend(path, batch, softcap=9.0, dropout=0.5))
+    kept = attend(kernel, batch)
+    assert not torch.equal(kept, attend(kernel, batch, dropout=0.5))
+    capped = attend(kernel, batch, softcap=9.0)
+    assert not torch.equal(capped, attend(kernel, batch, softcap=9.0, dropout=0.5))
     query = torch.ones(1, 1, batch.tokens, 8)
     torch.manual_seed(1)
     outputs = [
-        rim_attention(LAYERS, query, query, query, None, rim_layout=batch.layout, path=path, dropout=0.5)[0]  # type: ignore[arg-type]
+        rim_attention(LAYERS, query, query, query, None, rim_layout=batch.layout, kernel=kernel_of(kernel), dropout=0.5)[0]  # type: ignore[arg-type]
         for _ in range(400)
     ]
     assert float(torch.stack(outputs).mean()) == pytest.approx(1.0, abs=0.02)
 
 
-@pytest.mark.parametrize("path", ["split", "flex"])
-def test_softcap_scale_and_window_by_path(path: str) -> None:
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != REFERENCE])
+def test_softcap_scale_and_window_by_kernel(kernel: str) -> None:
     for seed in range(3):
         batch = pack_samples(random_samples(seed))
         for keywords in ({"softcap": 2.0}, {"scaling": 0.7}, {"sliding_window": 7}, {"softcap": 2.0, "sliding_window": 7}):
-            assert torch.allclose(attend(path, batch, **keywords), attend("dense", batch, **keywords), atol=1e-5), keywords
+            if not all(getattr(kernel_of(kernel), name, True) for name in keywords):
+                continue
+            assert torch.allclose(attend(kernel, batch, **keywords), attend(REFERENCE, batch, **keywords), atol=1e-5), keywords
 
 
-def test_the_path_is_chosen_with_a_reason() -> None:
-    llama = transformers.LlamaConfig(hidden_size=64, num_attention_heads=4)
-
-    def choose(wanted: str, device: str, config: object = llama, dropout: float = 0.0, **more: object) -> tuple[str, str]:
-        choice = choose_path(wanted, device, config, dropout, **{"bidirectional": False, "micro_batch_tokens": 8192, **more})  # type: ignore[arg-type]
-        return choice.path, choice.reason
-
-    assert choose("auto", "cuda")[0] == "flex"
-    assert choose("auto", "cuda", dropout=0.1) == ("split", "flex is out: it has no dropout, and a stage has dropout 0.1")
-    assert choose("auto", "cpu") == ("split", "flex is out: it has no backward pass on cpu")
-    assert choose("auto", "cpu", micro_batch_tokens=64)[0] == "dense"
-    assert choose("auto", "cuda", FAMILIES["Llama"])[1].endswith("at least 16 channels, llama has 12 here")
-    assert choose("dense", "cuda")[0] == "dense"
-    for device, dropout in (("cpu", 0.0), ("cuda", 0.2)):
-        with pytest.raises(ConfigError, match=r"model.attention: flex cannot be used: .*allowed: auto, split, dense"):
-            choose("flex", device, dropout=dropout)
-    with pytest.raises(ConfigError, match=r"memory.inside_block: bidirectional .* window \(9\)"):
-        choose("auto", "cpu", FAMILIES["Mistral, sliding window"], bidirectional=True)
+def test_bidirectional_blocks_with_a_window_are_refused() -> None:
     with pytest.raises(ModelError, match="sliding window of 3 cannot be combined"):
         attend("split", pack_samples(random_samples(0), True), sliding_window=3)

@@ -1,4 +1,4 @@
-"""Every family, path and head count under tensor and sequence ranks against unrolled plain runs; no leak between readouts."""
+"""Every family, kernel and head count under tensor and sequence ranks against unrolled plain runs; no leak between readouts."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from families import BLOCK, pack_samples, random_samples
 
 from rim_dist.attention import split
 from rim_dist.attention.dense import dense_mask
-from rim_dist.attention.split import part_plan
+from rim_dist.attention.split import chunk_plan
 from rim_dist.attention.visibility import PADDING_SEGMENT, RowLayout
 from rim_dist.data.rows import Batch, pack
 from rim_dist.data.samples import Readout, Row
@@ -33,7 +33,7 @@ def whole_layout(part: Batch) -> RowLayout:
     """The layout of the whole row, padding included, as a rank's part has it."""
     layout = part.layout
     if layout.queries is layout.keys:
-        return layout.share.full_layout  # type: ignore[union-attr]
+        return layout.exchange.full_layout  # type: ignore[union-attr]
     return replace(layout, queries=layout.keys, chunks=(), cache={})
 
 
@@ -105,11 +105,11 @@ def part_mask(part: Batch, window: int | None, whole_masks: bool) -> torch.Tenso
     """The mask `[own tokens, tokens of the row]` that the calls of a rank amount to."""
     seen = torch.zeros(part.tokens, part.layout.keys.kind.shape[1], dtype=torch.bool)
     row = 0
-    for span, calls in part_plan(part.layout, window, torch.float32, whole_masks):
+    for span, calls in chunk_plan(part.layout, window, torch.float32, whole_masks):
         for call in calls:
             rows = torch.arange(row, row + call.stop - call.start)[:, None]
             row += len(rows)
-            for piece in call.parts:
+            for piece in call.slices:
                 columns = torch.tensor([span.start + i for r in piece.ranges for i in range(*r)])
                 assert not seen[rows, columns].any()  # no key twice
                 whole = torch.ones(len(rows), len(columns), dtype=torch.bool)

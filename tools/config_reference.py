@@ -16,7 +16,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rim_dist import metrics
-from rim_dist.config import DataSection, Recipe, Section
+from rim_dist.attention.kernels import kernel_names, kernel_of
+from rim_dist.config import DataSection, ModelSection, Recipe, Section
 from rim_dist.data.formats import format_names, format_of
 from rim_dist.recipe import CHOICES, nested_section
 from rim_dist.table import Table
@@ -118,6 +119,21 @@ def row(name: str, key: str, field: FieldInfo) -> list[str]:
     return [f"`{key}`", type_cell(f"{name}.{key}".lstrip("."), field), default_cell(field), field.description]
 
 
+def kernel_table() -> Table:
+    """What every attention kernel is and supports, from its declaration."""
+    flags = ("dropout", "sliding_window", "softcap", "sinks", "bidirectional", "decoding")
+    lists = ("devices", "dtypes", "sequence_modes", "packages")
+    heads = ["kernel", "what it is", "head_dims", *flags, *lists]
+    rows = []
+    for kernel in map(kernel_of, kernel_names()):
+        least, most = kernel.head_dims
+        cells = [f"`{kernel.name}`", kernel.description(), f"{least} to {most}" if most else f">= {least}"]
+        cells += ["yes" if getattr(kernel, name) else "no" for name in flags]
+        cells += [", ".join(getattr(kernel, name)) or "none" for name in lists]
+        rows.append(cells)
+    return Table(heads, rows, align="l")
+
+
 def reference() -> str:
     """The whole page."""
     parts = [_HEAD]
@@ -125,6 +141,9 @@ def reference() -> str:
         rows = [row(name, key, field) for key, field in section.model_fields.items()]
         table = Table(["field", "type", "default", "meaning"], rows, align="l").markdown()
         parts.append(f"## {name or 'The recipe'}\n\n{explanation(section)}\n\n{table}")
+        if section is ModelSection:
+            head = "Attention kernels (`rim_dist/attention/kernels/base.py` explains the columns):"
+            parts.append(f"{head}\n\n{kernel_table().markdown()}")
         if section is DataSection:
             parts.append("".join(f"- `{name}`: {format_of(name).description()}\n" for name in format_names()))
     return "\n".join(parts)

@@ -1,1 +1,1 @@
-"""Who sees whom, and the attention that honours it."""
+"""Which tokens of a row attend to which, and the kernels that compute it."""

@@ -1,54 +1,40 @@
-"""Which attention path a run takes, and why. Pure: the planner asks it without torch."""
+"""Which attention kernel a run gets, and why: from the kernels' declarations alone, without torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
+from rim_dist.attention.kernels import kernel_names, kernel_of
+from rim_dist.attention.kernels.base import Demands
 from rim_dist.errors import ConfigError
-
-Path = Literal["dense", "split", "flex"]
-_DENSE_TOKENS = 256
-_FLEX_CHANNELS = 16
 
 
 @dataclass(frozen=True)
-class PathChoice:
-    """The attention path of a run and why it is this one."""
+class KernelChoice:
+    """The attention kernel of a run and why it is this one."""
 
-    path: Path
+    kernel: str
     reason: str
 
 
-def choose_path(
-    wanted: str, device_type: str, config: Any, dropout: float, bidirectional: bool, micro_batch_tokens: int
-) -> PathChoice:
-    """Resolve `model.attention` for a device, a model family and the largest dropout of the run.
-
-    `dense` for rows so small that one call over everything beats a call for each sample; `flex` on CUDA where it computes
-    what is asked; `split` everywhere else. Raises ConfigError for a path that cannot do what the recipe asks.
-    """
-    text = config.get_text_config()
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
-    if bidirectional and window is not None:
+def choose_kernel(wanted: str, demands: Demands) -> KernelChoice:
+    """Resolve `model.attention`. Raises ConfigError for a kernel that cannot do what the run demands."""
+    if demands.bidirectional and demands.sliding_window is not None:
         raise ConfigError(
-            f"memory.inside_block: bidirectional cannot be combined with the sliding window ({window}) of {config.model_type}; "
-            "allowed: causal"
+            f"memory.inside_block: bidirectional cannot be combined with the sliding window ({demands.sliding_window}) of "
+            f"{demands.model_type}; allowed: causal"
         )
-    channels = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    flex_refused = None
-    if dropout > 0:
-        flex_refused = f"it has no dropout, and a stage has dropout {dropout:g}"
-    elif device_type != "cuda":
-        flex_refused = f"it has no backward pass on {device_type}"
-    elif channels < _FLEX_CHANNELS:
-        flex_refused = f"its kernels need heads of at least {_FLEX_CHANNELS} channels, {config.model_type} has {channels} here"
-    if wanted == "flex" and flex_refused:
-        raise ConfigError(f"model.attention: flex cannot be used: {flex_refused}; allowed: auto, split, dense")
+    kernels = sorted(map(kernel_of, kernel_names()), key=lambda kernel: -1 if kernel.precedence is None else kernel.precedence)
+    refusals = {kernel.name: kernel.refusal(demands) for kernel in kernels}
     if wanted != "auto":
-        return PathChoice(wanted, "the recipe asks for it")  # type: ignore[arg-type]
-    if micro_batch_tokens <= _DENSE_TOKENS:
-        return PathChoice("dense", f"micro-batches of at most {_DENSE_TOKENS} tokens")
-    if flex_refused is None:
-        return PathChoice("flex", "one kernel for the whole row on cuda")
-    return PathChoice("split", f"flex is out: {flex_refused}")
+        if refusals[wanted] is not None:
+            allowed = ", ".join(["auto", *(name for name, refusal in refusals.items() if refusal is None)])
+            raise ConfigError(f"model.attention: {wanted} cannot be used: {refusals[wanted]}; allowed: {allowed}")
+        return KernelChoice(wanted, "the recipe asks for it")
+    out = []
+    for kernel in reversed([kernel for kernel in kernels if kernel.precedence is not None]):
+        if refusals[kernel.name] is not None:
+            out.append(f"{kernel.name} is out: {refusals[kernel.name]}")
+        elif kernel.auto_tokens is None or demands.micro_batch_tokens <= kernel.auto_tokens:
+            return KernelChoice(kernel.name, kernel.auto_reason or "; ".join(out))
+    raise ConfigError(f"model.attention: auto finds no kernel: {'; '.join(out)}")

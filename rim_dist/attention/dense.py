@@ -1,4 +1,4 @@
-"""The reference path: one boolean mask `[rows, 1, queries, keys]` over everything. Also what decoding runs."""
+"""The reference kernel: one boolean mask `[rows, 1, queries, keys]` over everything. Also what decoding runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from rim_dist.attention.visibility import RowLayout
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """What a layer asks of its attention besides the visibility. `scale` None: 1 / sqrt(head_dim)."""
+    """What a layer asks of its attention besides the mask. `scale` None: 1 / sqrt(head_dim). `sinks`: `[heads]`."""
 
     scale: float | None = None
     dropout: float = 0.0
     sliding_window: int | None = None
     softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
 
 def dense_mask(layout: RowLayout, sliding_window: int | None = None) -> torch.Tensor:
@@ -29,7 +30,7 @@ def dense_mask(layout: RowLayout, sliding_window: int | None = None) -> torch.Te
     return layout.cache[key]
 
 
-def dense_attention(
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -1,6 +1,6 @@
 """FlexAttention with a block mask made from the predicate: one kernel for the whole packed row, on CUDA.
 
-On a CPU PyTorch has no backward pass for it; there its forward serves to test this module against the other paths.
+On a CPU PyTorch has no backward pass for it; there its forward pass is compared with the other kernels in tests.
 """
 
 from __future__ import annotations
@@ -36,21 +36,17 @@ def block_mask(layout: RowLayout, sliding_window: int | None = None) -> BlockMas
     return layout.cache[key]
 
 
-def flex_path(
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     layout: RowLayout,
     rule: ScoreRule,
 ) -> torch.Tensor:
-    """Attention `[1, queries, heads, head_dim]` of a packed row or a part of it; key/value with KV heads, of the whole row.
-
-    FlexAttention has no dropout: `choose_path` refuses the pair, it is 0 here.
-    """
-    assert rule.dropout == 0.0
+    """Attention `[1, queries, heads, head_dim]` of a packed row or some of it; key/value with KV heads, of the whole row."""
     softcap = rule.softcap
 
-    def cap(score: torch.Tensor, *_place: Any) -> torch.Tensor:
+    def cap(score: torch.Tensor, *_index: Any) -> torch.Tensor:
         assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 

@@ -2,7 +2,7 @@
 
 Question and memory of a sample are one plain causal call. Its readouts are a second call over the sample's keys, under a
 mask of readout tokens x sample tokens. Where that mask would be large (many or long blocks), readouts are taken in groups:
-the blocks that a whole group sees need no mask; the few keys left get a small one, and the parts are merged by their
+the blocks that a whole group sees need no mask, the few keys left get a small one, and both results are merged by their
 log-sum-exp, as blockwise attention does. Samples of the same shape that stand side by side share one call.
 """
 
@@ -26,26 +26,26 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Part:
-    """Keys of a sample in `ranges` (start, stop): all seen (no mask), seen as an additive `mask` says, or causally."""
+class KeySlice:
+    """Keys of a sample in `ranges` (start, stop): all visible (no mask), under an additive `mask`, or causal."""
 
     ranges: tuple[Range, ...]
     mask: torch.Tensor | None = None
     causal: bool = False
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part's keys (or values) of `[rows, heads, seq, head_dim]`."""
+        """These keys (or values) of `[rows, heads, seq, head_dim]`."""
         pieces = [tensor[:, :, start:stop] for start, stop in self.ranges]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
 @dataclass(frozen=True)
 class Call:
-    """Queries `start` .. `stop` - 1 of a sample over some parts of its keys."""
+    """Queries `start` .. `stop` - 1 of a sample over slices of its keys."""
 
     start: int
     stop: int
-    parts: tuple[Part, ...]
+    slices: tuple[KeySlice, ...]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Group:
 def split_plan(layout: RowLayout, sliding_window: int | None, dtype: torch.dtype, whole_masks: bool) -> list[Group]:
     """The calls for every sample, built once per batch and window.
 
-    `whole_masks`: one mask over all readouts of a sample, whatever its size (where parts cannot be merged).
+    `whole_masks`: one mask over all readouts of a sample, whatever its size (where results cannot be merged).
     """
     key = ("split", sliding_window, dtype, whole_masks)
     if key not in layout.cache:
@@ -73,10 +73,10 @@ def split_plan(layout: RowLayout, sliding_window: int | None, dtype: torch.dtype
     return layout.cache[key]
 
 
-def part_plan(
+def chunk_plan(
     layout: RowLayout, sliding_window: int | None, dtype: torch.dtype, whole_masks: bool
 ) -> list[tuple[Span, tuple[Call, ...]]]:
-    """The calls for the queries in the layout's `chunks`, in their order, each with the sample whose keys it is over."""
+    """The calls for the queries in the layout's `chunks`, in their order, each with the sample whose keys it attends to."""
     key = ("split", sliding_window, dtype, whole_masks)
     if key not in layout.cache:
         plan = []
@@ -110,7 +110,7 @@ class _Calls:
                 for begin in range(question, prefix, size):
                     low, high = max(first, begin), min(stop, begin + size)
                     if low < high:
-                        yield Call(low, high, (Part(((0, begin + size),)),))
+                        yield Call(low, high, (KeySlice(((0, begin + size),)),))
             else:
                 yield from self._causal(first, stop)
         if last > prefix:
@@ -120,13 +120,13 @@ class _Calls:
         window, start = self._window, first
         if first == 0:
             start = last if window is None else min(last, window)
-            yield Call(0, start, (Part(((0, start),), causal=True),))
+            yield Call(0, start, (KeySlice(((0, start),), causal=True),))
         for low in range(start, last, CHUNK):
             high = min(low + CHUNK, last)
             if window is not None or self._whole_masks:
-                yield Call(low, high, (self._part((low, high), (max(0, low - (window or low + 1) + 1), high)),))
+                yield Call(low, high, (self._masked((low, high), (max(0, low - (window or low + 1) + 1), high)),))
             else:
-                yield Call(low, high, (Part(((0, low),)), self._part((low, high), (low, high))))
+                yield Call(low, high, (KeySlice(((0, low),)), self._masked((low, high), (low, high))))
 
     def _readouts(self, first: int, last: int) -> Iterator[Call]:
         span, window = self._span, self._window
@@ -138,19 +138,19 @@ class _Calls:
                 own.append((block, begin, low, high))
             begin += tokens
         if self._whole_masks or (last - first) * span.length <= MASK_ENTRIES:
-            yield Call(first, last, (self._part((first, last), (0, span.prefix), (own[0][1], last)),))
+            yield Call(first, last, (self._masked((first, last), (0, span.prefix), (own[0][1], last)),))
             return
         for some in self._together(own):
             queries = (some[0][2], some[-1][3])
             shared, end = (span.question + block * span.block_size for block in (some[0][0], some[-1][0]))
             keys = (some[0][1], queries[1])
             # A readout token sees itself, so that no row of a mask is empty.
-            parts: tuple[Part, ...]
+            slices: tuple[KeySlice, ...]
             if window is None:
-                parts = (Part(((0, shared),)), self._part(queries, (shared, end), keys))
+                slices = (KeySlice(((0, shared),)), self._masked(queries, (shared, end), keys))
             else:
-                parts = (self._part(queries, (max(0, shared - window + 1), end), keys),)
-            yield Call(*queries, parts)
+                slices = (self._masked(queries, (max(0, shared - window + 1), end), keys),)
+            yield Call(*queries, slices)
 
     def _together(self, own: list[tuple[int, int, int, int]]) -> Iterator[list[tuple[int, int, int, int]]]:
         """Readouts taken together: as many as `MASK_ENTRIES` allows, at least one."""
@@ -166,7 +166,7 @@ class _Calls:
             some.append(readout)
         yield some
 
-    def _part(self, queries: Range, *ranges: Range) -> Part:
+    def _masked(self, queries: Range, *ranges: Range) -> KeySlice:
         ranges = _joined(ranges)
         start, layout = self._span.start, self._layout
         at = torch.cat([torch.arange(*r) for r in ranges]).to(layout.keys.kind.device) + start
@@ -174,7 +174,7 @@ class _Calls:
         rows = layout.keys.map(lambda t: t[0, start + queries[0] : start + queries[1], None])
         seen = layout.mask(rows, columns, self._window)
         mask = torch.zeros(seen.shape, dtype=self._dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-        return Part(ranges, mask)
+        return KeySlice(ranges, mask)
 
 
 def _joined(ranges: tuple[Range, ...]) -> tuple[Range, ...]:
@@ -188,21 +188,21 @@ def _joined(ranges: tuple[Range, ...]) -> tuple[Range, ...]:
     return tuple(result)
 
 
-def split_attention(
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     layout: RowLayout,
     rule: ScoreRule,
 ) -> torch.Tensor:
-    """Attention `[1, queries, heads, head_dim]` of a packed row, or of the part of it in the layout's `chunks`.
+    """Attention `[1, queries, heads, head_dim]` of a packed row, or of the tokens in the layout's `chunks`.
 
     `query` `[1, heads, queries, head_dim]`; key/value with KV heads, of the whole row.
     """
-    # Parts are merged by PyTorch's CPU flash kernel, which returns the log-sum-exp and knows no dropout.
+    # Slices of the keys are merged with PyTorch's CPU flash kernel, which returns the log-sum-exp and has no dropout.
     whole_masks = query.device.type != "cpu" or rule.dropout > 0 or rule.softcap is not None
     if layout.chunks:
-        return _part_attention(query, key, value, layout, rule, whole_masks)
+        return _chunk_attention(query, key, value, layout, rule, whole_masks)
     groups = split_plan(layout, rule.sliding_window, query.dtype, whole_masks)
     sizes = [group.count * group.length for group in groups]
     outputs: list[torch.Tensor] = []
@@ -210,8 +210,8 @@ def split_attention(
         # [1, heads, count x length, head_dim] -> [count, heads, length, head_dim], a view
         q, k, v = (t[0].unflatten(1, (group.count, group.length)).transpose(0, 1) for t in tensors)
         pieces = [
-            _run_call(part, k, v, call, rule).transpose(1, 2)
-            for part, call in zip(q.split([c.stop - c.start for c in group.calls], dim=2), group.calls, strict=True)
+            _run_call(queries, k, v, call, rule).transpose(1, 2)
+            for queries, call in zip(q.split([c.stop - c.start for c in group.calls], dim=2), group.calls, strict=True)
         ]
         if group.count > 1 and len(pieces) > 1:
             pieces = [torch.cat(pieces, dim=1)]
@@ -219,12 +219,12 @@ def split_attention(
     return torch.cat(outputs).unsqueeze(0)
 
 
-def _part_attention(
+def _chunk_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, rule: ScoreRule, whole_masks: bool
 ) -> torch.Tensor:
     outputs = []
     position = 0
-    for span, calls in part_plan(layout, rule.sliding_window, query.dtype, whole_masks):
+    for span, calls in chunk_plan(layout, rule.sliding_window, query.dtype, whole_masks):
         k, v = (t[:, :, span.start : span.start + span.length] for t in (key, value))
         for call in calls:
             count = call.stop - call.start
@@ -234,33 +234,33 @@ def _part_attention(
 
 
 def _run_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, rule: ScoreRule) -> torch.Tensor:
-    if len(call.parts) > 1:
-        return _MergedParts.apply(query, key, value, call, rule.scale)
-    (part,) = call.parts
-    key, value = part.of(key), part.of(value)
+    if len(call.slices) > 1:
+        return _MergedAttention.apply(query, key, value, call, rule.scale)
+    (keys,) = call.slices
+    key, value = keys.of(key), keys.of(value)
     if rule.softcap is not None:
-        return _softcapped(query, key, value, part, rule)
+        return _softcapped(query, key, value, keys, rule)
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=part.mask,
-        is_causal=part.causal,
+        attn_mask=keys.mask,
+        is_causal=keys.causal,
         dropout_p=rule.dropout,
         scale=rule.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
 
 
-def _softcapped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, part: Part, rule: ScoreRule) -> torch.Tensor:
-    """No kernel of PyTorch's caps scores but FlexAttention: scores in full, some queries at a time, kept for no backward."""
+def _softcapped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: KeySlice, rule: ScoreRule) -> torch.Tensor:
+    """Scores of a chunk of queries at a time, recomputed in the backward pass: PyTorch's fused kernels have no softcap."""
 
     def some(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torch.Tensor:
-        if part.causal:
+        if keys.causal:
             at = torch.arange(start, start + q.shape[2], device=q.device)
             seen = at[:, None] >= torch.arange(k.shape[2], device=q.device)
-        elif part.mask is not None:
-            seen = part.mask[start : start + q.shape[2]] == 0
+        elif keys.mask is not None:
+            seen = keys.mask[start : start + q.shape[2]] == 0
         else:
             seen = torch.ones((), dtype=torch.bool, device=q.device)
         return masked_attention(q, k, v, seen, rule)
@@ -268,7 +268,7 @@ def _softcapped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, par
     outputs = []
     for start in range(0, query.shape[2], CHUNK):
         q = query[:, :, start : start + CHUNK]
-        stop = start + q.shape[2] if part.causal else key.shape[2]
+        stop = start + q.shape[2] if keys.causal else key.shape[2]
         arguments = (q, key[:, :, :stop], value[:, :, :stop], start)
         if q.shape[2] * stop > CHUNK * CHUNK:
             outputs.append(checkpoint(some, *arguments, use_reentrant=False))
@@ -277,11 +277,11 @@ def _softcapped(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, par
     return torch.cat(outputs, dim=2)
 
 
-class _MergedParts(torch.autograd.Function):
-    """Attention over parts of the keys, each by the CPU flash kernel, merged by their log-sum-exp.
+class _MergedAttention(torch.autograd.Function):
+    """Attention over slices of the keys, each by the CPU flash kernel, merged by their log-sum-exp.
 
-    With the merged output and log-sum-exp handed to it, the kernel's backward pass gives each part's share of the exact
-    gradient: softmax weights are exp(score - log-sum-exp) wherever the keys stand.
+    With the merged output and log-sum-exp handed to it, the kernel's backward pass gives the exact gradient of each
+    slice: softmax weights are exp(score - log-sum-exp) wherever the keys stand.
     """
 
     @staticmethod
@@ -291,9 +291,9 @@ class _MergedParts(torch.autograd.Function):
         folded = _fold(query, key.shape[1])
         groups = query.shape[1] // key.shape[1]
         outputs, sums = [], []
-        for part in call.parts:
+        for keys in call.slices:
             output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                folded, part.of(key), part.of(value), 0.0, False, attn_mask=_tile(part.mask, groups), scale=scale
+                folded, keys.of(key), keys.of(value), 0.0, False, attn_mask=_tile(keys.mask, groups), scale=scale
             )
             outputs.append(output)
             sums.append(log_sum)
@@ -312,24 +312,24 @@ class _MergedParts(torch.autograd.Function):
         gradient = _fold(gradient, key.shape[1])
         d_query = torch.zeros_like(folded, dtype=torch.float32)
         d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
-        for part in ctx.call.parts:
+        for keys in ctx.call.slices:
             dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 gradient,
                 folded,
-                part.of(key),
-                part.of(value),
+                keys.of(key),
+                keys.of(value),
                 merged,
                 merged_sum,
                 0.0,
                 False,
-                attn_mask=_tile(part.mask, ctx.groups),
+                attn_mask=_tile(keys.mask, ctx.groups),
                 scale=ctx.scale,
             )
             d_query += dq
-            sizes = [stop - start for start, stop in part.ranges]
+            sizes = [stop - start for start, stop in keys.ranges]
             for whole, piece in ((d_key, dk), (d_value, dv)):
-                for (start, stop), share in zip(part.ranges, piece.split(sizes, dim=2), strict=True):
-                    whole[:, :, start:stop] += share
+                for (start, stop), gradient_of_range in zip(keys.ranges, piece.split(sizes, dim=2), strict=True):
+                    whole[:, :, start:stop] += gradient_of_range
         return d_query.to(gradient.dtype).reshape(ctx.shape), d_key, d_value, None, None
 
 

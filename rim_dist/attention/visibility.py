@@ -1,4 +1,4 @@
-"""Who may see whom in a RiM row: the one predicate that every mask, plan and kernel is derived from."""
+"""The attention mask of a RiM row: the one predicate that every mask, plan and kernel is derived from."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ class TokenCoordinates(NamedTuple):
         return TokenCoordinates(function(self.segment), function(self.kind), function(self.block), function(self.position))
 
 
-class RowShare(Protocol):
-    """How the attention of a row is computed by several ranks that have a part of its tokens each (`parallel.sequence`)."""
+class SequenceExchange(Protocol):
+    """How the ranks of a sequence group, each with a shard of a row's tokens, compute its attention (`parallel.sequence`)."""
 
     @property
     def ranks(self) -> int: ...
 
     def attend(
         self,
-        path: Callable[..., torch.Tensor],
+        kernel: Callable[..., torch.Tensor],
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         layout: RowLayout,
         rule: Any,
     ) -> torch.Tensor:
-        """Attention `[1, own tokens, heads, head_dim]` of this rank's tokens by one of the paths."""
+        """Attention `[1, own tokens, heads, head_dim]` of this rank's tokens, by a kernel's `attend`."""
         ...
 
-    def to(self, device: torch.device | str) -> RowShare: ...
+    def to(self, device: torch.device | str) -> SequenceExchange: ...
 
 
 @dataclass
 class RowLayout:
     """The coordinates of a batch's tokens, as the attention needs them.
 
-    `keys` are the coordinates of the keys where these differ from the queries (decoding with a cache, a part of a row). `spans`
-    describes packed rows (one row); without them only the dense path can run. `bidirectional`: tokens inside a block see the
-    whole block. `chunks`: tokens of the row (start, stop) that the queries are, in their order; empty: all. `share`: other
-    ranks have the rest of the row.
+    `keys` are the coordinates of the keys, where these differ from the queries (decoding with a cache, a shard of a row).
+    `spans` describes packed rows (one row); without them only kernels that declare `decoding` can run. `bidirectional`: tokens
+    inside a block see the whole block. `chunks`: the queries as ranges (start, stop) of the row's tokens, in order; empty: all.
+    `exchange`: other ranks have the rest of the row.
     """
 
     queries: TokenCoordinates
@@ -67,7 +67,7 @@ class RowLayout:
     spans: tuple[Span, ...] = ()
     bidirectional: bool = False
     chunks: tuple[tuple[int, int], ...] = ()
-    share: RowShare | None = None
+    exchange: SequenceExchange | None = None
     attended: set[int] = field(default_factory=set, repr=False)  # ids of the modules whose attention used this layout
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)  # masks and plans, built once for all layers
 
@@ -75,8 +75,8 @@ class RowLayout:
         """The same layout with its tensors on a device."""
         queries = self.queries.map(lambda t: t.to(device, non_blocking=True))
         keys = queries if self.keys is self.queries else self.keys.map(lambda t: t.to(device, non_blocking=True))
-        share = self.share.to(device) if self.share is not None else None
-        return RowLayout(queries, keys, self.spans, self.bidirectional, self.chunks, share)
+        exchange = self.exchange.to(device) if self.exchange is not None else None
+        return RowLayout(queries, keys, self.spans, self.bidirectional, self.chunks, exchange)
 
     def mask(self, queries: TokenCoordinates, keys: TokenCoordinates, sliding_window: int | None) -> torch.Tensor:
         """Boolean mask (True: visible) between any of the layout's tokens; the arguments' shapes broadcast."""

@@ -44,8 +44,8 @@ class Targets:
 class Batch:
     """Packed rows: `input_ids` `[1, tokens]`, their layout and targets.
 
-    Only a slice for one rank of a sequence group (`layout.share`) may end with padding. `order[i]`: index, among the rows given
-    to `pack`, of segment i. `thoughts`: passes of continuous thoughts (the most over all ranks); None: the method has none.
+    Only a slice for one rank of a sequence group (`layout.exchange`) may end with padding. `order[i]`: index, among the rows
+    given to `pack`, of segment i. `thoughts`: passes of continuous thoughts (the most over all ranks); None: the method has none.
     """
 
     input_ids: torch.Tensor
@@ -66,7 +66,7 @@ class Batch:
     def pairs(self) -> float:
         """Attended (query, key) pairs that this batch computes."""
         pairs = sum(span.pairs for span in self.layout.spans)
-        return pairs / self.layout.share.ranks if self.layout.share is not None else pairs
+        return pairs / self.layout.exchange.ranks if self.layout.exchange is not None else pairs
 
     def rows_at(self, targets: torch.Tensor) -> list[int]:
         """Indices, among the rows given to `pack`, of the rows with any of the `targets` (boolean, `[targets]`)."""

@@ -92,8 +92,8 @@ def tiny_row() -> tuple[Row, list[int]]:
     return Row(question, 2, len(block), readouts), block
 
 
-def prove_family(config: PretrainedConfig, trust_remote_code: bool = False) -> float:
-    """Largest logit difference between a packed row and its unrolled runs on a tiny model of the family.
+def prove_family(config: PretrainedConfig, trust_remote_code: bool = False, kernel: str = "split") -> float:
+    """Largest logit difference, on a tiny model of the family, between a packed row under a kernel and its unrolled runs.
 
     Raises ModelError, with the family's name and the reason, if the attention of any layer was not called with
     the layout, if the two differ by more than fp32 rounding explains, or if the readout loss is not that of the logits.
@@ -102,7 +102,7 @@ def prove_family(config: PretrainedConfig, trust_remote_code: bool = False) -> f
     row, block = tiny_row()
     batch = pack([row], block)
     with _family_errors(config, "its attention cannot take the RiM mask"), torch.no_grad():
-        use_rim_attention(model, "split")
+        use_rim_attention(model, kernel)
         output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, rim_layout=batch.layout, use_cache=False)
         packed = output.logits[0, batch.targets.column]
         install_readout_loss(model)
@@ -133,7 +133,7 @@ def _largest_difference(model: PreTrainedModel, row: Row, block: list[int], pack
     return worst
 
 
-def prove_thoughts(config: PretrainedConfig, trust_remote_code: bool = False) -> float:
+def prove_thoughts(config: PretrainedConfig, trust_remote_code: bool = False, kernel: str = "split") -> float:
     """Largest token loss difference, on a tiny model, between `thought_states` and plain runs without a cache.
 
     Raises ModelError, with the family's name and the reason, if the family cannot take hidden states as inputs.
@@ -143,7 +143,7 @@ def prove_thoughts(config: PretrainedConfig, trust_remote_code: bool = False) ->
     batch = pack(rows, [60, 61, 62], thoughts=2)
     install_readout_loss(model)
     with _family_errors(config, "it cannot take hidden states as inputs"), torch.no_grad():
-        use_rim_attention(model, "split")
+        use_rim_attention(model, kernel)
         _, losses = run_batch(model, batch)
         use_plain_attention(model)
         expected = torch.cat([_slow_losses(model, rows[i]) for i in batch.order])

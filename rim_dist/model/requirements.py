@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from rim_dist.attention.choice import PathChoice, choose_path
-from rim_dist.config import STAGE_NAMES, Recipe
+from rim_dist.attention.choice import KernelChoice, choose_kernel
+from rim_dist.attention.kernels import proof_kernel
+from rim_dist.attention.kernels.base import Demands
+from rim_dist.config import Recipe
 from rim_dist.data.synthetic import sentencepiece_tokenizer, synthetic_tokenizer
 from rim_dist.errors import ConfigError, ModelError, RimError, first_line
 from rim_dist.methods import method_of
@@ -31,7 +33,7 @@ class Requirements:
     config: PretrainedConfig
     source: Path | str | None  # see `Start`
     checkpoint: Path | None
-    attention: PathChoice
+    attention: KernelChoice
     sequence_mode: Mode  # how ranks of a sequence group share a row
 
     @property
@@ -108,26 +110,17 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
     check_tensor_degree(recipe.parallel.tensor, config)
     heads, kv_heads = (count // recipe.parallel.tensor for count in head_counts(config))
     mode = choose_mode(recipe.parallel.sequence_mode, recipe.parallel.sequence, heads, kv_heads)
-    requirements = Requirements(tokenizer, tokens, config, source, start.checkpoint, _attention(recipe, config), mode)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    attention = choose_kernel(section.attention, Demands.of(recipe, config, device, mode, local=True))
+    requirements = Requirements(tokenizer, tokens, config, source, start.checkpoint, attention, mode)
     _check_positions(method, requirements)
-    prove_family(config, section.trust_remote_code)
+    kernel = proof_kernel(attention.kernel)
+    prove_family(config, section.trust_remote_code, kernel)
     if method.thoughts:
-        prove_thoughts(config, section.trust_remote_code)
+        prove_thoughts(config, section.trust_remote_code, kernel)
     if recipe.parallel.tensor > 1:
         split_model(skeleton(recipe, config, tokens), TensorRank(0, recipe.parallel.tensor))  # refuses what it cannot split
     return requirements
-
-
-def _attention(recipe: Recipe, config: PretrainedConfig) -> PathChoice:
-    stages = [recipe.curriculum.stage(name) for name in STAGE_NAMES]
-    return choose_path(
-        recipe.model.attention,
-        "cuda" if torch.cuda.is_available() else "cpu",
-        config,
-        max(stage.dropout for stage in stages if stage.enabled),
-        recipe.memory.inside_block == "bidirectional",
-        recipe.optimizer.micro_batch_tokens,
-    )
 
 
 def _check_positions(method: Method, requirements: Requirements) -> None:

@@ -40,7 +40,7 @@ class Exchanged:
 
     def attend(
         self,
-        path: Callable[..., torch.Tensor],
+        kernel: Callable[..., torch.Tensor],
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -55,7 +55,7 @@ class Exchanged:
         sizes = [t.shape[1] // ranks for t in (query, key, value)]
         sent = torch.cat([t[0].unflatten(0, (ranks, -1)) for t in (query, key, value)], dim=1)
         received = all_to_all(sent, self.group).transpose(0, 1).flatten(1, 2)  # [heads, tokens, dim]
-        output = path(*(t[None] for t in received.split(sizes)), self.full_layout, rule)  # [1, tokens, heads / ranks, dim]
+        output = kernel(*(t[None] for t in received.split(sizes)), self.full_layout, rule)  # [1, tokens, heads / ranks, dim]
         back = all_to_all(output[0].unflatten(0, (ranks, -1)), self.group)  # [ranks, own tokens, heads / ranks, dim]
         return back.transpose(0, 1).reshape(1, -1, heads, back.shape[-1])
 
@@ -73,7 +73,7 @@ class Gathered:
 
     def attend(
         self,
-        path: Callable[..., torch.Tensor],
+        kernel: Callable[..., torch.Tensor],
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -82,7 +82,7 @@ class Gathered:
     ) -> torch.Tensor:
         shards = gather_shards(torch.cat([key[0], value[0]]), self.group)  # [ranks, 2 x KV heads, own tokens, dim]
         key, value = shards.transpose(0, 1).flatten(1, 2).index_select(1, self.index).chunk(2)
-        return path(query, key.unsqueeze(0), value.unsqueeze(0), layout, rule)
+        return kernel(query, key.unsqueeze(0), value.unsqueeze(0), layout, rule)
 
 
 def shard_row(batch: Batch, mesh: Mesh, mode: Mode) -> Batch:
@@ -98,9 +98,9 @@ def shard_row(batch: Batch, mesh: Mesh, mode: Mode) -> Batch:
     queries = layout.queries.map(lambda t: t[:, mine])
     local = replace(layout, queries=queries, attended=set(), cache={})
     if mode == "ulysses":
-        local.keys, local.share = queries, Exchanged(layout, mesh.sequence_group, ranks)
+        local.keys, local.exchange = queries, Exchanged(layout, mesh.sequence_group, ranks)
     else:
-        local.chunks, local.share = division.ranges(rank), Gathered(index, mesh.sequence_group, ranks)
+        local.chunks, local.exchange = division.ranges(rank), Gathered(index, mesh.sequence_group, ranks)
     return Batch(ids[:, mine], local, _own_targets(batch.targets, index, rank, division.own), batch.order)
 
 

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rim_dist.attention.kernels import kernel_of
 from rim_dist.config import LoraSection
-from rim_dist.limits import CHUNK, LOGITS_ENTRIES, MASK_ENTRIES
+from rim_dist.limits import LOGITS_ENTRIES
 from rim_dist.planning.shape import Linear, ModelShape, adapted
 from rim_dist.planning.workload import Workload
 
@@ -71,7 +72,7 @@ class Setup:
     lora: LoraSection | None = None
     checkpointing: bool = False
     activation_offload: bool = False
-    attention: Literal["dense", "split", "flex"] = "flex"
+    attention: str = "flex"
     dropout: float = 0.0
     device: Literal["cuda", "cpu"] = "cuda"
 
@@ -214,11 +215,10 @@ def _attention_activations(shape: ModelShape, setup: Setup, tokens: int, row_tok
     if shape.family.query_norm:
         total += _norm(shape, setup, tokens, q) + _norm(shape, setup, tokens, kv)
         total += 4 * tokens * (heads + shape.kv_heads // t - 2)  # a statistic a head, not one a token
-    # The split path joins the outputs of its calls into a row of their own, an all-to-all brings it back as one; otherwise the
-    # next matrix's input is the kernel's output.
+    # The next matrix's input is the kernel's output, but for one that is joined from several calls or came by all-to-all.
     exchanged = setup.sequence > 1 and setup.sequence_mode == "ulysses"
     (output,) = _linears(shape, "row", "attn")
-    if _keeps_input(shape, setup, output) and (setup.attention == "split" or exchanged):
+    if _keeps_input(shape, setup, output) and (kernel_of(setup.attention).joins_outputs or exchanged):
         total += b * tokens * q
     return total
 
@@ -261,25 +261,9 @@ def layer_input(shape: ModelShape, setup: Setup, tokens: int) -> int:
 
 
 def attention_masks(setup: Setup, load: Workload) -> int:
-    """Masks built once per batch for all layers; rows of one shape share them."""
-    if setup.attention == "dense":
-        return load.tokens**2
-    if setup.attention == "flex":
-        return 0  # a block mask: integers for every 128 x 128 entries
-    entries = load.readout_tokens * load.row
-    gathered = setup.sequence > 1 and setup.sequence_mode == "allgather_kv"
-    if setup.device == "cpu" and not setup.dropout and entries > MASK_ENTRIES:
-        # Readouts in groups that share the blocks before them without a mask (attention/split.py).
-        own, readouts = max(1, load.target - 1), load.readouts
-        together = max(1.0, (MASK_ENTRIES / (own * max(own, load.block))) ** 0.5)
-        entries = int(readouts * own * (together * (load.block + own)))
-    entries *= 1 if load.alike else math.ceil(load.samples)
-    if gathered:
-        # A rank's part of the row: of the readouts a share, and causal queries against the keys before them in chunks.
-        own = _rank_tokens(setup, load)
-        whole = setup.device != "cpu" or setup.dropout > 0
-        entries = entries // setup.sequence + own * (load.prefix // 2 if whole else CHUNK)
-    return setup.entry * entries
+    """Masks that the attention kernel builds once per micro-batch for all layers."""
+    gathered = setup.sequence if setup.sequence_mode == "allgather_kv" else 1
+    return kernel_of(setup.attention).mask_bytes(load, setup.entry, setup.device, setup.dropout, gathered)
 
 
 def estimate(shape: ModelShape, setup: Setup, load: Workload) -> MemoryEstimate:

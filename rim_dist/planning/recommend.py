@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from rim_dist.attention.choice import choose_path
-from rim_dist.config import STAGE_NAMES, LoraSection, Recipe
+from rim_dist.attention.choice import choose_kernel
+from rim_dist.attention.kernels.base import Demands
+from rim_dist.config import LoraSection, Recipe
 from rim_dist.data.samples import EncodedSample
 from rim_dist.errors import ConfigError
 from rim_dist.methods import method_of
@@ -123,8 +124,7 @@ class Planner:
         if recipe.parallel.zero_plus_plus:
             raise ConfigError("parallel.zero_plus_plus: true cannot be planned; allowed: false")
         self.recipe, self.shape, self.cluster, self.rows = recipe, shape, cluster, rows
-        stages = [(name, recipe.curriculum.stage(name)) for name in STAGE_NAMES]
-        self._dropout = max(stage.dropout for _, stage in stages if stage.enabled)
+        self._demands = Demands.of(recipe, shape.config, "cuda", "auto")
         self.row = _longest_row(recipe, rows)
         if self.row.positions > shape.positions:
             raise ConfigError(
@@ -179,14 +179,8 @@ class Planner:
         mode: str = "auto",
     ) -> Setup:
         recipe, shape = self.recipe, self.shape
-        path = choose_path(
-            recipe.model.attention,
-            "cuda",
-            shape.config,
-            self._dropout,
-            recipe.memory.inside_block == "bidirectional",
-            budget,
-        ).path
+        mode = choose_mode(mode, sequence, shape.heads // tensor, shape.kv_heads // tensor)
+        demands = replace(self._demands, sequence_mode=mode if sequence > 1 else None, micro_batch_tokens=budget)
         return Setup(
             buckets=self._buckets(zero_stage, offload, tensor > 1, sequence > 1),
             tensor=tensor,
@@ -194,13 +188,13 @@ class Planner:
             data=self.cluster.gpus // (tensor * sequence),
             zero_stage=zero_stage,
             offload=offload,
-            sequence_mode=choose_mode(mode, sequence, shape.heads // tensor, shape.kv_heads // tensor),
+            sequence_mode=mode,
             dtype=recipe.model.dtype,
             lora=recipe.model.lora,
             checkpointing=checkpointing,
             activation_offload=activation_offload,
-            attention=path,
-            dropout=self._dropout,
+            attention=choose_kernel(recipe.model.attention, demands).kernel,
+            dropout=demands.dropout,
         )
 
     @functools.cache  # noqa: B019 - a planner lives as long as its command

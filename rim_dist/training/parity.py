@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rim_dist.attention.registration import Path, use_rim_attention
+from rim_dist.attention.kernels import proof_kernel
+from rim_dist.attention.registration import use_rim_attention
 from rim_dist.data.rows import Batch, pack
 from rim_dist.errors import ModelError
 from rim_dist.model.proof import tiny_config, tiny_model, tiny_row
@@ -36,7 +37,7 @@ class Parity:
 
 
 def check_parity(
-    config: PretrainedConfig, mesh: Mesh, mode: Mode, path: Path, device: str, trust_remote_code: bool = False
+    config: PretrainedConfig, mesh: Mesh, mode: Mode, kernel: str, device: str, trust_remote_code: bool = False
 ) -> Parity:
     """Compare loss and gradients of a tiny model of the family, split over the mesh, with the same model unsplit. Collective.
 
@@ -51,10 +52,9 @@ def check_parity(
         sum_shared_gradients(split)
     row, block = tiny_row()
     batch = pack([row, row], block)
-    # The layout alone decides what `flex` computes as well; compiling its kernels for a tiny model would take minutes.
-    path = "split" if path == "flex" else path
-    expected = _loss(full, batch.to(device), path)
-    found = all_reduce(_loss(split, shard_row(batch, mesh, mode).to(device), path), mesh.sequence_group)
+    kernel = proof_kernel(kernel)
+    expected = _loss(full, batch.to(device), kernel)
+    found = all_reduce(_loss(split, shard_row(batch, mesh, mode).to(device), kernel), mesh.sequence_group)
     wanted = {name: p.grad for name, p in full.named_parameters() if p.grad is not None}
     largest = max(float(gradient.abs().max()) for gradient in wanted.values())
     worst = torch.zeros(2, dtype=torch.float64, device=device)
@@ -77,9 +77,9 @@ def check_parity(
     return result
 
 
-def _loss(model: PreTrainedModel, batch: Batch, path: Path) -> torch.Tensor:
+def _loss(model: PreTrainedModel, batch: Batch, kernel: str) -> torch.Tensor:
     """The loss sum of a batch; its gradients stay in the model."""
-    use_rim_attention(model, path)
+    use_rim_attention(model, kernel)
     install_readout_loss(model)
     loss, _ = run_batch(model, batch)
     loss.backward()

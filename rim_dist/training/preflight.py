@@ -103,7 +103,7 @@ class Preflight:
             "versions": versions(),
             **recipe.model_dump(mode="json", exclude={"data": {"cache_dir"}}),  # that may be each node's own disk
             "deepspeed": ds_config,
-            "attention": requirements.attention.path,
+            "attention": requirements.attention.kernel,
             "data fingerprint": fingerprint,
             "device": process.device.partition(":")[0],
         }
@@ -208,7 +208,7 @@ class Preflight:
                 requirements.config,
                 mesh,
                 requirements.sequence_mode,
-                requirements.attention.path,
+                requirements.attention.kernel,
                 self._process.device,
                 self._recipe.model.trust_remote_code,
             )

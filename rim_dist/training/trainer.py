@@ -386,7 +386,7 @@ class Trainer:
         bidirectional = recipe.memory.inside_block == "bidirectional"
         questions = [s.question for s in padded]
         texts = block_answers(model, self._requirements.tokenizer, questions, method.prompt_blocks, decoding, bidirectional)
-        use_rim_attention(bare_model(model), self._requirements.attention.path)
+        use_rim_attention(bare_model(model), self._requirements.attention.kernel)
         gathered: list[Any] = [None] * process.ranks
         dist.all_gather_object(gathered, list(zip(mine, texts, strict=False)) if mesh.counts else [])
         send_heartbeat(f"evaluation after step {state.step}")
@@ -428,7 +428,7 @@ class Trainer:
         self._progress.say(
             f"{self._recipe.run.name}: method {self._recipe.method}, {stages}; ZeRO-{self._recipe.parallel.zero_stage} on "
             f"{self._process.ranks} rank(s) of {self._process.device.partition(':')[0]}, {self._recipe.model.dtype}; "
-            f"attention {self._requirements.attention.path} ({self._requirements.attention.reason})"
+            f"attention {self._requirements.attention.kernel} ({self._requirements.attention.reason})"
         )
         if self._questions and (note := padding_note(self._requirements.tokenizer)):
             self._progress.say(note)
