@@ -135,7 +135,7 @@ def setup_of(case: Case) -> Setup:
         sequence_mode=choose_mode(case.sequence_mode, case.sequence, heads, kv_heads),
         dtype=recipe.model.dtype,
         lora=recipe.model.lora,
-        checkpointing=case.checkpointing,
+        activation_checkpointing=case.checkpointing,
         activation_offload=case.activation_offload,
         attention=case.attention,
         device="cpu",

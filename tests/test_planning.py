@@ -242,7 +242,7 @@ def test_memory_grows_and_shrinks_as_it_should() -> None:
     for less in (
         replace(plain, tensor=2, data=4),
         replace(plain, sequence=2, data=4),
-        replace(plain, checkpointing=True),
+        replace(plain, activation_checkpointing=True),
         replace(plain, data=16),
         replace(plain, lora=LoraSection(rank=16)),
         replace(plain, offload=True),
@@ -250,7 +250,7 @@ def test_memory_grows_and_shrinks_as_it_should() -> None:
         assert estimate(shape, less, load).peak_bytes < peak
     dropped = replace(plain, lora=LoraSection(rank=16), dropout=0.1, attention="split")
     assert estimate(shape, dropped, load).peak_bytes > estimate(shape, replace(dropped, dropout=0.0), load).peak_bytes
-    recomputed, offloaded = (replace(plain, checkpointing=True, activation_offload=off) for off in (False, True))
+    recomputed, offloaded = (replace(plain, activation_checkpointing=True, activation_offload=off) for off in (False, True))
     assert estimate(shape, offloaded, load).peak_bytes < estimate(shape, recomputed, load).peak_bytes
     kept = [estimate(shape, replace(plain, sequence=s, data=8 // s), load).peak["activations"] for s in (1, 2, 4)]
     assert kept[1] == pytest.approx(2 * kept[2], rel=0.01)
@@ -305,7 +305,7 @@ def test_volumes_of_tensor_and_sequence_ranks() -> None:
     layers = shape.layers
     targets = 2 * load.targets * shape.hidden + 3 * 4 * load.targets
     assert sent("tensor", tensor=2) == pytest.approx((4 * layers + 1) * row + targets)
-    assert sent("tensor", tensor=2, checkpointing=True) == pytest.approx((5 * layers + 1) * row + targets)
+    assert sent("tensor", tensor=2, activation_checkpointing=True) == pytest.approx((5 * layers + 1) * row + targets)
     own = load.tokens / 2
     widths = 2 * shape.query_width + 2 * shape.kv_width
     assert sent("sequence", sequence=2) == pytest.approx(2 * layers * own * 2 * widths / 2)
@@ -357,20 +357,21 @@ def test_every_shape_is_planned_quickly(model: str, gpus: int) -> None:
 
 def test_degrees_follow_the_need() -> None:
     easy, _ = planner().recommend()
-    assert (easy.setup.tensor, easy.setup.sequence, easy.setup.checkpointing, easy.setup.offload) == (1, 1, False, False)
+    s = easy.setup
+    assert (s.tensor, s.sequence, s.activation_checkpointing, s.offload) == (1, 1, False, False)
     full = planner("model.lora=null", model="llama-3.1-70b")
     with pytest.raises(ConfigError, match=r"fits nowhere on 8 GPUs.*Closest: .*GiB.*It would fit with .*GPUs or adapters"):
         full.recommend()
     many, _ = planner("model.lora=null", gpus=64, model="llama-3.1-70b").recommend()
     assert many.setup.zero_stage == 3 or many.setup.tensor == 8
     long, _ = planner("memory.tokens_per_block=8192", model="llama-3.1-8b").recommend()
-    assert long.setup.sequence > 1 or long.setup.checkpointing
+    assert long.setup.sequence > 1 or long.setup.activation_checkpointing
 
 
 def test_largest_memory_is_the_edge() -> None:
     plan = planner(gpus=8, gib=40, model="llama-3.1-8b")
     chosen, _ = plan.recommend()
-    setup = replace(chosen.setup, checkpointing=False, activation_offload=False)
+    setup = replace(chosen.setup, activation_checkpointing=False, activation_offload=False)
     largest = plan.largest_memory(setup)
     assert plan.fits_with(setup, plan.row.blocks, largest)
     assert not plan.fits_with(setup, plan.row.blocks, largest + 1)

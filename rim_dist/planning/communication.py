@@ -1,4 +1,4 @@
-"""What a GPU sends in an optimizer step, kind by kind, and how long the links of a cluster need for it.
+"""What a GPU sends in an optimizer step, by kind, and how long the links of a cluster need for it.
 
 Volumes are what a GPU sends (and receives) with ring algorithms: an all-gather or reduce-scatter of S bytes over n ranks moves
 S (n - 1) / n, an all-reduce twice that, an all-to-all of B bytes a rank B (n - 1) / n.
@@ -7,27 +7,20 @@ S (n - 1) / n, an all-reduce twice that, an all-to-all of B bytes a rank B (n - 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-from rim_dist.planning.links import (
-    NETWORK_STEP_SECONDS,
-    START_SECONDS,
-    TREE_NETWORK_SECONDS,
-    TREE_NODE_SECONDS,
-    Interconnect,
-)
+from rim_dist.planning.links import NETWORK_STEP_SECONDS, START_SECONDS, TREE_NETWORK_SECONDS, TREE_NODE_SECONDS, Interconnect
 from rim_dist.planning.memory import ALL_REDUCE_BUCKET, Setup, Weights
 from rim_dist.planning.shape import ModelShape, adapted
 from rim_dist.planning.workload import Workload
 
-Part = Literal["zero", "tensor", "sequence", "offload"]
-Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "copy"]
+Message = tuple[str, str, float, float]  # what, operation, times, bytes of the payload
 
 
 @dataclass(frozen=True)
 class Group:
-    """`ranks` ranks that stand `stride` apart in the rank order (tensor innermost, then sequence, then data)."""
+    """`ranks` ranks, every `stride`-th in the rank order (tensor innermost, then sequence, then data)."""
 
     ranks: int
     stride: int
@@ -38,11 +31,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Transfer:
-    """One kind of sending in an optimizer step: `payload` bytes, `times`; `sent` bytes of a GPU and `seconds` in all."""
+    """Messages of one kind in an optimizer step: `times` a payload of `payload` bytes.
 
-    part: Part
+    `part`: zero, tensor, sequence or offload. `operation`: a collective, or `copy` to or from CPU memory. `sent` and `seconds`:
+    bytes a GPU sends and the time that takes, all messages together.
+    """
+
+    part: str
     what: str
-    operation: Operation
+    operation: str
     times: float
     payload: float
     sent: float
@@ -50,16 +47,16 @@ class Transfer:
 
 
 def transfer(
-    part: Part,
+    part: str,
     what: str,
-    operation: Operation,
+    operation: str,
     group: Group,
     times: float,
     payload: float,
     link: Interconnect,
     gpus_per_node: int,
 ) -> Transfer:
-    """`payload`: the whole tensor that is gathered, scattered or reduced; of an all-to-all, what a rank has."""
+    """`payload`: the bytes of the whole tensor that is gathered, scattered or reduced; else those a rank has."""
     n = group.ranks
     if operation == "copy":
         return Transfer(part, what, operation, times, payload, times * payload, times * payload / link.host)
@@ -71,7 +68,7 @@ def transfer(
     if operation == "all-to-all":
         seconds = max(payload * (here - 1) / n / link.node, payload * (n - here) / n / network)
     else:
-        # A ring enters and leaves a node once; where several of its GPUs have adapters, as many rings share the work.
+        # A ring enters and leaves a node once. NCCL runs as many rings as GPUs of the node have adapters.
         across = rounds * payload * (nodes - 1) / nodes / (here * network)
         seconds = max(sent / link.node if here > 1 else 0.0, across)
     between = rounds * (nodes - 1)
@@ -84,92 +81,87 @@ def transfer(
     return Transfer(part, what, operation, times, payload, times * sent, times * (seconds + latency))
 
 
-class _Sent:
-    """Collects transfers; nothing is sent in a group of one, and nothing of no size."""
-
-    def __init__(self, link: Interconnect, gpus_per_node: int) -> None:
-        self._link, self._gpus_per_node = link, gpus_per_node
-        self.found: list[Transfer] = []
-
-    def add(self, part: Part, what: str, operation: Operation, group: Group, times: float, payload: float) -> None:
-        if times and payload and (operation == "copy" or group.ranks > 1):
-            self.found.append(transfer(part, what, operation, group, times, payload, self._link, self._gpus_per_node))
-
-    def add_in_pieces(self, what: str, operation: Operation, group: Group, times: float, size: float, bucket: float) -> None:
-        """ZeRO's: `size` bytes in as many pieces of at most `bucket` bytes as it takes."""
-        if size:
-            pieces = math.ceil(size / max(1, min(bucket, size)))
-            self.add("zero", what, operation, group, times * pieces, size / pieces)
-
-
 def transfers(shape: ModelShape, setup: Setup, load: Workload, link: Interconnect, gpus_per_node: int) -> list[Transfer]:
     """Everything a GPU sends in an optimizer step of `load.rounds` micro-batches."""
-    sent = _Sent(link, gpus_per_node)
-    _add_zero(sent, shape, setup, load)
-    _add_tensor(sent, shape, setup, load)
-    _add_sequence(sent, shape, setup, load)
-    return sent.found
+    weights, shards, tensor = Weights.of(shape, setup), Group(setup.shards, setup.tensor), Group(setup.tensor, 1)
+    parts = (
+        ("zero", shards, _zero(setup, load, weights)),
+        ("offload", shards, _offload(setup, load, weights)),
+        ("tensor", tensor, _tensor(shape, setup, load)),
+        ("sequence", Group(setup.sequence, setup.tensor), _sequence(shape, setup, load)),
+    )
+    return [
+        transfer(part, what, operation, group, times, payload, link, gpus_per_node)
+        for part, group, messages in parts
+        for what, operation, times, payload in messages
+        if times and payload and (operation == "copy" or group.ranks > 1)
+    ]
 
 
-def _add_zero(sent: _Sent, shape: ModelShape, setup: Setup, load: Workload) -> None:
+def _in_buckets(times: float, size: float, bucket: float) -> tuple[float, float]:
+    """Messages and their payload where `size` bytes are sent in equal pieces of at most `bucket` bytes."""
+    pieces = math.ceil(size / max(1, min(bucket, size))) if size else 1
+    return times * pieces, size / pieces
+
+
+def _zero(setup: Setup, load: Workload, weights: Weights) -> Iterator[Message]:
     b, rounds, buckets = setup.entry, load.rounds, setup.buckets
-    weights = Weights.of(shape, setup)
-    group = Group(setup.shards, setup.tensor)
     trained, sharded = b * weights.trained, b * (weights.all - weights.persistent)
     if setup.zero_stage == 0:
-        sent.add_in_pieces("gradients", "all-reduce", group, 1, trained, b * ALL_REDUCE_BUCKET)
+        yield "gradients", "all-reduce", *_in_buckets(1, trained, b * ALL_REDUCE_BUCKET)
     elif setup.zero_stage < 3:
         # DeepSpeed reduces a bucket to all ranks and each keeps its own (use_multi_rank_bucket_allreduce). ZeRO-1 does so once
         # a step, ZeRO-2 in every micro-batch.
         times = 1 if setup.zero_stage == 1 else rounds
-        sent.add_in_pieces("gradients", "all-reduce", group, times, trained, b * buckets.reduce)
-        sent.add_in_pieces("updated parameters", "all-gather", group, 1, trained, b * ALL_REDUCE_BUCKET)
+        yield "gradients", "all-reduce", *_in_buckets(times, trained, b * buckets.reduce)
+        yield "updated parameters", "all-gather", *_in_buckets(1, trained, b * ALL_REDUCE_BUCKET)
     else:
         again = max(0, sharded - b * buckets.reuse // 2)  # what the forward pass gathered last is still there
-        sent.add_in_pieces("parameters, forward", "all-gather", group, rounds, sharded, b * buckets.prefetch)
-        sent.add_in_pieces("parameters, backward", "all-gather", group, rounds, again, b * buckets.prefetch)
-        sent.add_in_pieces("gradients", "reduce-scatter", group, rounds, trained, b * buckets.reduce)
+        yield "parameters, forward", "all-gather", *_in_buckets(rounds, sharded, b * buckets.prefetch)
+        yield "parameters, backward", "all-gather", *_in_buckets(rounds, again, b * buckets.prefetch)
+        yield "gradients", "reduce-scatter", *_in_buckets(rounds, trained, b * buckets.reduce)
+
+
+def _offload(setup: Setup, load: Workload, weights: Weights) -> Iterator[Message]:
     if setup.offload:
-        d = setup.shards
-        sent.add("offload", "parameters from CPU memory", "copy", group, 2 * rounds, b * weights.all / d)
-        sent.add("offload", "gradients to CPU memory", "copy", group, rounds, trained / d)
+        b, d, rounds = setup.entry, setup.shards, load.rounds
+        yield "parameters from CPU memory", "copy", 2 * rounds, b * weights.all / d
+        yield "gradients to CPU memory", "copy", rounds, b * weights.trained / d
         # AdamW in CPU memory reads gradient, weight and moments and writes the last three: 28 bytes an entry.
-        sent.add("offload", "update in CPU memory", "copy", group, 1, 28 * weights.trained / d)
+        yield "update in CPU memory", "copy", 1, 28 * weights.trained / d
 
 
-def _add_tensor(sent: _Sent, shape: ModelShape, setup: Setup, load: Workload) -> None:
-    b, rounds = setup.entry, load.rounds
-    group = Group(setup.tensor, 1)
+def _tensor(shape: ModelShape, setup: Setup, load: Workload) -> Iterator[Message]:
+    b, rounds, layers = setup.entry, load.rounds, shape.layers
     tokens, targets = load.tokens / setup.sequence, load.targets / setup.sequence
     row = b * tokens * shape.hidden
     # Forward: the outputs of attention and MLP; backward: the gradients of their inputs. Recomputing a layer stops before the
     # sum of the MLP's output, which nothing keeps.
-    sent.add("tensor", "layer outputs, forward", "all-reduce", group, 2 * shape.layers * rounds, row)
-    sent.add("tensor", "layer inputs, backward", "all-reduce", group, 2 * shape.layers * rounds, row)
-    if setup.checkpointing:
-        sent.add("tensor", "layer outputs, recomputed", "all-reduce", group, shape.layers * rounds, row)
-    sent.add("tensor", "embedding", "all-reduce", group, rounds, row)
-    sent.add("tensor", "head, backward", "all-reduce", group, rounds, b * targets * shape.hidden)
-    sent.add("tensor", "loss over the vocabulary", "all-reduce", group, 3 * rounds, 4 * targets)
+    yield "layer outputs, forward", "all-reduce", 2 * layers * rounds, row
+    yield "layer inputs, backward", "all-reduce", 2 * layers * rounds, row
+    if setup.activation_checkpointing:
+        yield "layer outputs, recomputed", "all-reduce", layers * rounds, row
+    yield "embedding", "all-reduce", rounds, row
+    yield "head, backward", "all-reduce", rounds, b * targets * shape.hidden
+    yield "loss over the vocabulary", "all-reduce", 3 * rounds, 4 * targets
     if setup.lora is not None:
-        count = sum(adapted(linear, setup.lora, shape.layers) for linear in shape.linears)
-        sent.add("tensor", "adapters", "all-reduce", group, count * shape.layers * rounds, b * tokens * setup.lora.rank)
+        count = sum(adapted(linear, setup.lora, layers) for linear in shape.linears)
+        yield "adapters", "all-reduce", count * layers * rounds, b * tokens * setup.lora.rank
 
 
-def _add_sequence(sent: _Sent, shape: ModelShape, setup: Setup, load: Workload) -> None:
+def _sequence(shape: ModelShape, setup: Setup, load: Workload) -> Iterator[Message]:
     b, t, s = setup.entry, setup.tensor, setup.sequence
-    group = Group(s, t)
-    passes = (3 if setup.checkpointing else 2) * shape.layers * load.rounds
+    once = shape.layers * load.rounds
+    passes = (3 if setup.activation_checkpointing else 2) * once
     tokens = load.tokens / s
     if setup.sequence_mode == "ulysses":
         kv = shape.head_dim * math.lcm(shape.kv_heads // t, s)
-        sent.add("sequence", "queries and outputs", "all-to-all", group, 2 * passes, b * tokens * shape.query_width // t)
-        sent.add("sequence", "keys and values", "all-to-all", group, 2 * passes, b * tokens * kv)
+        yield "queries and outputs", "all-to-all", 2 * passes, b * tokens * shape.query_width // t
+        yield "keys and values", "all-to-all", 2 * passes, b * tokens * kv
     else:
-        forward = passes - shape.layers * load.rounds
         whole = b * load.tokens * 2 * shape.kv_width // t
-        sent.add("sequence", "keys and values, forward", "all-gather", group, forward, whole)
-        sent.add("sequence", "keys and values, backward", "reduce-scatter", group, shape.layers * load.rounds, whole)
+        yield "keys and values, forward", "all-gather", passes - once, whole
+        yield "keys and values, backward", "reduce-scatter", once, whole
 
 
 def sent_bytes(found: list[Transfer], part: str | None = None) -> float:

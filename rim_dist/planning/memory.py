@@ -1,16 +1,15 @@
-"""Memory of one GPU (or CPU rank) in training, from the sizes of the model and the way it is spread.
+"""Memory of one GPU (or CPU rank) in training, from the sizes of the model and how it is distributed.
 
-Every term is a tensor that exists and says why. What autograd keeps was read off transformers' layers with saved-tensor hooks
-(`tests/test_planning.py` compares), what DeepSpeed keeps off its source and its allocations (`benchmarks/planner.py` measures).
-`P`: parameters of a tensor rank, `Pt`: those that train, `d`: ranks that ZeRO shards over (data x sequence), `b`: bytes of a
-model entry.
+Every term is a tensor that exists, with the reason it does. What autograd keeps was found with saved-tensor hooks on
+transformers' layers (`tests/test_planning.py` compares), what DeepSpeed keeps in its source and by its allocations
+(`benchmarks/planner.py` measures). `d`: ranks that ZeRO shards over (data x sequence), `b`: bytes of a model entry.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from rim_dist.attention.kernels import kernel_of
@@ -39,12 +38,12 @@ ALL_REDUCE_BUCKET = 500_000_000  # entries ZeRO-0 flattens for one all-reduce
 
 @dataclass(frozen=True)
 class Buckets:
-    """Sizes in entries out of the DeepSpeed configuration (`rim_dist.parallel.zero.compose`)."""
+    """Sizes, in entries, from a DeepSpeed configuration (`rim_dist.parallel.zero.compose`)."""
 
     reduce: int
     prefetch: int
     persistence: int
-    reuse: int  # ZeRO-3 keeps a gathered parameter that is used again within so many entries
+    reuse: int  # ZeRO-3 keeps a gathered parameter if it is used again within so many entries
 
     @staticmethod
     def of(ds_config: Mapping[str, Any]) -> Buckets:
@@ -59,7 +58,7 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Setup:
-    """How a run is spread and computed. `tensor`, `sequence`, `data`: degrees; their product is the number of ranks."""
+    """How a run is distributed and computed. `tensor`, `sequence`, `data`: degrees; their product is the number of ranks."""
 
     buckets: Buckets
     tensor: int = 1
@@ -70,8 +69,9 @@ class Setup:
     sequence_mode: Literal["ulysses", "allgather_kv"] = "ulysses"
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     lora: LoraSection | None = None
-    checkpointing: bool = False
+    activation_checkpointing: bool = False
     activation_offload: bool = False
+    micro_batch_tokens: int = 0
     attention: str = "flex"
     dropout: float = 0.0
     device: Literal["cuda", "cpu"] = "cuda"
@@ -93,8 +93,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters of a tensor rank in entries. `persistent`: those ZeRO-3 never shards. `largest`, `layer`: the largest that
-    trains, and what trains of one layer. `module`: the largest of all, which ZeRO-3 gathers at once."""
+    """Parameters of a tensor rank, in entries.
+
+    `persistent`: those that ZeRO-3 keeps whole on every rank, because each is small. `largest`: the largest that is trained.
+    `layer`: the trained ones of one layer. `module`: the largest of all, which ZeRO-3 gathers at once.
+    """
 
     all: int
     trained: int
@@ -120,12 +123,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of a rank: between steps, and part by part at the moment of a step that needs most. `host`: in CPU memory."""
+    """Bytes of a rank by kind: between steps, and at the `moment` of a step that needs most. `host`: in CPU memory."""
 
     states: Parts
     peak: Parts
     moment: str
-    moments: dict[str, int] = field(repr=False)
     host: int = 0
 
     @property
@@ -138,11 +140,11 @@ class MemoryEstimate:
 
 
 def states(weights: Weights, setup: Setup) -> Parts:
-    """What lives between optimizer steps, on the device.
+    """What is on the device between optimizer steps.
 
-    ZeRO-0 in fp32 is torch's AdamW on the parameters: two moments. All else keeps fp32 copies of what trains as well, ZeRO-1
-    to 3 of a shard. ZeRO-3 also shards the parameters, keeps small ones whole, and holds a gradient shard and a reduce bucket
-    all the time.
+    ZeRO-0 in fp32 is torch's AdamW, with two moments a trained parameter. Everything else also keeps an fp32 copy, ZeRO-1 to 3
+    of the rank's shard only. ZeRO-3 shards the parameters too, keeps small ones whole on every rank, and always holds a
+    gradient shard and a reduce bucket.
     """
     b, d = setup.entry, setup.shards
     if setup.zero_stage == 0:
@@ -150,7 +152,6 @@ def states(weights: Weights, setup: Setup) -> Parts:
     if setup.zero_stage < 3:
         return {"parameters": b * weights.all, "optimizer": 12 * weights.trained // d}
     found = {
-        # ZeRO-3 leaves small (persistent) parameters whole on every rank, in the run's precision.
         "parameters": b * weights.persistent if d > 1 or setup.offload else 0,
         "communication buckets": b * setup.buckets.reduce,
     }
@@ -162,8 +163,11 @@ def states(weights: Weights, setup: Setup) -> Parts:
 
 
 def host_bytes(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) -> int:
-    """CPU memory of a rank. Offload: parameter shards, fp32 copies, moments and gradients, and where gradients land.
-    Activation offload: every layer's input."""
+    """CPU memory of a rank.
+
+    Offload keeps parameter shards, fp32 copies, moments, fp32 gradients and a buffer for gradients from the device there;
+    activation offload the input of every layer.
+    """
     b, d = setup.entry, setup.shards
     found = (b * weights.all + (16 + b) * weights.trained) // d if setup.offload else 0
     if setup.activation_offload:
@@ -173,12 +177,25 @@ def host_bytes(shape: ModelShape, setup: Setup, load: Workload, weights: Weights
 
 def layer_activations(shape: ModelShape, setup: Setup, tokens: int, row_tokens: int) -> int:
     """Bytes that the backward pass of one layer needs, for `tokens` on this rank of a packed row of `row_tokens`."""
-    total = _norm_activations(shape, setup, tokens) + _attention_activations(shape, setup, tokens, row_tokens)
-    total += _mlp_activations(shape, setup, tokens)
-    if setup.lora is not None:
-        total += _adapter_activations(shape, setup, setup.lora, tokens)
+    b, lora = setup.entry, setup.lora
+    total = _attention_activations(shape, setup, tokens, row_tokens)
+    for part in ("attn", "mlp"):  # both norms, and the inputs of the matrices after them
+        kept = any(_keeps_input(shape, setup, linear) for linear in _linears(shape, "column", part))
+        total += _norm(shape, setup, tokens, shape.hidden) + (b * tokens * shape.hidden if kept else 0)
+    # act(gate) * up keeps gate, act(gate) and up; gelu keeps its input. gelu_new is written out in tensor operations and keeps
+    # the cube's base, tanh and both factors of a product as well. The last matrix keeps its input.
+    inside = (3 if shape.family.gated else 1) + (3 if shape.activation == "gelu_new" else 0)
+    (output,) = _linears(shape, "row", "mlp")
+    total += b * tokens * (shape.intermediate // setup.tensor) * (inside + _keeps_input(shape, setup, output))
+    # A dropout mask: booleans by CUDA's kernel, the scaled noise on a CPU.
+    mask = 1 if setup.device == "cuda" else b
+    for linear in shape.linears:
+        if lora is not None and adapted(linear, lora, shape.layers):
+            total += b * tokens * lora.rank
+            if setup.dropout:  # each adapter drops entries of its own input and keeps the result and the mask
+                total += tokens * (linear.inputs // (setup.tensor if linear.split == "row" else 1)) * (b + mask)
     if setup.dropout and not shape.family.rotary:  # GPT-2's dropouts after attention and MLP
-        total += 2 * tokens * shape.hidden * _mask_entry(setup)
+        total += 2 * tokens * shape.hidden * mask
     return total
 
 
@@ -192,19 +209,10 @@ def _linears(shape: ModelShape, split: str, part: str) -> list[Linear]:
     return [linear for linear in shape.linears if linear.split == split and part in linear.name]
 
 
-def _norm_activations(shape: ModelShape, setup: Setup, tokens: int) -> int:
-    """Both norms, and what they give to the matrices after them."""
-    total = 0
-    for part in ("attn", "mlp"):
-        kept = any(_keeps_input(shape, setup, linear) for linear in _linears(shape, "column", part))
-        total += _norm(shape, setup, tokens, shape.hidden) + (tokens * shape.hidden * setup.entry if kept else 0)
-    return total
-
-
 def _attention_activations(shape: ModelShape, setup: Setup, tokens: int, row_tokens: int) -> int:
     b, t = setup.entry, setup.tensor
     q, kv, heads = shape.query_width // t, shape.kv_width // t, shape.heads // t
-    # Queries and keys after rotation, and values, go into the attention, which keeps them with its output and log-sum-exp.
+    # The attention keeps its inputs (queries and keys after rotation, values), its output and its log-sum-exp.
     kv_tokens, kv_width = tokens, kv
     if setup.sequence > 1 and setup.sequence_mode == "allgather_kv":
         kv_tokens = row_tokens
@@ -215,7 +223,7 @@ def _attention_activations(shape: ModelShape, setup: Setup, tokens: int, row_tok
     if shape.family.query_norm:
         total += _norm(shape, setup, tokens, q) + _norm(shape, setup, tokens, kv)
         total += 4 * tokens * (heads + shape.kv_heads // t - 2)  # a statistic a head, not one a token
-    # The next matrix's input is the kernel's output, but for one that is joined from several calls or came by all-to-all.
+    # The next matrix's input is the kernel's output, unless that was joined from several calls or came by all-to-all.
     exchanged = setup.sequence > 1 and setup.sequence_mode == "ulysses"
     (output,) = _linears(shape, "row", "attn")
     if _keeps_input(shape, setup, output) and (kernel_of(setup.attention).joins_outputs or exchanged):
@@ -223,34 +231,12 @@ def _attention_activations(shape: ModelShape, setup: Setup, tokens: int, row_tok
     return total
 
 
-def _mlp_activations(shape: ModelShape, setup: Setup, tokens: int) -> int:
-    # act(gate) * up keeps gate, act(gate) and up; gelu keeps its input; the last matrix its own.
-    inside = 3 if shape.family.gated else 1
-    if shape.activation == "gelu_new":
-        inside += 3  # written out in tensor operations: the cube's base, tanh and both factors of a product
-    (output,) = _linears(shape, "row", "mlp")
-    return setup.entry * tokens * (shape.intermediate // setup.tensor) * (inside + int(_keeps_input(shape, setup, output)))
-
-
-def _adapter_activations(shape: ModelShape, setup: Setup, lora: LoraSection, tokens: int) -> int:
-    total = 0
-    for linear in shape.linears:
-        if adapted(linear, lora, shape.layers):
-            total += setup.entry * tokens * lora.rank
-            if setup.dropout:  # each adapter drops its own input: the result and the mask
-                width = linear.inputs // (setup.tensor if linear.split == "row" else 1)
-                total += tokens * width * (setup.entry + _mask_entry(setup))
-    return total
-
-
-def _mask_entry(setup: Setup) -> int:
-    """Bytes an entry of a dropout mask takes: CUDA's kernel keeps booleans, the CPU's way the scaled noise."""
-    return 1 if setup.device == "cuda" else setup.entry
-
-
 def _norm(shape: ModelShape, setup: Setup, tokens: int, width: int) -> int:
-    """A norm's own part. RMS: its input in fp32 (a copy in half precision), the normalised entries for the weight's gradient
-    and a statistic a token; the layer norm's kernel: input and two statistics."""
+    """What a norm keeps.
+
+    RMS: its input in fp32 (a copy in half precision), the normalised entries if its weight is trained, a statistic a token. The
+    layer norm's kernel: its input and two statistics a token.
+    """
     if shape.family.norm == "layer":
         return tokens * (width * setup.entry + 2 * (setup.entry if setup.device == "cpu" else 4))
     return tokens * (width * (4 + (setup.entry if setup.lora is None else 0)) + 4)
@@ -267,7 +253,7 @@ def attention_masks(setup: Setup, load: Workload) -> int:
 
 
 def estimate(shape: ModelShape, setup: Setup, load: Workload) -> MemoryEstimate:
-    """Memory of a rank in an optimizer step of `load.rounds` micro-batches, at its largest moment."""
+    """Memory of a rank in an optimizer step of `load.rounds` micro-batches."""
     weights = Weights.of(shape, setup)
     between = states(weights, setup)
     moments = {
@@ -276,12 +262,9 @@ def estimate(shape: ModelShape, setup: Setup, load: Workload) -> MemoryEstimate:
         "reduction": _at_reduction(setup, load, weights),
         "update": _at_update(setup, weights),
     }
-    totals = {name: sum(between.values()) + sum(extra.values()) for name, extra in moments.items()}
-    moment = max(totals, key=lambda name: totals[name])
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
     peak = {part: between.get(part, 0) + moments[moment].get(part, 0) for part in PARTS}
-    return MemoryEstimate(
-        between, {k: v for k, v in peak.items() if v}, moment, totals, host_bytes(shape, setup, load, weights)
-    )
+    return MemoryEstimate(between, {k: v for k, v in peak.items() if v}, moment, host_bytes(shape, setup, load, weights))
 
 
 def _rank_tokens(setup: Setup, load: Workload) -> int:
@@ -289,8 +272,10 @@ def _rank_tokens(setup: Setup, load: Workload) -> int:
 
 
 def _rank_targets(setup: Setup, load: Workload) -> int:
-    """Supervised positions of the rank that has most. All-to-all deals a row front to back: where a rank has less than a
-    sample, the last one has its readouts."""
+    """Supervised positions of the rank that has most.
+
+    Under ulysses ranks hold consecutive tokens of a row. If a rank holds less than a sample, the last one holds its readouts.
+    """
     own = _rank_tokens(setup, load)
     if setup.sequence == 1 or setup.sequence_mode == "allgather_kv" or own >= load.row:
         return -(-load.targets // setup.sequence)
@@ -298,45 +283,34 @@ def _rank_targets(setup: Setup, load: Workload) -> int:
     return math.ceil(min(own, load.readout_tokens) + ends_of_blocks)
 
 
-def _kept(shape: ModelShape, setup: Setup, load: Workload) -> int:
-    """What is kept for the backward pass at the end of the forward pass."""
-    tokens, b = _rank_tokens(setup, load), setup.entry
-    if setup.checkpointing:
-        layers = 0 if setup.activation_offload and setup.device == "cuda" else layer_input(shape, setup, tokens) * shape.layers
-    else:
-        layers = layer_activations(shape, setup, tokens, load.tokens) * shape.layers
-    rotary = 2 * tokens * shape.head_dim * b if shape.family.rotary else 0
-    return layers + _norm(shape, setup, tokens, shape.hidden) + rotary
-
-
 def _during(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) -> Parts:
-    """What a forward and backward pass holds besides the states, whatever the moment."""
-    b, d = setup.entry, setup.shards
+    """What is held besides the states from the end of the forward pass to the beginning of the backward pass."""
+    b, d, tokens = setup.entry, setup.shards, _rank_tokens(setup, load)
+    if not setup.activation_checkpointing:
+        layer = layer_activations(shape, setup, tokens, load.tokens)
+    else:
+        layer = 0 if setup.activation_offload and setup.device == "cuda" else layer_input(shape, setup, tokens)
+    rotary = 2 * b * tokens * shape.head_dim if shape.family.rotary else 0
     found = {
-        "activations": _kept(shape, setup, load),
+        "activations": layer * shape.layers + _norm(shape, setup, tokens, shape.hidden) + rotary,
         "attention": attention_masks(setup, load),
-        "gradients": _accumulated(setup, load, weights),
     }
+    if load.rounds > 1 and setup.zero_stage < 3:
+        # Of earlier micro-batches: whole gradients, or a shard under ZeRO-2. ZeRO-3's shard is one of the states.
+        found["gradients"] = b * weights.trained // (d if setup.zero_stage == 2 else 1)
     if setup.zero_stage == 1 and load.rounds > 1:
         found["communication buckets"] = b * setup.buckets.reduce  # made by the first backward pass, unused until the last
     if setup.zero_stage == 3 and (d > 1 or setup.offload):
         sharded = weights.all - weights.persistent
         if setup.lora is not None and not shape.tied:
-            sharded -= weights.head  # a frozen embedding has no backward pass and is let go at once
-        # A module's parameters stay if they are used again within the reuse distance: at the turn from forward to backward
-        # that is the last half of it, and the module at work.
+            sharded -= weights.head  # a frozen embedding has no backward pass and is released at once
+        # Parameters stay gathered if they are used again within the reuse distance. When the backward pass begins, these are
+        # the ones of the last half of that distance, besides the module that runs.
         found["gathered parameters"] = b * min(sharded, setup.buckets.reuse // 2 + weights.module)
     if setup.lora is None:
-        # The loss computes the head's gradient in the forward pass, whole; a tied one waits for the embedding's.
+        # The loss computes the whole gradient of the head in the forward pass.
         found["logits"] = b * weights.head
     return found
-
-
-def _accumulated(setup: Setup, load: Workload, weights: Weights) -> int:
-    """Gradients of earlier micro-batches: whole under ZeRO-0 and 1, a shard under ZeRO-2 (ZeRO-3's is part of the states)."""
-    if load.rounds < 2 or setup.zero_stage == 3:
-        return 0
-    return setup.entry * weights.trained // (setup.shards if setup.zero_stage == 2 else 1)
 
 
 def _at_loss(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) -> Parts:
@@ -346,35 +320,36 @@ def _at_loss(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) 
     targets = _rank_targets(setup, load)
     chunk = min(targets, max(1, LOGITS_ENTRIES // rows)) * rows
     found = _during(shape, setup, load, weights)
-    # logits, their fp32 copy in half precision, log-softmax; hidden states of all tokens, and of the targets with gradient
+    # Logits, an fp32 copy of them in half precision, and log-softmax. Hidden states of all tokens; those of the targets, and
+    # their gradient.
     found["logits"] = found.get("logits", 0) + chunk * (8 if b == 4 else 10)
     found["working memory"] = b * shape.hidden * (tokens + 2 * targets)
     return found
 
 
 def _at_backward(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) -> Parts:
-    """The backward pass of the last layer, while everything before it is still kept."""
+    """The backward pass of the last layer, when the activations of all layers are still kept."""
     b, tokens = setup.entry, _rank_tokens(setup, load)
     found = _during(shape, setup, load, weights)
     # Gradients of gate, up and act(gate) while the MLP's product is freed; of the residual stream.
     found["working memory"] = b * tokens * (2 * shape.intermediate // setup.tensor + shape.hidden)
     found["activations"] -= _norm(shape, setup, tokens, shape.hidden)  # the last norm's are done with
     layer = layer_activations(shape, setup, tokens, load.tokens)
-    if setup.checkpointing:
+    if setup.activation_checkpointing:
         found["activations"] += layer
         if not setup.activation_offload and (b == 4 or shape.family.norm == "layer"):
             found["activations"] -= layer_input(shape, setup, tokens)  # what was kept of the layer is its first norm's input
     if setup.zero_stage == 2:
-        # Two buckets that take turns; the first that is reduced brings the buffer for all gradients of this rank. By then the
-        # layers whose gradients fill the bucket are done with. A head of its own fills it at once.
+        # Two buckets in turn. When the first is reduced, the buffer for all gradients of this rank is made. The activations of
+        # the layers whose gradients fill a bucket are free by then; the gradient of a head of its own fills it at once.
         found["communication buckets"] = 2 * b * setup.buckets.reduce
         own = b * weights.trained // setup.shards
         done = 0
         if setup.lora is not None or shape.tied:
-            each = layer_input(shape, setup, tokens) if setup.checkpointing else layer
+            each = layer_input(shape, setup, tokens) if setup.activation_checkpointing else layer
             done = int(each * min(shape.layers, setup.buckets.reduce / max(1, weights.layer)))
         if own > done:
-            found["gradients"] += own
+            found["gradients"] = found.get("gradients", 0) + own
             found["activations"] -= done
     if setup.zero_stage >= 2 and setup.lora is None and not shape.tied:
         found["working memory"] = max(found["working memory"], b * weights.head)  # flattened to be reduced
@@ -384,7 +359,7 @@ def _at_backward(shape: ModelShape, setup: Setup, load: Workload, weights: Weigh
 
 
 def _at_reduction(setup: Setup, load: Workload, weights: Weights) -> Parts:
-    """The end of the last backward pass: activations are gone, all gradients are there and on their way to their owners."""
+    """The end of the last backward pass: activations are freed, all gradients are being reduced to their owners."""
     b, d, reduce = setup.entry, setup.shards, setup.buckets.reduce
     trained = b * weights.trained
     if setup.zero_stage == 0:
@@ -396,13 +371,13 @@ def _at_reduction(setup: Setup, load: Workload, weights: Weights) -> Parts:
         shards = trained // d * (2 if load.rounds > 1 else 1)
         return {"gradients": shards, "communication buckets": b * (2 * reduce + weights.largest)}
     filled = max(min(reduce, weights.trained), weights.largest)  # a larger matrix is reduced on its own
-    # A bucket that holds all gradients is reduced after the backward pass, when nothing is gathered any more.
+    # A bucket that holds all gradients is reduced after the backward pass, when no parameter is gathered any more.
     gathered = b * weights.largest if weights.trained > reduce else 0
     return {"communication buckets": 2 * b * filled, "gathered parameters": gathered}
 
 
 def _at_update(setup: Setup, weights: Weights) -> Parts:
-    """The optimizer's step: gradients once more, flat and in fp32. Fused AdamW has no temporaries."""
+    """The optimizer's step: a flat fp32 copy of the gradients. Fused AdamW has no temporaries."""
     b, d = setup.entry, setup.shards
     if setup.offload:
         return {}
@@ -411,14 +386,11 @@ def _at_update(setup: Setup, weights: Weights) -> Parts:
     shard = weights.trained // d
     if setup.zero_stage < 3:
         return {"gradients": (b + 4) * shard}
-    whole = b * weights.persistent if d > 1 else 0  # small parameters are sharded again for the update
+    whole = b * weights.persistent if d > 1 else 0  # small parameters are updated in shards
     return {"gradients": 4 * min(shard, SUB_GROUP), "parameters": -whole}
 
 
 def evaluation_cache(shape: ModelShape, setup: Setup, load: Workload, prompts: int, new_tokens: int) -> int:
-    """Keys and values of answers after every block (`rim_dist.evaluation.readouts`): each prompt once, each readout's own.
-
-    Beside the states; activations are gone then.
-    """
-    keys = load.prefix + load.readouts * new_tokens
+    """Bytes of keys and values in an evaluation after every block (`rim_dist.evaluation.readouts`)."""
+    keys = load.prefix + load.readouts * new_tokens  # a prompt once, and the answers of its readouts
     return prompts * keys * 2 * shape.layers * (shape.kv_width // setup.tensor) * setup.entry

@@ -1,4 +1,4 @@
-"""Which degrees fit, which of them would be quickest, and how large memory blocks can get."""
+"""Which degrees fit, which of those are fastest, and how large memory blocks can be."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rim_dist.attention.choice import choose_kernel
 from rim_dist.attention.kernels.base import Demands
@@ -22,19 +23,31 @@ from rim_dist.planning.memory import Buckets, MemoryEstimate, Setup, estimate
 from rim_dist.planning.shape import ModelShape
 from rim_dist.planning.workload import Workload
 
+Pairs = tuple[tuple[Any, bool], ...]
+
 # Of a GPU's memory: the rest is for the CUDA context, NCCL's and cuBLAS's buffers and gaps between blocks. Not measured here.
 USABLE = 0.9
 # Operations a second of a GPU at work, to weigh recomputing against sending: 40% of an H100's peak (data sheet: 989e12 in 16
 # bits, 67e12 in fp32). Other GPUs shift compute and communication against each other.
 OPERATIONS = {"fp32": 0.4 * 67e12, "bf16": 0.4 * 989e12, "fp16": 0.4 * 989e12}
-# What a mechanism has to gain before it is worth having: each makes a run harder to look into.
+# A mechanism must make a step faster by this factor to be recommended: each makes a run harder to understand.
 WORTH = 1.02
 MOST_SEQUENCE = 64
+# The recipe fields that are decided here, with their sections.
+DECIDED = {
+    "tensor": "parallel",
+    "sequence": "parallel",
+    "zero_stage": "parallel",
+    "offload": "parallel",
+    "activation_checkpointing": "model",
+    "activation_offload": "model",
+    "micro_batch_tokens": "optimizer",
+}
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs that are alike, and what connects them. `memory`: bytes of a GPU, `cpu_memory`: of a node."""
+    """Equal GPUs and the links between them. `memory`: bytes of a GPU, `cpu_memory`: of a node."""
 
     gpus: int
     memory: int
@@ -59,16 +72,8 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Lengths in tokens that a recipe does not say: of a question, and of what a readout predicts with its end-of-text."""
-
-    question: int = 128
-    target: int = 16
-
-
-@dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer step. ZeRO's sending overlaps with computing at best; what layers wait for does not."""
+    """Seconds of an optimizer step. ZeRO's communication overlaps with computing; what layers wait for does not."""
 
     compute: float
     zero: float
@@ -83,52 +88,52 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to spread the run: what it needs, sends and takes. `budget`: `optimizer.micro_batch_tokens`."""
+    """One way to distribute the run, with the memory it needs, what it sends and the time of a step."""
 
     setup: Setup
     load: Workload
-    budget: int
     memory: MemoryEstimate
     transfers: list[Transfer]
     time: StepTime
     fits: bool
 
     def mechanisms(self, budget: int) -> int:
-        """How many things it does that a plain data parallel run does not."""
+        """How many things it does that plain data parallelism with micro-batches of `budget` tokens does not."""
         s = self.setup
-        return sum((s.tensor > 1, s.sequence > 1, s.offload, s.checkpointing, s.activation_offload, self.budget != budget))
-
-    @property
-    def fields(self) -> dict[tuple[str, str], int | bool]:
-        """The recipe fields (section, name) that make a run like this."""
-        s = self.setup
-        return {
-            ("parallel", "tensor"): s.tensor,
-            ("parallel", "sequence"): s.sequence,
-            ("parallel", "zero_stage"): s.zero_stage,
-            ("parallel", "offload"): s.offload,
-            ("model", "activation_checkpointing"): s.checkpointing,
-            ("model", "activation_offload"): s.activation_offload,
-            ("optimizer", "micro_batch_tokens"): self.budget,
-        }
+        changed = s.micro_batch_tokens != budget
+        return sum((s.tensor > 1, s.sequence > 1, s.offload, s.activation_checkpointing, s.activation_offload, changed))
 
     @property
     def overrides(self) -> list[str]:
-        return [f"{section}.{name}={str(value).lower()}" for (section, name), value in self.fields.items()]
+        """The recipe fields that make a run like this, as `section.name=value`."""
+        return [f"{section}.{name}={str(getattr(self.setup, name)).lower()}" for name, section in DECIDED.items()]
+
+    def __str__(self) -> str:
+        s = self.setup
+        words = [f"tensor {s.tensor} x sequence {s.sequence} x data {s.data}", f"ZeRO-{s.zero_stage}"]
+        if s.offload:
+            words.append("offload")
+        if s.activation_checkpointing:
+            words.append("activation checkpointing" + (" and offload" if s.activation_offload else ""))
+        return ", ".join([*words, f"micro-batches of {s.micro_batch_tokens:,} tokens"])
 
 
 class Planner:
-    """The ways to run one recipe with one model on one cluster."""
+    """The ways to run one recipe with one model on one cluster.
 
-    def __init__(self, recipe: Recipe, shape: ModelShape, cluster: Cluster, rows: Rows) -> None:
+    `question`, `target`: lengths in tokens that a recipe does not say, of a question, and of what a readout predicts with its
+    end-of-text token.
+    """
+
+    def __init__(self, recipe: Recipe, shape: ModelShape, cluster: Cluster, question: int = 128, target: int = 16) -> None:
         if recipe.parallel.zero_plus_plus:
             raise ConfigError("parallel.zero_plus_plus: true cannot be planned; allowed: false")
-        self.recipe, self.shape, self.cluster, self.rows = recipe, shape, cluster, rows
+        self.recipe, self.shape, self.cluster, self._lengths = recipe, shape, cluster, (question, target)
         self._demands = Demands.of(recipe, shape.config, "cuda", "auto")
-        self.row = _longest_row(recipe, rows)
+        self.row = _longest_row(recipe, question, target)
         if self.row.positions > shape.positions:
             raise ConfigError(
-                f"memory.blocks: a question of {rows.question} tokens, {self.row.blocks} blocks of {self.row.block} and a "
+                f"memory.blocks: a question of {question} tokens, {self.row.blocks} blocks of {self.row.block} and a "
                 f"target of {self.row.target} need {self.row.positions} positions; {shape.name} has {shape.positions}"
             )
 
@@ -136,66 +141,49 @@ class Planner:
 
     def as_written(self) -> Candidate:
         """The recipe's own degrees. Raises ConfigError where it could not run at all."""
-        parallel, model = self.recipe.parallel, self.recipe.model
-        degrees = fit_degrees(self.recipe, self.cluster.gpus)
-        check_tensor_degree(degrees.tensor, self.shape.config)
+        fit_degrees(self.recipe, self.cluster.gpus)
+        check_tensor_degree(self.recipe.parallel.tensor, self.shape.config)
         budget = self.recipe.optimizer.micro_batch_tokens
         if budget < self.row.row:
             raise ConfigError(
                 f"optimizer.micro_batch_tokens: {budget} tokens hold no row of {self.row.row} ({self.row_in_words()}); "
                 f"allowed: {self.row.row} or more"
             )
-        setup = self._setup(
-            degrees.tensor,
-            degrees.sequence,
-            parallel.zero_stage,
-            parallel.offload,
-            model.activation_checkpointing,
-            model.activation_offload,
-            budget,
-            parallel.sequence_mode,
-        )
-        return self.candidate(setup, budget)
+        own = {name: getattr(getattr(self.recipe, section), name) for name, section in DECIDED.items()}
+        return self.candidate(**own, mode=self.recipe.parallel.sequence_mode)
 
-    def candidate(self, setup: Setup, budget: int) -> Candidate:
-        """Memory, sending and time of a way to spread the run, micro-batches full."""
-        samples = budget / self.row.row
+    def candidate(self, **decided: Any) -> Candidate:
+        """Memory, communication and time with these values of `DECIDED`, micro-batches full."""
+        setup = self._setup(**decided)
+        samples = setup.micro_batch_tokens / self.row.row
         rounds = math.ceil(self.recipe.optimizer.global_batch / (setup.data * max(1.0, samples)))
         load = replace(self.row, samples=samples, rounds=rounds)
         memory = estimate(self.shape, setup, load)
         sent = transfers(self.shape, setup, load, self.cluster.link, self.cluster.gpus_per_node)
         time = StepTime(self._compute_seconds(setup), *(seconds(sent, p) for p in ("zero", "tensor", "sequence", "offload")))
-        return Candidate(setup, load, budget, memory, sent, time, self.cluster.holds(memory))
+        return Candidate(setup, load, memory, sent, time, self.cluster.holds(memory))
 
-    def _setup(
-        self,
-        tensor: int,
-        sequence: int,
-        zero_stage: int,
-        offload: bool,
-        checkpointing: bool,
-        activation_offload: bool,
-        budget: int,
-        mode: str = "auto",
-    ) -> Setup:
+    def _setup(self, tensor: int, sequence: int, micro_batch_tokens: int, mode: str = "auto", **decided: Any) -> Setup:
         recipe, shape = self.recipe, self.shape
         mode = choose_mode(mode, sequence, shape.heads // tensor, shape.kv_heads // tensor)
-        demands = replace(self._demands, sequence_mode=mode if sequence > 1 else None, micro_batch_tokens=budget)
         return Setup(
-            buckets=self._buckets(zero_stage, offload, tensor > 1, sequence > 1),
+            buckets=self._buckets(decided["zero_stage"], decided["offload"], tensor > 1, sequence > 1),
             tensor=tensor,
             sequence=sequence,
             data=self.cluster.gpus // (tensor * sequence),
-            zero_stage=zero_stage,
-            offload=offload,
             sequence_mode=mode,
             dtype=recipe.model.dtype,
             lora=recipe.model.lora,
-            checkpointing=checkpointing,
-            activation_offload=activation_offload,
-            attention=choose_kernel(recipe.model.attention, demands).kernel,
-            dropout=demands.dropout,
+            micro_batch_tokens=micro_batch_tokens,
+            attention=self._kernel(mode if sequence > 1 else None, micro_batch_tokens),
+            dropout=self._demands.dropout,
+            **decided,
         )
+
+    @functools.cache  # noqa: B019 - a planner lives as long as its command
+    def _kernel(self, mode: str | None, micro_batch_tokens: int) -> str:
+        demands = replace(self._demands, sequence_mode=mode, micro_batch_tokens=micro_batch_tokens)
+        return choose_kernel(self.recipe.model.attention, demands).kernel
 
     @functools.cache  # noqa: B019 - a planner lives as long as its command
     def _buckets(self, zero_stage: int, offload: bool, tensor: bool, sequence: bool) -> Buckets:
@@ -215,7 +203,7 @@ class Planner:
         pair = 12.0 * shape.layers * shape.query_width
         target = (6.0 if setup.lora is None else 4.0) * shape.vocabulary * shape.hidden
         work = row.row * token + row.pairs * pair + row.targets * target
-        if setup.checkpointing:
+        if setup.activation_checkpointing:
             work += 2.0 * row.row * matrices + row.pairs * pair / 3
         return self.recipe.optimizer.global_batch * work / (self.cluster.gpus * OPERATIONS[setup.dtype])
 
@@ -227,14 +215,9 @@ class Planner:
     # ---- all of them ---------------------------------------------------------------------------------------
 
     def candidates(self) -> list[Candidate]:
-        """Every sensible way to spread the run over all GPUs. Raises ConfigError if there is none."""
-        found = [
-            self.candidate(self._setup(*degrees, *sharding, *kept, budget), budget)
-            for degrees in self.degrees()
-            for sharding in ((0, False), (1, False), (2, False), (3, False), (3, True))
-            for kept in ((False, False), (True, False), (True, True))
-            for budget in self.budgets(self.cluster.gpus // math.prod(degrees))
-        ]
+        """Every sensible way to use all GPUs. Raises ConfigError if there is none."""
+        sharding = ((0, False), (1, False), (2, False), (3, False), (3, True))
+        found = self._candidates(sharding, ((False, False), (True, False), (True, True)), self._budgets)
         if not found:
             raise ConfigError(
                 f"optimizer.global_batch: {self.recipe.optimizer.global_batch} samples cannot be spread over "
@@ -243,8 +226,31 @@ class Planner:
             )
         return found
 
-    def degrees(self) -> Iterator[tuple[int, int]]:
-        """(tensor, sequence) degrees: a tensor group within a node, at least one sample for every data rank."""
+    def frugal(self) -> list[Candidate]:
+        """The ways that need least memory: ZeRO-3, activation checkpointing, one row in a micro-batch."""
+        sharding, kept = ((3, False), (3, True)), ((True, False), (True, True))
+        return self._candidates(sharding, kept, lambda _data: [self.row.row])
+
+    def _candidates(self, sharding: Pairs, kept: Pairs, budgets: Callable[[int], list[int]]) -> list[Candidate]:
+        """All degrees with all (zero_stage, offload), (activation_checkpointing, activation_offload) and micro_batch_tokens."""
+        return [
+            self.candidate(
+                tensor=tensor,
+                sequence=sequence,
+                zero_stage=zero_stage,
+                offload=offload,
+                activation_checkpointing=checkpointing,
+                activation_offload=activation_offload,
+                micro_batch_tokens=budget,
+            )
+            for tensor, sequence in self._degrees()
+            for zero_stage, offload in sharding
+            for checkpointing, activation_offload in kept
+            for budget in budgets(self.cluster.gpus // (tensor * sequence))
+        ]
+
+    def _degrees(self) -> Iterator[tuple[int, int]]:
+        """(tensor, sequence) degrees with tensor groups within a node and a sample or more for every data rank."""
         shape, gpus = self.shape, self.cluster.gpus
         common = math.gcd(shape.heads, shape.kv_heads, shape.intermediate) if shape.family.splittable else 1
         for tensor in _divisors(math.gcd(common, gpus)):
@@ -254,7 +260,7 @@ class Planner:
                 if sequence <= MOST_SEQUENCE and gpus // (tensor * sequence) <= self.recipe.optimizer.global_batch:
                     yield tensor, sequence
 
-    def budgets(self, data: int) -> list[int]:
+    def _budgets(self, data: int) -> list[int]:
         """Tokens of a micro-batch to try: the recipe's, and one, two, four ... rows up to all samples of a data rank."""
         row, most = self.row.row, math.ceil(self.recipe.optimizer.global_batch / data)
         found = {row * 2**k for k in range(most.bit_length())}
@@ -263,7 +269,7 @@ class Planner:
         return sorted(found)
 
     def best(self, candidates: list[Candidate]) -> Candidate | None:
-        """The quickest of those that fit, if each of its mechanisms is worth it."""
+        """The fastest of those that fit, where every mechanism must gain `WORTH`; None if none fits."""
         budget = self.recipe.optimizer.micro_batch_tokens
         fitting = [c for c in candidates if c.fits]
         return min(fitting, key=lambda c: (c.time.total * WORTH ** c.mechanisms(budget), c.memory.peak_bytes), default=None)
@@ -277,32 +283,21 @@ class Planner:
         return best, candidates
 
     def fill_in(self) -> list[str]:
-        """Overrides for the fields that the recipe leaves open, those it sets taken as given. Raises ConfigError."""
-        candidates = self.candidates()
+        """Overrides for the fields that the recipe leaves open; those that it sets are kept. Raises ConfigError."""
         given = {}
-        for section, name in candidates[0].fields:
-            chosen = getattr(self.recipe, section)
-            if name in chosen.model_fields_set:
-                given[section, name] = getattr(chosen, name)
-        kept = [c for c in candidates if all(c.fields[key] == value for key, value in given.items())]
+        for name, section in DECIDED.items():
+            fields = getattr(self.recipe, section)
+            if name in fields.model_fields_set:
+                given[name] = getattr(fields, name)
+        kept = [c for c in self.candidates() if all(getattr(c.setup, name) == value for name, value in given.items())]
         best = self.best(kept)
         if best is None:
-            fixed = ", ".join(".".join(key) for key in sorted(given))
+            fixed = ", ".join(sorted(f"{DECIDED[name]}.{name}" for name in given))
             least = f" (at least {gib(min(c.memory.peak_bytes for c in kept))} of a GPU)" if kept else ""
             raise ConfigError(
                 f"{self.shape.name} does not fit {self.cluster} with what the recipe sets: {fixed}{least}; see rim-dist plan"
             )
-        return [text for text, key in zip(best.overrides, best.fields, strict=True) if key not in given]
-
-    def frugal(self) -> list[Candidate]:
-        """The ways that need least: ZeRO-3, layers recomputed, one row in a micro-batch."""
-        budget = self.row.row
-        return [
-            self.candidate(self._setup(*degrees, 3, offload, True, activation_offload, budget), budget)
-            for degrees in self.degrees()
-            for offload in (False, True)
-            for activation_offload in (False, True)
-        ]
+        return [override for override, name in zip(best.overrides, DECIDED, strict=True) if name not in given]
 
     def _nothing_fits(self) -> str:
         cluster, recipe = self.cluster, self.recipe
@@ -320,19 +315,19 @@ class Planner:
         ways = [" and ".join(larger_ones)]
         for gpus in (cluster.gpus * 2**k for k in range(1, 14)):
             per_node = max(cluster.gpus_per_node, min(8, gpus))
-            larger = Planner(recipe, self.shape, replace(cluster, gpus=gpus, gpus_per_node=per_node), self.rows)
+            larger = Planner(recipe, self.shape, replace(cluster, gpus=gpus, gpus_per_node=per_node), *self._lengths)
             if any(c.fits for c in larger.frugal()):
                 ways.append(f"{gpus:,} GPUs")
                 break
         if recipe.model.lora is None and recipe.model.config is None:
             adapters = recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": LoraSection()})})
-            if any(c.fits for c in Planner(adapters, self.shape, cluster, self.rows).frugal()):
+            if any(c.fits for c in Planner(adapters, self.shape, cluster, *self._lengths).frugal()):
                 ways.append("adapters (model.lora={}) instead of full training")
         if self.row.blocks and (memory := max(self.largest_memory(c.setup) for c in self.frugal())):
             ways.append(f"memory.tokens_per_block={memory}")
         return (
             f"{self.shape.name} fits nowhere on {cluster} ({USABLE:.0%} usable: "
-            f"{gib(cluster.usable)}). Closest: {words(closest)}: {gib(need)} of a GPU"
+            f"{gib(cluster.usable)}). Closest: {closest}: {gib(need)} of a GPU"
             + (f" and {gib(host)} of CPU memory a rank" if host else "")
             + f". It would fit with {' or '.join(ways)}"
         )
@@ -340,8 +335,10 @@ class Planner:
     # ---- memory blocks -------------------------------------------------------------------------------------
 
     def resplit(self, setup: Setup, sequence: int) -> Setup:
-        """The same with recomputed layers and ZeRO-3 at another sequence degree."""
-        return self._setup(setup.tensor, sequence, 3, setup.offload, True, setup.activation_offload, self.row.row)
+        """The setup at another sequence degree with ZeRO-3, activation checkpointing and one row in a micro-batch."""
+        kept = {name: getattr(setup, name) for name in DECIDED}
+        changed = {"sequence": sequence, "zero_stage": 3, "activation_checkpointing": True, "micro_batch_tokens": self.row.row}
+        return self._setup(**(kept | changed))
 
     def fits_with(self, setup: Setup, blocks: int, memory: int) -> bool:
         return self.cluster.holds(self.memory_with(setup, blocks, memory))
@@ -353,28 +350,31 @@ class Planner:
     def largest_memory(self, setup: Setup) -> int:
         """Most memory tokens of a block, at the planned number of blocks, that fit memory and positions; 0 if none does."""
         blocks = self.row.blocks
-        room = (self.shape.positions - self.row.question - self.row.target) // max(1, blocks) - 2
-        return _largest(lambda memory: self.fits_with(setup, blocks, memory), room)
+        return _largest(lambda memory: self.fits_with(setup, blocks, memory), self.room // max(1, blocks) - 2)
 
     def largest_blocks(self, setup: Setup) -> int:
         """Most blocks, of the recipe's size."""
         memory = self.recipe.memory.tokens_per_block
-        room = (self.shape.positions - self.row.question - self.row.target) // (memory + 2)
-        return _largest(lambda blocks: self.fits_with(setup, blocks, memory), room)
+        return _largest(lambda blocks: self.fits_with(setup, blocks, memory), self.room // (memory + 2))
+
+    @property
+    def room(self) -> int:
+        """Positions of the model that question and target leave to blocks."""
+        return self.shape.positions - self.row.question - self.row.target
 
 
-def _longest_row(recipe: Recipe, rows: Rows) -> Workload:
+def _longest_row(recipe: Recipe, question: int, target_tokens: int) -> Workload:
     """The longest row that a sample of the given lengths becomes in any stage, as the recipe's method makes it.
 
     Raises ConfigError for rows of continuous thoughts.
     """
-    target = [0] * rows.target
-    sample = EncodedSample([0] * rows.question, [target] * recipe.curriculum.stage1.max_steps, target, 0)
+    target = [0] * target_tokens
+    sample = EncodedSample([0] * question, [target] * recipe.curriculum.stage1.max_steps, target, 0)
     longest = max(method_of(recipe).longest_rows(sample), key=len)
     if longest.latent:
         raise ConfigError(f"method: {recipe.method} cannot be planned: its rows hold continuous thoughts")
     return Workload(
-        rows.question,
+        question,
         longest.blocks,
         recipe.memory.tokens_per_block,
         max(len(readout.target) for readout in longest.readouts),
@@ -399,19 +399,8 @@ def gib(size: float) -> str:
     return f"{size / 2**30:,.1f} GiB"
 
 
-def words(candidate: Candidate) -> str:
-    """A candidate in a few words."""
-    s = candidate.setup
-    parts = [f"tensor {s.tensor} x sequence {s.sequence} x data {s.data}", f"ZeRO-{s.zero_stage}"]
-    if s.offload:
-        parts.append("offload")
-    if s.checkpointing:
-        parts.append("activation checkpointing" + (" and offload" if s.activation_offload else ""))
-    return ", ".join([*parts, f"micro-batches of {candidate.budget:,} tokens"])
-
-
 def reasons(planner: Planner, chosen: Candidate, candidates: list[Candidate]) -> list[str]:
-    """Why each setting is what it is: what becomes of the best candidate that does otherwise."""
+    """A line a setting: how the best candidate with another value compares with the chosen one."""
     s, budget = chosen.setup, planner.recipe.optimizer.micro_batch_tokens
 
     def otherwise(name: str, others: list[Candidate]) -> str:
@@ -432,38 +421,31 @@ def reasons(planner: Planner, chosen: Candidate, candidates: list[Candidate]) ->
     for name in ("tensor", "sequence"):
         degree = getattr(s, name)
         mode = f" ({s.sequence_mode})" if name == "sequence" and degree > 1 else ""
-        other = f"{name} 1" if degree > 1 else "a larger degree"
         others = [c for c in candidates if (getattr(c.setup, name) > 1) != (degree > 1)]
-        lines.append(f"{name} {degree}{mode}: {otherwise(other, others)}")
-    for stage in (s.zero_stage - 1, s.zero_stage + 1):
-        others = [c for c in candidates if c.setup.zero_stage == stage]
-        if others:
-            lines.append(f"ZeRO-{s.zero_stage}: {otherwise(f'ZeRO-{stage}', others)}")
-    for name, words_on, words_off in (
-        ("checkpointing", "recomputing layers", "keeping all activations"),
+        lines.append(f"{name} {degree}{mode}: {otherwise(f'{name} 1' if degree > 1 else 'a larger degree', others)}")
+    by_stage = {n: [c for c in candidates if c.setup.zero_stage == n] for n in (s.zero_stage - 1, s.zero_stage + 1)}
+    lines += [f"ZeRO-{s.zero_stage}: {otherwise(f'ZeRO-{n}', others)}" for n, others in by_stage.items() if others]
+    for name, on, off in (
+        ("activation_checkpointing", "recomputing layers", "keeping all activations"),
         ("activation_offload", "keeping layer inputs in CPU memory", "layer inputs on the GPU"),
         ("offload", "optimizer and parameters in CPU memory", "all on the GPU"),
     ):
-        on = getattr(s, name)
-        if name == "checkpointing" or on:
-            other = words_off if on else words_on
-            others = [c for c in candidates if getattr(c.setup, name) != on]
-            lines.append(f"{words_on if on else words_off}: {otherwise(other, others)}")
-    if chosen.budget != budget:
-        other = f"the recipe's {budget:,}"
-        others = [c for c in candidates if c.budget == budget]
-        lines.append(f"micro-batches of {chosen.budget:,} tokens: {otherwise(other, others)}")
+        value = getattr(s, name)
+        if name == "activation_checkpointing" or value:
+            others = [c for c in candidates if getattr(c.setup, name) != value]
+            lines.append(f"{on if value else off}: {otherwise(off if value else on, others)}")
+    if s.micro_batch_tokens != budget:
+        other = otherwise(f"the recipe's {budget:,}", [c for c in candidates if c.setup.micro_batch_tokens == budget])
+        lines.append(f"micro-batches of {s.micro_batch_tokens:,} tokens: {other}")
     return lines
 
 
 def notable(planner: Planner, chosen: Candidate, candidates: list[Candidate], count: int) -> list[Candidate]:
-    """The chosen candidate and the best of each other kind (degrees, sharding, what is kept), quickest first."""
+    """The chosen candidate and the best of each other kind (degrees, sharding, what is kept), fastest first."""
 
     def kind(c: Candidate) -> tuple[int, ...]:
-        s = c.setup
-        return (s.tensor, s.sequence, s.zero_stage, int(s.offload), int(s.checkpointing))
+        return (c.setup.tensor, c.setup.sequence, c.setup.zero_stage, c.setup.offload, c.setup.activation_checkpointing)
 
     by_kind = itertools.groupby(sorted(candidates, key=kind), key=kind)
-    best = [found for _, members in by_kind if (found := planner.best(list(members))) is not None]
-    others = sorted((c for c in best if kind(c) != kind(chosen)), key=lambda c: c.time.total)
-    return [chosen, *others][:count]
+    best = [planner.best(list(members)) for key, members in by_kind if key != kind(chosen)]
+    return [chosen, *sorted((c for c in best if c is not None), key=lambda c: c.time.total)][:count]

@@ -8,7 +8,7 @@ from typing import Any
 
 from rim_dist.planning.communication import sent_bytes
 from rim_dist.planning.memory import PARTS, evaluation_cache
-from rim_dist.planning.recommend import USABLE, Candidate, Planner, gib, notable, reasons, words
+from rim_dist.planning.recommend import DECIDED, USABLE, Candidate, Planner, gib, notable, reasons
 from rim_dist.table import Table, show
 
 SHOWN = 6  # candidates in table and picture
@@ -16,7 +16,7 @@ SEQUENCE_DEGREES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Plan:
-    """What was found for a recipe: the recipe as it stands (None with `refusal` if it cannot run), and what to do."""
+    """The plan of a recipe: its own degrees (None, with the `refusal`, if it cannot run) and the recommended ones."""
 
     def __init__(self, planner: Planner, written: Candidate | None, refusal: str) -> None:
         self.planner, self.written, self.refusal = planner, written, refusal
@@ -25,19 +25,19 @@ class Plan:
         self.reasons = reasons(planner, self.chosen, self.candidates)
 
     def cache(self, prompts: int) -> int:
-        """Bytes of keys and values of a rank while the recipe evaluates so many prompts together."""
+        """Bytes of keys and values on a rank while the recipe evaluates so many prompts together."""
         p = self.planner
         return evaluation_cache(p.shape, self.chosen.setup, p.row, prompts, p.recipe.evaluation.max_new_tokens)
 
     @property
     def most_prompts(self) -> int:
-        """Prompts that can be evaluated together beside the states and the parameters at work."""
+        """Prompts that can be evaluated together, beside the states and the gathered parameters."""
         memory = self.chosen.memory
         room = self.planner.cluster.usable - memory.states_bytes - memory.peak.get("gathered parameters", 0)
         return max(0, room) // self.cache(1)
 
     def largest(self) -> list[dict[str, Any]]:
-        """Largest memory blocks with the chosen degrees, and with recomputed layers for each sequence degree."""
+        """Largest memory blocks with the chosen degrees, and with activation checkpointing at each sequence degree."""
         p, setup = self.planner, self.chosen.setup
         ways = [("as recommended", setup)]
         for sequence in SEQUENCE_DEGREES:
@@ -70,25 +70,17 @@ class Plan:
 
 
 def _candidate(candidate: Candidate) -> dict[str, Any]:
-    s = candidate.setup
+    memory = candidate.memory
+    names = (*DECIDED, "sequence_mode", "data", "attention")
     return {
-        "tensor": s.tensor,
-        "sequence": s.sequence,
-        "sequence_mode": s.sequence_mode,
-        "data": s.data,
-        "zero_stage": s.zero_stage,
-        "offload": s.offload,
-        "activation_checkpointing": s.checkpointing,
-        "activation_offload": s.activation_offload,
-        "attention": s.attention,
-        "micro_batch_tokens": candidate.budget,
+        **{name: getattr(candidate.setup, name) for name in names},
         "micro_batches": candidate.load.rounds,
         "fits": candidate.fits,
-        "between_steps_bytes": candidate.memory.states,
-        "peak_bytes": candidate.memory.peak,
-        "peak_total_bytes": candidate.memory.peak_bytes,
-        "peak_at": candidate.memory.moment,
-        "cpu_bytes": candidate.memory.host,
+        "between_steps_bytes": memory.states,
+        "peak_bytes": memory.peak,
+        "peak_total_bytes": memory.peak_bytes,
+        "peak_at": memory.moment,
+        "cpu_bytes": memory.host,
         "sent": [asdict(t) for t in candidate.transfers],
         "seconds": {**asdict(candidate.time), "total": candidate.time.total},
     }
@@ -111,7 +103,7 @@ def print_plan(plan: Plan) -> None:
         show(f"the recipe as it is cannot run here: {plan.refusal}")
     elif not plan.written.fits:
         show("!: does not fit")
-    show(f"\nrecommended: {words(plan.chosen)}", *(f"  {line}" for line in plan.reasons))
+    show(f"\nrecommended: {plan.chosen}", *(f"  {line}" for line in plan.reasons))
     show(f"  rim-dist train RECIPE {' '.join(plan.chosen.overrides)}", _memory(plan))
     if plan.chosen.memory.host:
         show(f"CPU memory of a rank: {gib(plan.chosen.memory.host)}")
@@ -135,8 +127,8 @@ def _candidates(plan: Plan) -> Table:
             s.sequence,
             s.data,
             f"{s.zero_stage}{' + CPU' if s.offload else ''}",
-            f"{'yes' if s.checkpointing else ''}{' + CPU' if s.activation_offload else ''}",
-            f"{c.budget:,}",
+            f"{'yes' if s.activation_checkpointing else ''}{' + CPU' if s.activation_offload else ''}",
+            f"{s.micro_batch_tokens:,}",
             f"{held / 2**30:,.1f}",
             f"{kept / 2**30:,.1f}",
             f"{(c.memory.peak_bytes - held - kept) / 2**30:,.1f}",
@@ -218,7 +210,7 @@ def _draw_parts(axes: Any, plan: Plan) -> None:
     for name, c in candidates:
         s = c.setup
         sharding = f"ZeRO-{s.zero_stage}{'+CPU' if s.offload else ''}"
-        kept = "recompute" if s.checkpointing else ""
+        kept = "recompute" if s.activation_checkpointing else ""
         labels.append(f"T{s.tensor} S{s.sequence} D{s.data}\n{sharding}\n{kept}\n{name}")
     axes.set_xticks(range(len(candidates)), labels, fontsize=7)
     axes.set_title("by part, when fullest")
@@ -233,8 +225,8 @@ def _draw_growth(axes: Any, plan: Plan) -> None:
     room = (planner.shape.positions - planner.row.question - planner.row.target) // blocks - 2
     sizes = [2**k for k in range(1, 18) if 2**k <= room]
     ways = [("as recommended", setup)]
-    if setup.checkpointing:
-        ways.append(("kept activations", replace(setup, checkpointing=False, activation_offload=False)))
+    if setup.activation_checkpointing:
+        ways.append(("kept activations", replace(setup, activation_checkpointing=False, activation_offload=False)))
     degrees = [d for d in (1, 2, 4, 8) if planner.cluster.gpus % (setup.tensor * d) == 0]
     ways += [(f"recomputed, sequence {d}", planner.resplit(setup, d)) for d in degrees]
     for name, way in ways:

@@ -1,4 +1,4 @@
-"""What a user asks the planner, checked: of `rim-dist plan` and of `rim-dist submit`."""
+"""The planner for the arguments of `rim-dist plan` and `rim-dist submit`, which are checked here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from rim_dist.config import Recipe
 from rim_dist.errors import ConfigError
 from rim_dist.planning.links import INTERCONNECTS
-from rim_dist.planning.recommend import Cluster, Planner, Rows
+from rim_dist.planning.recommend import Cluster, Planner
 from rim_dist.planning.shape import model_shape, recipe_shape
 
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "TiB": 2**40, "GB": 10**9, "MB": 10**6, "TB": 10**12}
@@ -32,7 +32,7 @@ def make_planner(
     question: int = 128,
     target: int = 16,
 ) -> Planner:
-    """A `Planner`, everything given checked. Raises ConfigError."""
+    """A `Planner`. Raises ConfigError for an argument that is not allowed."""
     per_node = min(gpus, 8) if gpus_per_node is None else gpus_per_node
     for name, value in (
         ("--gpus", gpus),
@@ -50,9 +50,9 @@ def make_planner(
         raise ConfigError(f"--interconnect: {interconnect!r} is not known; known: {', '.join(INTERCONNECTS)}")
     shape = recipe_shape(recipe) if model is None else model_shape(model)
     cluster = Cluster(gpus, gpu_memory, INTERCONNECTS[interconnect], per_node, node_memory)
-    return Planner(recipe, shape, cluster, Rows(question, target))
+    return Planner(recipe, shape, cluster, question, target)
 
 
 def recommended_overrides(recipe: Recipe, gpus: int, gpu_memory: int, gpus_per_node: int) -> list[str]:
-    """The planner's degrees as overrides, for what the recipe leaves open. Raises ConfigError if nothing fits."""
+    """Overrides for what the recipe leaves open (`Planner.fill_in`). Raises ConfigError if nothing fits."""
     return make_planner(recipe, gpus, gpu_memory, gpus_per_node=gpus_per_node).fill_in()

@@ -1,7 +1,6 @@
-"""The sizes of a language model, read from a transformers `config.json`, and every tensor it is made of.
+"""The sizes of a language model, read from a transformers `config.json`, and the tensors that follow from them.
 
-Nothing is built: the parameters follow from the sizes. Only families whose layers were looked at are known; for another one
-a number would be a guess, so it is refused.
+Only families whose layers were read are known; others are refused, because a number for them would be a guess.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,45 +24,38 @@ MEMORY_ROWS = 3  # begin, memory, end: the rows that adapters leave trainable
 
 @dataclass(frozen=True)
 class Family:
-    """How the layers of a model type are built. `norm`: `rms` is transformers' own chain of operations, `layer` one kernel."""
+    """How the layers of a model type are built.
+
+    `norm`: `rms` is transformers' own chain of operations, `layer` one kernel. `biases`: of queries, keys and values, of the
+    attention's output, of the MLP; True, False, or the config field that says so.
+    """
 
     norm: Literal["rms", "layer"] = "rms"
     gated: bool = True  # act(gate(x)) * up(x), else act(up(x))
     query_norm: bool = False  # a norm of each head's queries and keys
     fused_projection: bool = False  # queries, keys and values are slices of one tensor
     rotary: bool = True  # else a table of positions is added to the embedding
-    query_bias: bool | str = False  # a fact, or the config field that says so; of q, k and v
-    output_bias: bool | str = False
-    mlp_bias: bool | str = False
-    activation: str = "silu"  # this and the next where the config does not say
+    biases: tuple[bool | str, bool | str, bool | str] = (False, False, False)
+    activation: str = "silu"  # this one and `tied` where the config does not say
     tied: bool = False
     splittable: bool = True  # transformers has a tensor parallel plan of column and row layers
 
 
+_LLAMA_BIASES = ("attention_bias", "attention_bias", "mlp_bias")
 FAMILIES = {
-    "llama": Family(query_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
+    "llama": Family(biases=_LLAMA_BIASES),
     "mistral": Family(),
-    "qwen2": Family(query_bias=True),
-    "qwen3": Family(query_norm=True, query_bias="attention_bias", output_bias="attention_bias"),
-    "smollm3": Family(query_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias", tied=True),
-    "granite": Family(query_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
-    "starcoder2": Family(
-        norm="layer",
-        gated=False,
-        query_bias="use_bias",
-        output_bias="use_bias",
-        mlp_bias="use_bias",
-        activation="gelu_pytorch_tanh",
-        tied=True,
-    ),
+    "qwen2": Family(biases=(True, False, False)),
+    "qwen3": Family(query_norm=True, biases=("attention_bias", "attention_bias", False)),
+    "smollm3": Family(biases=_LLAMA_BIASES, tied=True),
+    "granite": Family(biases=_LLAMA_BIASES),
+    "starcoder2": Family(norm="layer", gated=False, biases=("use_bias",) * 3, activation="gelu_pytorch_tanh", tied=True),
     "gpt2": Family(
         norm="layer",
         gated=False,
         fused_projection=True,
         rotary=False,
-        query_bias=True,
-        output_bias=True,
-        mlp_bias=True,
+        biases=(True, True, True),
         activation="gelu_new",
         tied=True,
         splittable=False,
@@ -81,7 +73,7 @@ _GPT2_NAMES = {
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix of every layer, `[outputs, inputs]`. `split`: which dimension tensor ranks share."""
+    """A matrix of every layer, `[outputs, inputs]`. `split`: a tensor rank has some of its outputs (column) or inputs (row)."""
 
     name: str
     inputs: int
@@ -105,7 +97,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model's sizes. `intermediate` is the width inside the MLP, `positions` the longest sequence."""
+    """A model's sizes. `intermediate`: the width inside the MLP. `positions`: the longest sequence. `biases`: see `Family`."""
 
     name: str
     model_type: str
@@ -120,14 +112,12 @@ class ModelShape:
     positions: int
     tied: bool
     activation: str
-    query_bias: bool
-    output_bias: bool
-    mlp_bias: bool
+    biases: tuple[bool, bool, bool]
     sliding_window: int | None
 
     @property
     def config(self) -> Any:
-        """What the checks of paths and degrees read from a transformers config."""
+        """The fields of a transformers config that the checks of attention and degrees read."""
         view = SimpleNamespace(
             model_type=self.model_type,
             hidden_size=self.hidden,
@@ -152,33 +142,27 @@ class ModelShape:
     def linears(self) -> list[Linear]:
         """The matrices of one layer under transformers' names, as `model.lora.target_modules` writes them."""
         h, q, kv, i = self.hidden, self.query_width, self.kv_width, self.intermediate
+        query_bias, output_bias, mlp_bias = self.biases
         if self.family.fused_projection:
-            return [
-                Linear("attn.c_attn", h, q + 2 * kv, self.query_bias, "column"),
-                Linear("attn.c_proj", q, h, self.output_bias, "row"),
-                Linear("mlp.c_fc", h, i, self.mlp_bias, "column"),
-                Linear("mlp.c_proj", i, h, self.mlp_bias, "row"),
-            ]
-        attention = [
-            *(
-                Linear(f"self_attn.{n}_proj", h, width, self.query_bias, "column")
-                for n, width in zip("qkv", (q, kv, kv), strict=True)
-            ),
-            Linear("self_attn.o_proj", q, h, self.output_bias, "row"),
-        ]
-        if self.family.gated:
-            names: list[tuple[str, Split]] = [("gate_proj", "column"), ("up_proj", "column"), ("down_proj", "row")]
+            attention = [Linear("attn.c_attn", h, q + 2 * kv, query_bias, "column")]
+            attention.append(Linear("attn.c_proj", q, h, output_bias, "row"))
         else:
-            names = [("c_fc", "column"), ("c_proj", "row")]
-        mlp = [Linear(f"mlp.{name}", *((h, i) if split == "column" else (i, h)), self.mlp_bias, split) for name, split in names]
-        return attention + mlp
+            widths = {"q": q, "k": kv, "v": kv}
+            attention = [Linear(f"self_attn.{n}_proj", h, width, query_bias, "column") for n, width in widths.items()]
+            attention.append(Linear("self_attn.o_proj", q, h, output_bias, "row"))
+        if self.family.gated:
+            *up, down = ("gate_proj", "up_proj", "down_proj")
+        else:
+            *up, down = ("c_fc", "c_proj")
+        mlp = [Linear(f"mlp.{name}", h, i, mlp_bias, "column") for name in up]
+        return [*attention, *mlp, Linear(f"mlp.{down}", i, h, mlp_bias, "row")]
 
     def vocabulary_rows(self, tensor: int = 1) -> int:
-        """Rows of embedding and head on a tensor rank, padded so that all have as many."""
+        """Rows of embedding and head on a tensor rank, padding included."""
         return -(-self.vocabulary // tensor)
 
     def tensors(self, lora: LoraSection | None = None, tensor: int = 1) -> list[Tensor]:
-        """Every parameter of a tensor rank, adapters and trained memory rows (`lora`) included."""
+        """The parameters of a tensor rank, with adapters and trained memory rows under `lora`."""
         full = lora is None
         rows = self.vocabulary_rows(tensor) * self.hidden
         matrices = 1 if self.tied else 2
@@ -196,12 +180,9 @@ class ModelShape:
             if linear.bias:
                 found.append(Tensor(linear.outputs // (tensor if linear.split == "column" else 1), self.layers, full))
             if lora is not None and adapted(linear, lora, self.layers):
-                a, b = linear.inputs * lora.rank, linear.outputs * lora.rank
-                if linear.split == "column":
-                    b //= tensor
-                else:
-                    a //= tensor
-                found += [Tensor(a, self.layers, True), Tensor(b, self.layers, True)]
+                column = linear.split == "column"
+                found.append(Tensor(linear.inputs * lora.rank // (1 if column else tensor), self.layers, True))
+                found.append(Tensor(linear.outputs * lora.rank // (tensor if column else 1), self.layers, True))
         return found
 
     def parameters(self, lora: LoraSection | None = None, tensor: int = 1) -> int:
@@ -230,26 +211,22 @@ def _matched(expression: str, name: str, layers: int) -> bool:
     return found.pop()
 
 
+_SHAPES = resources.files("rim_dist.planning").joinpath("shapes")
+
+
 def known_models() -> list[str]:
     """Names of the shapes that come with the package."""
-    return sorted(file.name.removesuffix(".json") for file in _shapes() if file.name.endswith(".json"))
-
-
-def _shapes() -> Iterator[Any]:
-    return iter(resources.files("rim_dist.planning").joinpath("shapes").iterdir())
+    return sorted(file.name.removesuffix(".json") for file in _SHAPES.iterdir() if file.name.endswith(".json"))
 
 
 def model_shape(name: str) -> ModelShape:
     """A shape by name, or from a `config.json` (or a folder that holds one). Raises ConfigError for anything else."""
-    known = known_models()
-    if name.lower() in known:
-        text = resources.files("rim_dist.planning").joinpath("shapes", f"{name.lower()}.json").read_text(encoding="utf-8")
-        return read_shape(json.loads(text), name.lower())
-    path = Path(name)
-    if path.is_dir():
-        path = path / "config.json"
+    if name.lower() in known_models():
+        return read_shape(json.loads(_SHAPES.joinpath(f"{name.lower()}.json").read_text(encoding="utf-8")), name.lower())
+    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
     if not path.is_file():
-        raise ConfigError(f"--model: {name!r} is not known and no file; known: {', '.join(known)}, or a path to a config.json")
+        known = ", ".join(known_models())
+        raise ConfigError(f"--model: {name!r} is not known and no file; known: {known}, or a path to a config.json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -260,7 +237,7 @@ def model_shape(name: str) -> ModelShape:
 
 
 def recipe_shape(recipe: Recipe) -> ModelShape:
-    """The shape of a recipe's model: its `config`, or the `config.json` where `init_from` points. Never asks the network."""
+    """The shape of a recipe's model: its `config`, or the `config.json` where `init_from` points. Does not use the network."""
     section = recipe.model
     if section.config is not None:
         if "vocab_size" not in section.config:
@@ -268,9 +245,9 @@ def recipe_shape(recipe: Recipe) -> ModelShape:
         return read_shape(section.config, "model.config")
     assert section.init_from is not None
     folder = Path(section.init_from)
-    for place in (folder / "hf", folder, *sorted(folder.glob("checkpoints/step-*/model"), reverse=True)):
-        if (place / "config.json").is_file():
-            return model_shape(str(place))
+    for path in (folder / "hf", folder, *sorted(folder.glob("checkpoints/step-*/model"), reverse=True)):
+        if (path / "config.json").is_file():
+            return model_shape(str(path))
     name = section.init_from.rpartition("/")[2].lower().removesuffix("-instruct")
     if name in known_models():
         return model_shape(name)
@@ -298,9 +275,6 @@ def read_shape(config: Mapping[str, Any], origin: str) -> ModelShape:
             raise ConfigError(f"{origin}: {name}: {value!r} is not allowed; allowed: a number of 1 or more")
         return value
 
-    def flag(rule: bool | str) -> bool:
-        return bool(config.get(rule, rule == "use_bias")) if isinstance(rule, str) else rule
-
     hidden, heads = size("hidden_size"), size("num_attention_heads")
     activation = str(config.get(names.get("hidden_act", "hidden_act")) or family.activation)
     return ModelShape(
@@ -317,8 +291,6 @@ def read_shape(config: Mapping[str, Any], origin: str) -> ModelShape:
         positions=size("max_position_embeddings", 1 << 30 if family.rotary else 1024),
         tied=bool(family.tied if config.get("tie_word_embeddings") is None else config["tie_word_embeddings"]),
         activation=activation,
-        query_bias=flag(family.query_bias),
-        output_bias=flag(family.output_bias),
-        mlp_bias=flag(family.mlp_bias),
+        biases=tuple(bool(config.get(b, b == "use_bias")) if isinstance(b, str) else b for b in family.biases),  # type: ignore[arg-type]
         sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
     )
