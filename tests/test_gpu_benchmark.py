@@ -21,7 +21,7 @@ import gpu
 import gpu_context
 from gpu_context import Context
 
-from rim_dist.attention.kernels import kernel_names  # noqa: E402
+from rim_dist.attention.kernels import kernel_names
 
 FAMILIES = ("llama d64", "qwen3 d128", "gemma2 d64")
 

@@ -22,11 +22,11 @@ from rim_dist.attention.kernels.base import Demands, Kernel
 from rim_dist.attention.registration import use_rim_attention
 from rim_dist.cli import main
 from rim_dist.errors import ConfigError, ModelError
+from rim_dist.metrics import read_metrics
 from rim_dist.objective.forward import install_readout_loss, run_batch
 from rim_dist.planning.memory import Buckets, Setup, attention_masks
 from rim_dist.planning.workload import Workload
 from rim_dist.recipe import load_recipe
-from rim_dist.training.metrics import read_metrics
 from rim_dist.training.trainer import prepare_run
 
 DEMANDS = Demands("llama", 64, None, None, "cuda", "bf16", 0.0, False, None, 8192)

@@ -30,23 +30,13 @@ def dense_mask(layout: RowLayout, sliding_window: int | None = None) -> torch.Te
     return layout.cache[key]
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: RowLayout,
-    rule: ScoreRule,
-) -> torch.Tensor:
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, rule: ScoreRule) -> torch.Tensor:
     """Attention `[rows, queries, heads, head_dim]`; `query` `[rows, heads, queries, head_dim]`, key/value with KV heads."""
     return masked_attention(query, key, value, dense_mask(layout, rule.sliding_window), rule).transpose(1, 2)
 
 
 def masked_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor,
-    rule: ScoreRule,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, rule: ScoreRule
 ) -> torch.Tensor:
     """Attention `[rows, heads, queries, head_dim]` under a boolean mask (True: visible)."""
     if rule.softcap is None:

@@ -36,13 +36,7 @@ def block_mask(layout: RowLayout, sliding_window: int | None = None) -> BlockMas
     return layout.cache[key]
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: RowLayout,
-    rule: ScoreRule,
-) -> torch.Tensor:
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, rule: ScoreRule) -> torch.Tensor:
     """Attention `[1, queries, heads, head_dim]` of a packed row or some of it; key/value with KV heads, of the whole row."""
     softcap = rule.softcap
 

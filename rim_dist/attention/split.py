@@ -188,13 +188,7 @@ def _joined(ranges: tuple[Range, ...]) -> tuple[Range, ...]:
     return tuple(result)
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layout: RowLayout,
-    rule: ScoreRule,
-) -> torch.Tensor:
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout, rule: ScoreRule) -> torch.Tensor:
     """Attention `[1, queries, heads, head_dim]` of a packed row, or of the tokens in the layout's `chunks`.
 
     `query` `[1, heads, queries, head_dim]`; key/value with KV heads, of the whole row.

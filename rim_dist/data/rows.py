@@ -45,7 +45,8 @@ class Batch:
     """Packed rows: `input_ids` `[1, tokens]`, their layout and targets.
 
     Only a slice for one rank of a sequence group (`layout.exchange`) may end with padding. `order[i]`: index, among the rows
-    given to `pack`, of segment i. `thoughts`: passes of continuous thoughts (the most over all ranks); None: the method has none.
+    given to `pack`, of segment i. `thoughts`: passes of continuous thoughts (the most over all ranks); None: the method has
+    none.
     """
 
     input_ids: torch.Tensor

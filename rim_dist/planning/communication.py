@@ -25,9 +25,6 @@ class Group:
     ranks: int
     stride: int
 
-    def on_a_node(self, gpus_per_node: int) -> int:
-        return max(1, min(self.ranks, gpus_per_node // self.stride))
-
 
 @dataclass(frozen=True)
 class Transfer:
@@ -60,7 +57,7 @@ def transfer(
     n = group.ranks
     if operation == "copy":
         return Transfer(part, what, operation, times, payload, times * payload, times * payload / link.host)
-    here = group.on_a_node(gpus_per_node)
+    here = max(1, min(n, gpus_per_node // group.stride))  # ranks of the group on a node
     nodes = -(-n // here)
     rounds = 2 if operation == "all-reduce" else 1
     sent = rounds * payload * (n - 1) / n

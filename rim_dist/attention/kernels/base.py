@@ -119,33 +119,22 @@ class Kernel:
 
     def refusal(self, demands: Demands) -> str | None:
         """Why the kernel cannot do what a run demands; None if it can."""
-        model, channels, (least, most) = demands.model_type, demands.head_dim, self.head_dims
-        missing = [name for name in self.packages if demands.local and importlib.util.find_spec(name) is None]
+        d, model, (least, most) = demands, demands.model_type, self.head_dims
+        missing = [name for name in self.packages if d.local and importlib.util.find_spec(name) is None]
+        window = d.sliding_window is not None and not self.sliding_window
+        softcap = d.softcap is not None and not self.softcap
+        bidirectional = d.bidirectional and not self.bidirectional
+        mode = d.sequence_mode not in (None, *self.sequence_modes)
         reasons = (
-            (demands.dropout and not self.dropout, f"it has no dropout, and a stage has dropout {demands.dropout:g}"),
-            (demands.device not in self.devices, f"it has no backward pass on {demands.device}"),
+            (d.dropout and not self.dropout, f"it has no dropout, and a stage has dropout {d.dropout:g}"),
+            (d.device not in self.devices, f"it has no backward pass on {d.device}"),
             (missing, f"it needs packages that are not installed: {', '.join(missing)}"),
-            (
-                demands.dtype not in self.dtypes,
-                f"it computes in {', '.join(self.dtypes)}, and model.dtype is {demands.dtype}",
-            ),
-            (channels < least, f"its kernels need heads of at least {least} channels, {model} has {channels} here"),
-            (most and channels > most, f"its kernels take heads of at most {most} channels, {model} has {channels} here"),
-            (
-                demands.sliding_window is not None and not self.sliding_window,
-                f"it has no sliding window, and {model} has one of {demands.sliding_window} tokens",
-            ),
-            (
-                demands.softcap is not None and not self.softcap,
-                f"it has no softcap, and {model} caps scores at {demands.softcap}",
-            ),
-            (
-                demands.bidirectional and not self.bidirectional,
-                "its blocks are causal inside, and memory.inside_block is bidirectional",
-            ),
-            (
-                demands.sequence_mode not in (None, *self.sequence_modes),
-                f"it cannot run under parallel.sequence_mode {demands.sequence_mode}",
-            ),
+            (d.dtype not in self.dtypes, f"it computes in {', '.join(self.dtypes)}, and model.dtype is {d.dtype}"),
+            (d.head_dim < least, f"its kernels need heads of at least {least} channels, {model} has {d.head_dim} here"),
+            (most and d.head_dim > most, f"its kernels take heads of at most {most} channels, {model} has {d.head_dim} here"),
+            (window, f"it has no sliding window, and {model} has one of {d.sliding_window} tokens"),
+            (softcap, f"it has no softcap, and {model} caps scores at {d.softcap}"),
+            (bidirectional, "its blocks are causal inside, and memory.inside_block is bidirectional"),
+            (mode, f"it cannot run under parallel.sequence_mode {d.sequence_mode}"),
         )
         return next((reason for refused, reason in reasons if refused), None)
