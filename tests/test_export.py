@@ -199,7 +199,9 @@ def test_every_way_to_run_it_writes_the_same(runs: Path, tmp_path: Path) -> None
     assert "Traceback" not in failed.stdout
 
 
-@pytest.mark.parametrize("error", ["CheckpointError('only here')", "ValueError('a bug')"])
+@pytest.mark.parametrize(
+    "error", ["CheckpointError('only here')", pytest.param("ValueError('a bug')", marks=pytest.mark.thorough)]
+)
 def test_one_mpi_rank_that_fails_ends_all(runs: Path, tmp_path: Path, error: str) -> None:
     code = (
         "import os, sys\nfrom rim_dist.checkpoint import hf_export\nfrom rim_dist.cli import main\n"
