@@ -12,7 +12,7 @@ STAGE_NAMES: tuple[StageName, StageName] = ("stage1", "stage2")
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -38,6 +38,7 @@ class ModelSection(Section):
 
     init_from: str | None = Field(
         None,
+        min_length=1,
         description="HF folder, hub id, or a rim_dist checkpoint (or run) folder whose weights the run starts from.",
     )
     config: dict[str, Any] | None = Field(
@@ -394,6 +395,13 @@ class LoggingSection(Section):
     profile: tuple[StrictInt, StrictInt] | None = Field(
         None, description="[FIRST, LAST] optimizer steps to record with torch.profiler, written to `report/`."
     )
+
+    @field_validator("profile")
+    @classmethod
+    def _in_order(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 1 <= value[0] <= value[1]:
+            raise ValueError(f"{list(value)} is not allowed; allowed: 1 <= FIRST <= LAST")
+        return value
 
 
 class Recipe(Section):

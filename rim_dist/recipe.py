@@ -183,6 +183,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), written: bool =
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply for a recipe") from None
     if tree is None:
         raise ConfigError(f"{path}: the recipe is empty")
     if isinstance(tree, dict):

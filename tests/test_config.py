@@ -70,6 +70,9 @@ def test_overrides_are_typed(recipe_file: Make) -> None:
         ("run.seed=[1", "is not a YAML value"),
         ("run.seed.deeper=1", "unknown key"),
         ("data.synthetic.min_steps=9", "min_steps 9 is above max_steps 4"),
+        ("curriculum.stage1.learning_rate=.inf", "curriculum.stage1.learning_rate: inf is not allowed; .* finite"),
+        ("logging.profile=[5, 2]", r"logging.profile: \[5, 2\] is not allowed; allowed: 1 <= FIRST <= LAST"),
+        ("model.init_from=''", "model.init_from: '' is not allowed"),
     ],
 )
 def test_wrong_values_are_named(recipe_file: Make, capsys: pytest.CaptureFixture[str], override: str, message: str) -> None:
@@ -88,6 +91,7 @@ def test_wrong_values_are_named(recipe_file: Make, capsys: pytest.CaptureFixture
         ("- 1\n", "a mapping of sections"),
         ("a: [", "not valid YAML"),
         ("method: rim\n", "model: is required"),
+        ("[" * 1000 + "]" * 1000, "nested too deeply"),
     ],
 )
 def test_broken_recipes(tmp_path: Path, text: str, message: str) -> None:
