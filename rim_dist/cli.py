@@ -35,6 +35,7 @@ _PEER_IS_LOST = re.compile(
     r"recvbytes failed",
     re.IGNORECASE,
 )
+_COMMUNICATION = re.compile("gloo|nccl", re.IGNORECASE)  # who says so
 
 
 def _example(*lines: str) -> str:
@@ -179,9 +180,14 @@ def _monitor() -> LivenessMonitor | None:
     return module.current_monitor() if module is not None else None
 
 
-def _lost_a_peer(error: BaseException) -> bool:
-    """Whether an error says that another rank went away (gloo and NCCL word it differently)."""
-    return isinstance(error, RuntimeError) and _PEER_IS_LOST.search(str(error)) is not None
+def _broke_communication(error: BaseException) -> bool:
+    """Whether torch, gloo or NCCL, each in its words, says that another of several ranks went away."""
+    if _monitor() is None or not isinstance(error, RuntimeError):
+        return False
+    from torch.distributed import DistError
+
+    said = str(error)
+    return isinstance(error, DistError) or (_COMMUNICATION.search(said) and _PEER_IS_LOST.search(said)) is not None
 
 
 def _peer_failure(error: BaseException) -> PeerLost | None:
@@ -189,11 +195,7 @@ def _peer_failure(error: BaseException) -> PeerLost | None:
     monitor = _monitor()
     if monitor is None:
         return None
-    from torch.distributed import DistError
-
-    failure = monitor.failure
-    if failure is None and (_lost_a_peer(error) or isinstance(error, DistError)):
-        failure = monitor.find_failure()
+    failure = monitor.failure or (monitor.find_failure() if _broke_communication(error) else None)
     return monitor.error_for(failure) if failure is not None else None
 
 
@@ -260,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (lost := _peer_failure(error)) is not None:
             say(f"rim-dist: {lost}")
             return _end_of_rank(lost.exit_status)
-        if _lost_a_peer(error):
+        if _broke_communication(error):
             say(f"rim-dist: rank {rank}: lost a peer ({said}); start the same command again")
             return _end_of_rank(EXIT_TRY_AGAIN, said)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

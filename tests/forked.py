@@ -112,6 +112,18 @@ def start_forked(targets: Sequence[Sequence[str]], variables: dict[str, str], ou
     return processes
 
 
+def run_each(commands: Sequence[tuple[Sequence[str], dict[str, str], str]], timeout: float) -> list[int | None]:
+    """Exit statuses of processes that run at once, each a target with its variables and its output file."""
+    processes = [_forked(_command, target, variables, output) for target, variables, output in commands]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
 def run_forked(ranks: int, target: Sequence[str], timeout: float, variables: dict[str, str]) -> tuple[int | None, str]:
     """What torchrun does: the first status that is not 0 (None: time is up), and the output.
 

@@ -79,7 +79,7 @@ def test_room_for_a_checkpoint(recipe_file: Make, tmp_path: Path, monkeypatch: p
 
     def check(free: int) -> dict[str, Any]:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-        preflight = Preflight(recipe, Process(0, 1, 0, "cpu"))
+        preflight = Preflight(recipe, Process(0, 1, "cpu"))
         preflight.compare(requirements, data.fingerprint, compose(recipe, 32))
         return preflight.report
 
@@ -98,7 +98,7 @@ def test_two_ranks_on_one_device_are_refused(recipe_file: Make) -> None:
         return {"device": device, "memory_free_bytes": 1, "disk_free_bytes": 1}
 
     def note(hosts: list[str], identities: list[str]) -> tuple[str, dict[str, Any]]:
-        preflight = Preflight(recipe, Process(0, len(hosts), 0, "cpu", SimpleNamespace(hosts=hosts)))  # type: ignore[arg-type]
+        preflight = Preflight(recipe, Process(0, len(hosts), "cpu", SimpleNamespace(hosts=hosts)))  # type: ignore[arg-type]
         return preflight._note_hosts([facts(identity) for identity in identities]), preflight.report
 
     refusal, _ = note(["a", "a"], ["x", "x"])
@@ -123,7 +123,7 @@ def _try_links(store: Any, rank: int, ranks: int, folder: str, absent: bool) -> 
     monitor = _join(store, rank, ranks)
     seconds = 2 if absent else 60
     recipe = validate_recipe(tiny_recipe(Path(folder), parallel={"preflight_seconds": seconds}), "")
-    preflight = Preflight(recipe, Process(rank, ranks, rank, "cpu", monitor))
+    preflight = Preflight(recipe, Process(rank, ranks, "cpu", monitor))
     mesh = make_mesh(Degrees(tensor=2, sequence=2), rank, "cpu")
     if absent and rank == 3:
         time.sleep(60)

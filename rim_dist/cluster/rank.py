@@ -19,7 +19,8 @@ from pathlib import Path
 from types import FrameType
 
 from rim_dist.cluster.attempts import CURRENT, is_secret, record_end, utc_now
-from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE
+from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, RimError
+from rim_dist.messages import say
 from rim_dist.parallel.environment import cores_of_rank, host_name, rank_environment, read_rank_info
 from rim_dist.training.heartbeat import HEARTBEAT_VARIABLE, STACKS_SIGNAL, STACKS_VARIABLE
 
@@ -224,5 +225,13 @@ def _kernel_state(pid: int) -> str:
     return ", ".join(found)
 
 
+def main(argv: Sequence[str]) -> int:
+    try:
+        return RankSupervisor(argv).run()
+    except RimError as error:
+        say(f"rim-dist: {error}")
+        return error.exit_status
+
+
 if __name__ == "__main__":
-    sys.exit(RankSupervisor(sys.argv[1:]).run())
+    sys.exit(main(sys.argv[1:]))

@@ -11,19 +11,26 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-# Each launcher's names of rank, world size, local rank and ranks on the node. The first launcher whose names are all set is
-# taken: mpirun starts its daemons with srun, so its ranks also see the SLURM variables of the daemon.
-_NAMES = {
-    "torch": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"),
+from rim_dist.errors import ConfigError
+
+# Names of rank, world size, local rank and ranks on the node, by launcher. RANK and WORLD_SIZE go before the others: MPI and
+# srun may start what sets them. MPI goes before SLURM: mpirun starts its daemons with srun, and its ranks see their variables.
+_TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_LOCAL_RANKS = {"LOCAL_WORLD_SIZE": "torch", "LOCAL_SIZE": "deepspeed"}
+_MPI = {
     "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     "hydra": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
+_SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_NUM_NODES")
+MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """What the launcher says of this process. `launcher`: torch, deepspeed, openmpi, hydra, slurm or none."""
+    """What the launcher says of this process.
+
+    `launcher`: torch, deepspeed, openmpi, hydra, slurm, none, or `variables` for RANK and WORLD_SIZE set by something else.
+    """
 
     rank: int
     ranks: int
@@ -33,16 +40,61 @@ class RankInfo:
 
 
 def read_rank_info(environment: Mapping[str, str]) -> RankInfo:
-    """The rank that a launcher gave this process; rank 0 of 1 without a launcher."""
-    for launcher, names in _NAMES.items():
+    """The rank that a launcher gave this process; rank 0 of 1 without a launcher.
+
+    Raises ConfigError, naming the variable, for half of what a launcher sets and for values that contradict each other.
+    """
+    if any(name in environment for name in ("RANK", "WORLD_SIZE")):
+        return _from_torch(environment)
+    for launcher, names in _MPI.items():
         if all(name in environment for name in names):
-            rank, ranks, local, per_node = (int(environment[name]) for name in names)
+            rank, ranks, local, per_node = (_count(environment, name) for name in names)
             return RankInfo(rank, ranks, local, per_node, launcher)
-    if "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment:
-        ranks, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment.get("SLURM_STEP_NUM_NODES", "1"))
-        local = int(environment.get("SLURM_LOCALID", "0"))
-        return RankInfo(int(environment["SLURM_PROCID"]), ranks, local, -(-ranks // nodes), "slurm")
+    if all(name in environment for name in _SLURM[:2]):
+        rank, ranks, local, nodes = (_count(environment, name, default) for name, default in zip(_SLURM, "0101", strict=True))
+        return RankInfo(rank, ranks, local, -(-ranks // max(1, nodes)), "slurm")
     return RankInfo(0, 1, 0, 1, "none")
+
+
+def _count(environment: Mapping[str, str], name: str, default: str = "") -> int:
+    text = environment.get(name, default)
+    if not text.isdecimal():
+        raise ConfigError(f"{name}: {text!r} is not allowed; allowed: a whole number (or unset it)")
+    return int(text)
+
+
+def _from_torch(environment: Mapping[str, str]) -> RankInfo:
+    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if name not in environment:
+            raise ConfigError(f"{name} is not set, though {other}={environment[other]} is: set both, or neither")
+    rank, ranks = _count(environment, "RANK"), _count(environment, "WORLD_SIZE")
+    if rank >= ranks:
+        raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={ranks}")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if ranks > 1 and not environment.get(name):
+            raise ConfigError(f"{name} is not set, though WORLD_SIZE={ranks} is: rank 0's host and a free port of it")
+    sizes = [(name, launcher) for name, launcher in _LOCAL_RANKS.items() if name in environment]
+    size, launcher = sizes[0] if sizes else ("", "variables")
+    if launcher == "variables":
+        _check_against_slurm(environment, rank, ranks)
+    if "LOCAL_RANK" not in environment:
+        return RankInfo(rank, ranks, 0, 1, "variables")
+    local, local_ranks = _count(environment, "LOCAL_RANK"), _count(environment, size) if size else ranks
+    if local >= local_ranks:
+        raise ConfigError(f"LOCAL_RANK={local} is not below {size or 'WORLD_SIZE'}={local_ranks}")
+    return RankInfo(rank, ranks, local, local_ranks, launcher)
+
+
+def _check_against_slurm(environment: Mapping[str, str], rank: int, ranks: int) -> None:
+    """Raise ConfigError where srun started several tasks and RANK and WORLD_SIZE, left over from elsewhere, say otherwise."""
+    if any(name in environment for name in MPI_RANKS) or not all(name in environment for name in _SLURM[:2]):
+        return
+    task, tasks = (_count(environment, name) for name in _SLURM[:2])
+    if tasks > 1 and (rank, ranks) != (task, tasks):
+        raise ConfigError(
+            f"RANK={rank} and WORLD_SIZE={ranks} are set, but srun started this process as task {task} of {tasks}; unset RANK "
+            "and WORLD_SIZE"
+        )
 
 
 def host_name() -> str:

@@ -10,16 +10,16 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rim_dist.errors import ConfigError
+from rim_dist.errors import ConfigError, PeerLost, first_line
 from rim_dist.parallel import liveness
-from rim_dist.parallel.environment import RankInfo, host_name, read_rank_info
+from rim_dist.parallel.environment import MPI_RANKS, RankInfo, host_name, read_rank_info
 from rim_dist.parallel.ops import skip_shared_memory_op
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # options of mallopt(3)
-_MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,6 @@ class Process:
 
     rank: int
     ranks: int
-    local_rank: int
     device: str
     monitor: liveness.LivenessMonitor | None = None
 
@@ -48,10 +47,23 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _has_terminal() -> bool:
+    """Whether a terminal controls this process. srun's tasks have none, but for the one of `srun --pty`."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
 def _set_environment_from_slurm(info: RankInfo) -> None:
-    """Map srun's variables to torch's. The port is computed from the job id, so that all ranks agree on it."""
+    """Map srun's variables to torch's. The port is computed from job and step, so that all ranks agree on it."""
     environment = os.environ
-    environment.update(RANK=str(info.rank), LOCAL_RANK=str(info.local_rank), WORLD_SIZE=str(info.ranks))
+    if info.ranks > 1 and _has_terminal():
+        raise ConfigError(
+            f"SLURM_STEP_NUM_TASKS={info.ranks} is of the interactive shell, whose other tasks do not start this command: "
+            "start it with srun, or alone with env -u SLURM_PROCID"
+        )
     if int(environment.get("SLURM_STEP_NUM_NODES", "1")) == 1:
         environment.setdefault("MASTER_ADDR", "127.0.0.1")
     elif "MASTER_ADDR" not in environment:
@@ -59,20 +71,35 @@ def _set_environment_from_slurm(info: RankInfo) -> None:
             "MASTER_ADDR is not set: on several nodes export the head node's address before srun, for example "
             'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
         )
-    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 12000))
+    job, step = (int(environment.get(name) or 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    environment.setdefault("MASTER_PORT", str(20000 + (job + 101 * step) % 12000))
 
 
 def _set_environment_from_mpi() -> None:
     """Take the ranks from MPI. DeepSpeed's own discovery takes any address of the head node and always the same port."""
-    from mpi4py import MPI
-
     environment = os.environ
+    variable = next(name for name in MPI_RANKS if name in environment)
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"{variable}={environment[variable]} says that MPI started this process, but mpi4py cannot be loaded "
+            f"({first_line(error)}); install it for this MPI, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+        ) from None
     world = MPI.COMM_WORLD
+    sizes = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+    promised = next((name for name in sizes if name in environment), None)
+    if promised and int(environment[promised]) != world.size:
+        raise ConfigError(
+            f"{promised}={environment[promised]}, but mpi4py sees {world.size} rank(s): it is built for another MPI than the "
+            "launcher's"
+        )
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     address = "127.0.0.1" if node.size == world.size else socket.gethostname()
     head = (environment.get("MASTER_ADDR") or address, environment.get("MASTER_PORT") or str(_free_port()))
     environment["MASTER_ADDR"], environment["MASTER_PORT"] = world.bcast(head)
     environment.update(RANK=str(world.rank), LOCAL_RANK=str(node.rank), WORLD_SIZE=str(world.size))
+    environment["LOCAL_SIZE"] = str(node.size)
 
 
 def _started_by_mpi() -> bool:
@@ -83,7 +110,24 @@ def _started_by_mpi() -> bool:
     environment = os.environ
     if "SLURM_STEP_NUM_TASKS" in environment and environment.get("RIM_LAUNCHER") not in ("mpi", "mpirun"):
         return any(name in environment for name in ("OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID"))
-    return any(name in environment for name in _MPI_VARIABLES)
+    return any(name in environment for name in MPI_RANKS)
+
+
+def choose_gpu(info: RankInfo, gpus: int) -> int:
+    """The index of this rank's GPU among the `gpus` that it sees. Raises ConfigError if that cannot be known.
+
+    Where a cluster or a user shows each task a GPU of its own, every local rank has the GPU 0.
+    """
+    if gpus == 1:
+        return 0
+    visible = f"{gpus} GPUs are visible (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})"
+    if info.launcher == "variables" and "LOCAL_RANK" not in os.environ and info.ranks > 1:
+        raise ConfigError(
+            f"LOCAL_RANK is not set, though WORLD_SIZE={info.ranks} is and {visible}: the rank's number on its host"
+        )
+    if info.local_rank >= gpus:
+        raise ConfigError(f"LOCAL_RANK={info.local_rank}, but {visible}; start at most {gpus} ranks on {host_name()}")
+    return info.local_rank
 
 
 def join(timeout_seconds: float) -> Process:
@@ -97,13 +141,18 @@ def join(timeout_seconds: float) -> Process:
     environment = os.environ
     cuda = torch.cuda.is_available()
     environment.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
-    if "RANK" not in environment:
-        if _started_by_mpi():
-            _set_environment_from_mpi()
-        elif (info := read_rank_info(environment)).launcher == "slurm":
-            _set_environment_from_slurm(info)
-        else:
-            environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    if "RANK" not in environment and "WORLD_SIZE" not in environment and _started_by_mpi():
+        _set_environment_from_mpi()
+    info = read_rank_info(environment)
+    if info.launcher == "slurm":
+        _set_environment_from_slurm(info)
+    elif info.ranks == 1:
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    # DeepSpeed takes LOCAL_RANK for the index of the GPU, for the process group and for its engine.
+    device = choose_gpu(info, torch.cuda.device_count()) if cuda else info.local_rank
+    environment.update(RANK=str(info.rank), WORLD_SIZE=str(info.ranks), LOCAL_RANK=str(device))
+    if cuda:
+        torch.cuda.set_device(device)
     if shutil.which("ninja") is None:  # torch looks for it on PATH when DeepSpeed loads an op; pip put it beside Python
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     from deepspeed.utils import logger
@@ -112,26 +161,39 @@ def join(timeout_seconds: float) -> Process:
     import deepspeed
 
     skip_shared_memory_op()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if cuda else "gloo",
-        timeout=datetime.timedelta(seconds=timeout_seconds),
-        verbose=False,
-    )
-    local_rank = int(environment.get("LOCAL_RANK", "0"))
-    ranks = torch.distributed.get_world_size()
-    if cuda:
-        torch.cuda.set_device(local_rank)
-    else:
-        local_ranks = int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or ranks)
+    with _meeting(info, timeout_seconds):
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo",
+            auto_mpi_discovery=False,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+            verbose=False,
+        )
+    if not cuda:
         # DeepSpeed runs a program to count cores at every reduction without it.
-        environment.setdefault("LOCAL_SIZE", str(local_ranks))
-        if ranks > 1 and "OMP_NUM_THREADS" not in environment:
+        environment.setdefault("LOCAL_SIZE", str(info.local_ranks))
+        if info.ranks > 1 and "OMP_NUM_THREADS" not in environment:
             # Ranks that each use every core slow each other down many times over.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // info.local_ranks))
         keep_freed_memory()
-    rank = torch.distributed.get_rank()
-    monitor = liveness.start_monitor(rank, ranks, timeout_seconds) if ranks > 1 else None
-    return Process(rank, ranks, local_rank, f"cuda:{local_rank}" if cuda else "cpu", monitor)
+    monitor = liveness.start_monitor(info.rank, info.ranks, timeout_seconds) if info.ranks > 1 else None
+    return Process(info.rank, info.ranks, f"cuda:{device}" if cuda else "cpu", monitor)
+
+
+@contextlib.contextmanager
+def _meeting(info: RankInfo, seconds: float) -> Iterator[None]:
+    """Raise what goes wrong while the ranks meet: ConfigError for a port that is taken, PeerLost for ranks that do not come."""
+    from torch.distributed import DistError
+
+    head = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        yield
+    except DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(f"MASTER_PORT: {head} is taken by another process; export MASTER_PORT with a free port") from None
+        raise PeerLost(
+            f"rank {info.rank}: {info.ranks} ranks did not meet at {head} in {seconds:g} s ({first_line(error)}); "
+            "start the same command again"
+        ) from error
 
 
 def keep_freed_memory() -> None:

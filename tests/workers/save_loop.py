@@ -55,7 +55,7 @@ def run_rank(folder: Path, rank: int, ranks: int, background: bool) -> None:
     """Saves without end; after each one is safe a line goes to `announced`."""
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{os.getppid()}-{ranks}", rank=rank, world_size=ranks)
-    process = Process(rank, ranks, rank, "cpu")
+    process = Process(rank, ranks, "cpu")
     checkpoints = folder / "checkpoints"
     saver = CheckpointSaver(recipe_of(folder, keep=2, background=background), checkpoints, process)
     found = agree_on_checkpoint(checkpoints, process)
@@ -77,7 +77,7 @@ def run_rank(folder: Path, rank: int, ranks: int, background: bool) -> None:
 def check(folder: Path) -> int:
     """The newest checkpoint is intact, not older than what was announced, and holds the values of its step."""
     checkpoints = folder / "checkpoints"
-    found = agree_on_checkpoint(checkpoints, Process(0, 1, 0, "cpu"))
+    found = agree_on_checkpoint(checkpoints, Process(0, 1, "cpu"))
     announced = [int(line) for line in (folder / "announced").read_text().split()] if (folder / "announced").is_file() else [0]
     if found is None:
         assert announced == [0], f"announced {announced[-1]}, nothing there"
@@ -127,7 +127,7 @@ def full(folder: Path) -> None:
     checkpoints.mkdir(parents=True)
     said = []
     for checked in (True, False):
-        saver = CheckpointSaver(recipe_of(folder, keep=1000), checkpoints, Process(0, 1, 0, "cpu"))
+        saver = CheckpointSaver(recipe_of(folder, keep=1000), checkpoints, Process(0, 1, "cpu"))
         if not checked:
             saver._check_space = lambda _step, mine: mine  # type: ignore[method-assign]
         step = len(store.all_checkpoints(checkpoints))
@@ -139,7 +139,7 @@ def full(folder: Path) -> None:
                 saver.save(state, lambda _, step=step, live=live: files_of(step, 0, live), write_model, {})
         except RimError as error:
             said.append(str(error))
-        found = agree_on_checkpoint(checkpoints, Process(0, 1, 0, "cpu"))
+        found = agree_on_checkpoint(checkpoints, Process(0, 1, "cpu"))
         assert found is not None
         assert store.read_state(found).step == step - 1
         assert not list(checkpoints.glob("*.partial"))
