@@ -21,6 +21,10 @@ class RunSection(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's folder.")
     output_dir: str = Field("runs", min_length=1, description="Folder that holds the run's folder.")
     seed: StrictInt = Field(0, ge=0, description="Seeds initial weights, data order and dropout.")
+    accept_changes: list[Literal["data", "tokenizer", "template", "deepspeed", "weights"]] = Field(
+        default_factory=list,
+        description="Inputs that may differ from those of the run's earlier starts (docs/checkpoints.md).",
+    )
 
 
 class LoraSection(Section):

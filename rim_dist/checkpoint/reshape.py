@@ -17,7 +17,7 @@ from rim_dist.checkpoint.model_card import recipe_of_export
 from rim_dist.checkpoint.portable import starts_fresh, write_run
 from rim_dist.checkpoint.safetensors_files import read_folder_index
 from rim_dist.checkpoint.start import model_of, requirements_of
-from rim_dist.checkpoint.store import MODEL, TrainingState
+from rim_dist.checkpoint.store import INPUTS, MODEL, TrainingState
 from rim_dist.checkpoint.workers import Workers
 from rim_dist.checkpoint.zero_shards import MOMENTS
 from rim_dist.config import Recipe
@@ -73,6 +73,8 @@ def reshape(source: Path, run: Path, degrees: Degrees, workers: Workers) -> Path
 
     def write_model(folder: Path) -> None:
         shutil.copytree(source / MODEL, folder)
+        if (source / INPUTS).is_file():
+            shutil.copy(source / INPUTS, folder.parent)
 
     state = replace(index.state, ranks=degrees.ranks)
     recipe = _recipe_for(index.recipe, run, degrees)

@@ -6,6 +6,7 @@ checkpoints/step-00000500/
     model/         config, generation config and tokenizer: all an export needs besides the weights
     recipe.yaml    the fully resolved recipe
     state.json     format, stage, step, sample position, ranks
+    inputs.json    what the run is made from besides the recipe (training/inputs.py)
     manifest.json  every file with its size and checksum; written last
 checkpoints/latest the name of the newest one
 checkpoints/scores.json, saves.jsonl   metrics of checkpoints (retention.py), and how long each save took (saver.py)
@@ -19,6 +20,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rim_dist.config import Recipe, StageName
 from rim_dist.errors import CheckpointError
@@ -31,6 +33,7 @@ FORMAT = 1  # of checkpoints; those that do not say are of the first
 ENGINE = "engine"
 MODEL = "model"
 PORTABLE = "portable"
+INPUTS = "inputs.json"
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,16 @@ def read_state(checkpoint: Path) -> TrainingState:
 def read_recipe(checkpoint: Path) -> Recipe:
     """The resolved recipe a checkpoint was trained with."""
     return load_recipe(checkpoint / "recipe.yaml", written=True)
+
+
+def read_inputs(checkpoint: Path) -> dict[str, Any]:
+    """What the run is made from besides its recipe; empty for a checkpoint that does not say."""
+    try:
+        return dict(json.loads((checkpoint / INPUTS).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / INPUTS}: cannot be read ({error})") from None
 
 
 # ---- writing -------------------------------------------------------------------------------------------------

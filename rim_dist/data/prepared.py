@@ -14,8 +14,10 @@ import shutil
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy
+import xxhash
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +28,7 @@ from rim_dist.data.samples import EncodedSample
 from rim_dist.data.sources import read_source, source_name
 from rim_dist.data.synthetic import FORMAT
 from rim_dist.errors import DataError
+from rim_dist.files import sampled_hash
 from rim_dist.tokens import MemoryTokens
 
 _ARRAYS = ("tokens", "segment_ends", "first_segment", "lines")
@@ -52,6 +55,14 @@ class PreparedData:
         for index in range(0, len(self), max(1, len(self) // _COMPARED_SAMPLES)):
             digest.update(self._tokens[self._ends[self._first[index]] : self._ends[self._first[index + 1]]].tobytes())
         return f"{self._name}-{digest.hexdigest()[:12]}"
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What tells this data from other data: rows, samples and a hash of every token in order."""
+        digest = xxhash.xxh3_64()
+        for values in (self._tokens, self._ends):
+            digest.update(numpy.ascontiguousarray(values).data)
+        return {"rows": self.report.rows, "used": self.report.used, "content": digest.hexdigest()}
 
     def __len__(self) -> int:
         """Samples of one epoch."""
@@ -85,6 +96,12 @@ class StreamedData:
         self._recipe = recipe
         self._position = 0
         self._iterator = self._forever()
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What tells this source from others: a file's size and samples of it; of the hub, what the recipe says."""
+        path = self._recipe.data.path
+        return {"content": sampled_hash([Path(path)])} if path else {}
 
     def __len__(self) -> int:
         return 0  # unknown

@@ -15,6 +15,7 @@ _FREE_FIELDS = (
     "checkpoint",
     "evaluation",
     "run.output_dir",
+    "run.accept_changes",
     "parallel.timeout_seconds",
     "parallel.preflight",
     "parallel.preflight_seconds",

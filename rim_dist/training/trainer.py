@@ -52,6 +52,7 @@ from rim_dist.training.folder import check_run_folder
 from rim_dist.training.grounding import GroundingWatch, near_guessing, not_learned
 from rim_dist.training.hardware import peak_memory_bytes, peak_operations
 from rim_dist.training.heartbeat import send_heartbeat
+from rim_dist.training.inputs import checked_inputs, gather_inputs, write_inputs
 from rim_dist.training.metrics_log import MetricsLog
 from rim_dist.training.preflight import Preflight
 from rim_dist.training.progress import ProgressReport
@@ -122,6 +123,7 @@ class Trainer:
             self._preflight.try_links(self._mesh)
             self._preflight.check_parity(self._requirements, self._mesh)
         resume = agree_on_checkpoint(self._checkpoints, self._process)
+        self._check_inputs(resume)
         if self._process.is_first:
             self._write_run_folder()
         partition = partitioner(self._ds_config, self._mesh, DTYPES[self._recipe.model.dtype])
@@ -142,6 +144,8 @@ class Trainer:
         if self._process.is_first and state.finished:
             self._finish()
         dist.barrier()
+        if until is None and not state.finished:
+            raise TrainingError(f"{self._folder}: ended after step {state.step} of {self._total_steps}")
 
     @contextlib.contextmanager
     def _reports(self, state: TrainingState, resume: Path | None) -> Iterator[None]:
@@ -344,6 +348,23 @@ class Trainer:
         self._saved_step = state.step
         return state
 
+    def _check_inputs(self, resume: Path | None) -> None:
+        """Refuse other inputs than the checkpoint's, whose stage plan is kept. Collective: the first rank looks at files."""
+        problem: list[Any] = [""]
+        if self._process.is_first:
+            now = gather_inputs(self._requirements, self._data, self._ds_config, self._plans)
+            try:
+                self._inputs = checked_inputs(self._recipe, resume, now)
+            except ConfigError as error:
+                problem = [str(error)]
+        if self._process.ranks > 1:
+            dist.broadcast_object_list(problem, src=0)
+        if problem[0]:
+            raise ConfigError(problem[0])
+        if resume is not None and (kept := store.read_inputs(resume)):
+            self._plans = [StagePlan(**plan) for plan in kept["plan"]]
+            self._total_steps = sum(plan.steps for plan in self._plans)
+
     def _save(self, state: TrainingState) -> None:
         if state.step == self._saved_step:
             return
@@ -353,6 +374,7 @@ class Trainer:
             generation_config(self._requirements.tokenizer).save_pretrained(folder)
             with os_errors(folder):
                 self._requirements.tokenizer.save_pretrained(folder)
+            write_inputs(folder.parent, self._inputs)
 
         scores = {"loss": self._last_loss, **(self._scores if self._scored_step == state.step else {})}
         self._saver.save(state, self._engine.capture, write_model, scores)
