@@ -128,8 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from rim_dist.heartbeat import dump_stacks_on_signal
     from rim_dist.recipe import load_recipe
-    from rim_dist.training.heartbeat import dump_stacks_on_signal
 
     dump_stacks_on_signal()
     recipe = load_recipe(arguments.recipe, arguments.overrides)

@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 
 from rim_dist.errors import CheckpointError
+from rim_dist.heartbeat import send_heartbeat
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"
@@ -207,6 +208,7 @@ def _blocks_of(record: FileRecord, ranges: Iterable[tuple[int, int]] | None) -> 
 
 
 def _block_damage(file: Path, name: str, record: FileRecord, block: int) -> str:
+    send_heartbeat(f"checking {name}")
     digest = xxhash.xxh3_64()
     start = block * _BLOCK_BYTES
     try:

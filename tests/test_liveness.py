@@ -113,6 +113,39 @@ def test_rank_that_raises_ends_all_with_its_status(body: Body, culprit: int, tmp
     assert job.said[2] == f"rim-dist: rank 2: {loss} (it still hung {HANG_SECONDS:g} s later)\n"
 
 
+def _follow(monitor: liveness.LivenessMonitor) -> None:
+    """The first rank takes longer than the others wait at a time, and fails the second time."""
+    liveness._FOLLOW_SECONDS = 0.1
+
+    def write() -> None:
+        time.sleep(0.5)
+        print("written", file=sys.stderr, flush=True)
+
+    def fail() -> None:
+        time.sleep(0.2)
+        monitor.claim_exit()
+        monitor.fail("OSError: full", 1)
+        os._exit(1)
+
+    began = time.monotonic()
+    monitor.follow_first(write)
+    assert time.monotonic() - began >= 0.4
+    try:
+        monitor.follow_first(fail)
+    except PeerLost as error:
+        print(error, file=sys.stderr, flush=True)
+        monitor.claim_exit()
+        monitor.leave()
+        os._exit(error.exit_status)
+
+
+def test_ranks_wait_for_the_first_one_as_long_as_it_lives(tmp_path: Path) -> None:
+    job = job_of(_follow, tmp_path)
+    assert job.statuses == [1, 1, 1]
+    assert job.said[0] == "written\n"
+    assert job.said[1:] == [f"rank {rank}: lost a peer: rank 0 (host n0) failed: OSError: full\n" for rank in (1, 2)]
+
+
 def _stopped(monitor: liveness.LivenessMonitor) -> None:
     """A rank that neither ends nor answers: a node that is cut off looks like this to the others."""
     if monitor.rank == 1:

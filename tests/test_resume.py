@@ -148,6 +148,36 @@ def test_checkpoint_that_cannot_be_written_keeps_the_last(recipe_file: Callable[
     assert (tmp_path / "runs" / "tiny" / "hf" / "config.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("function", "step", "said"),
+    [
+        ("block_answers:2", 6, "resumed from"),  # the evaluation after step 6
+        ("block_answers:3", 8, "step 8: "),  # the last one
+        ("export_checkpoint:1", 8, "done: "),
+    ],
+)
+def test_killed_in_an_evaluation_or_export_does_what_is_left(
+    recipe_file: Callable[..., Path], tmp_path: Path, function: str, step: int, said: str
+) -> None:
+    """Of 8 steps with evaluations after 3, 6 and 8: no step is run twice, and every evaluation is there once."""
+    path, folder = recipe_file(evaluation={"samples": 8, "max_new_tokens": 3, "every_steps": 3}), tmp_path / "runs" / "tiny"
+    killed = run("fork", 1, ["tests/workers/die_in.py", str(path)], check=False, RIM_TEST_FUNCTION=function)
+    assert killed.returncode == -signal.SIGKILL
+    assert read_state(find_checkpoint(folder)).step == step
+    before = steps_of(folder)
+    again = run("fork", 1, ["-m", "rim_dist", "train", str(path)]).stdout
+    assert said in again
+    assert steps_of(folder)[: len(before)] == before
+    evaluations = [number for kind, number in steps_of(folder) if kind == "evaluation"]
+    assert evaluations == [3, 6, 8]
+    assert [number for kind, number in steps_of(folder) if kind == "train"] == list(range(1, 9))
+    assert json.loads((folder / "report" / "evaluation.json").read_text())["step"] == 8
+    if function.startswith("export"):
+        assert "step 8: " not in again
+    scores = json.loads((folder / "checkpoints" / "scores.json").read_text())
+    assert "accuracy" in scores[f"step-{step:08d}"]
+
+
 @contextmanager
 def two_ranks(recipe: Path) -> Iterator[tuple[list[BaseProcess], list[Path]]]:
     """A training on two ranks, killed at the end if it still runs: its processes, and the files of what they say."""

@@ -21,6 +21,7 @@ from rim_dist.checkpoint.stored_tensors import ByteRange, ModelTensor, StoredTen
 from rim_dist.checkpoint.workers import Workers
 from rim_dist.errors import CheckpointError
 from rim_dist.files import PARTIAL, ChecksumWriter, FileRecord, require_room, sync_path, write_manifest
+from rim_dist.heartbeat import send_heartbeat
 
 _NAME_OF_DTYPE = {
     torch.float64: "F64",
@@ -154,6 +155,7 @@ def _write_file(folder: Path, file: OutputFile) -> FileRecord:
     try:
         writer.write(_header(file))
         for name, (tensor, dtype) in file.tensors.items():
+            send_heartbeat(f"writing {name}")
             for chunk in model_chunks(tensor, dtype):
                 if dtype == torch.float16 and not torch.isfinite(chunk).all():
                     raise CheckpointError(f"{name}: a value does not fit into fp16; export with --dtype bf16 or fp32")

@@ -20,9 +20,9 @@ from types import FrameType
 
 from rim_dist.cluster.attempts import CURRENT, is_secret, record_end, utc_now
 from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, RimError
+from rim_dist.heartbeat import HEARTBEAT_VARIABLE, STACKS_SIGNAL, STACKS_VARIABLE
 from rim_dist.messages import say
 from rim_dist.parallel.environment import cores_of_rank, host_name, rank_environment, read_rank_info
-from rim_dist.training.heartbeat import HEARTBEAT_VARIABLE, STACKS_SIGNAL, STACKS_VARIABLE
 
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _POLL_SECONDS = 1.0
@@ -56,7 +56,7 @@ class RankSupervisor:
         self._last_heartbeat, self._heartbeat_time, self._has_steps = "the start", time.monotonic(), False
         heartbeats, heartbeat_end = os.pipe()
         environment.update(rank_environment(self.info, environment))
-        environment[HEARTBEAT_VARIABLE] = str(heartbeat_end)
+        environment[HEARTBEAT_VARIABLE] = f"{heartbeat_end}:{os.getpid()}"
         if self.attempt is not None:
             environment[STACKS_VARIABLE] = str(self._stacks)
         os.set_blocking(heartbeat_end, False)

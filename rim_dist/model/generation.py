@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from rim_dist.errors import DataError
+from rim_dist.heartbeat import send_heartbeat
 from rim_dist.tokens import prompt_ids
 
 
@@ -108,6 +109,7 @@ def generate_ids(
     answers: list[list[int]] = []
     for start in range(0, len(prompts), decoding.batch):
         batch = prompts[start : start + decoding.batch]
+        send_heartbeat(f"answer {start + 1} of {len(prompts)}")
         length = max(map(len, batch))
         config = generation_config(tokenizer, min(decoding.max_new_tokens, positions - length), sampling)
         ids = torch.tensor([[config.pad_token_id] * (length - len(p)) + list(p) for p in batch], device=device)

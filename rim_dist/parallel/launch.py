@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,13 @@ class Process:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def follow_first(self, action: Callable[[], None]) -> None:
+        """Run an action on the first rank alone; returns on all ranks when it is done there, however long it takes."""
+        if self.monitor is None:
+            action()
+        else:
+            self.monitor.follow_first(action)
 
     @property
     def hosts(self) -> list[str]:

@@ -18,12 +18,13 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rim_dist.errors import EXIT_TRY_AGAIN, PeerLost
+from rim_dist.heartbeat import send_heartbeat
 from rim_dist.messages import say
 from rim_dist.parallel.environment import host_name
 
@@ -31,6 +32,7 @@ _POLL_SECONDS = 0.5
 _HANG_SECONDS = 20.0  # between a failure and the end of a rank that still hangs
 _ANSWER_SECONDS = 5.0  # to hear of a failure, or to answer a ping
 _EXIT_SECONDS = 10.0  # for a thread that is ending its rank
+_FOLLOW_SECONDS = 10.0  # between two heartbeats of a rank that waits for the first one's files
 _LINGER_SECONDS = 3.0  # the store ends with its rank, which waits this long for the others to have read it
 
 
@@ -145,6 +147,16 @@ class LivenessMonitor:
             self._store.set(key, value)
         self._missing([key])
         return str(self._store.get(key).decode())
+
+    def follow_first(self, action: Callable[[], None]) -> None:
+        """Run an action on the first rank; the others wait for it, in no collective. Raises PeerLost if it fails there."""
+        self._exchanges += 1
+        key = f"exchange/{self._exchanges}"
+        if self.rank == 0:
+            action()
+            self._store.set(key, "1")
+        while self.rank and self._missing([key], _FOLLOW_SECONDS):
+            send_heartbeat("waiting for the first rank")
 
     @contextlib.contextmanager
     def timeout(self, seconds: float, what: str) -> Iterator[None]:

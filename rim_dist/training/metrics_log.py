@@ -20,14 +20,9 @@ class MetricsLog:
     Opened at the step a run goes on from, it drops later lines: those steps are run, and written, again.
     """
 
-    def __init__(self, folder: Path, section: LoggingSection, step: int, finished: bool, recipe: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, section: LoggingSection, step: int, recipe: dict[str, Any]) -> None:
         self._path = folder / "metrics.jsonl"
-        # A run killed after its last step evaluates again; one killed elsewhere evaluated before it saved.
-        kept = [
-            line
-            for line in read_metrics(self._path)
-            if line["step"] < step or (line["step"] == step and not (finished and line["kind"] == "evaluation"))
-        ]
+        kept = [line for line in read_metrics(self._path) if line["step"] <= step]
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(folder, section, recipe) if section.wandb != "off" else None

@@ -33,6 +33,7 @@ from rim_dist.data.sources import source_name
 from rim_dist.errors import CheckpointError, ConfigError, Stopped, TrainingError
 from rim_dist.evaluation.evaluate import Evaluation, block_answers, recipe_samples, score, write_evaluation
 from rim_dist.files import os_errors, write_atomically
+from rim_dist.heartbeat import send_heartbeat
 from rim_dist.messages import say
 from rim_dist.methods import method_of
 from rim_dist.metrics import EvaluationDone, TrainStep, make_line, progress_texts, read_metrics
@@ -51,7 +52,6 @@ from rim_dist.training.engine import Engine
 from rim_dist.training.folder import check_run_folder
 from rim_dist.training.grounding import GroundingWatch, near_guessing, not_learned
 from rim_dist.training.hardware import peak_memory_bytes, peak_operations
-from rim_dist.training.heartbeat import send_heartbeat
 from rim_dist.training.inputs import checked_inputs, gather_inputs, write_inputs
 from rim_dist.training.metrics_log import MetricsLog
 from rim_dist.training.preflight import Preflight
@@ -107,9 +107,8 @@ class Trainer:
         self._questions = recipe_samples(recipe)
         self._peak = peak_operations(recipe.model.dtype)
         self._saver = CheckpointSaver(recipe, self._checkpoints, process)
-        self._saved_step = self._scored_step = -1
+        self._saved_step = self._evaluated_step = -1
         self._last_loss = 0.0
-        self._scores: dict[str, float] = {}
         self._operations = 0.0
 
     # ---- the run -------------------------------------------------------------------------------------
@@ -133,6 +132,8 @@ class Trainer:
         if resume is not None:
             state = self._load(resume)
         with self._reports(state, resume):
+            if resume is not None and not state.finished and self._evaluation_is_due(state.step):
+                self._evaluate_unless_done(state, report=False)
             with self._profiler() as self._profile:
                 for plan in self._plans:
                     if state.step < plan.first_step + plan.steps:
@@ -140,10 +141,9 @@ class Trainer:
                     if plan.name == until:
                         break
             if state.finished and self._recipe.evaluation.at_end:
-                self._evaluate(state, report=True)
-        if self._process.is_first and state.finished:
-            self._finish()
-        dist.barrier()
+                self._evaluate_unless_done(state, report=True)
+        if state.finished:
+            self._process.follow_first(self._finish)
         if until is None and not state.finished:
             raise TrainingError(f"{self._folder}: ended after step {state.step} of {self._total_steps}")
 
@@ -155,12 +155,14 @@ class Trainer:
         self._grounding = GroundingWatch()
         if self._process.is_first:
             resolved = self._recipe.model_dump(mode="json")
-            self._log = MetricsLog(self._folder, self._recipe.logging, state.step, state.finished, resolved)
+            self._log = MetricsLog(self._folder, self._recipe.logging, state.step, resolved)
             self._progress = ProgressReport(self._total_steps, state.step, self._recipe.logging.every_steps)
             self._announce(state, resume)
             for line in read_metrics(self._folder / "metrics.jsonl"):
                 if line["kind"] == "train" and line["stage"] == state.stage:
                     self._grounding.observe(line)
+                if line["kind"] == "evaluation":
+                    self._evaluated_step = line["step"]
         self._stop = StopRequest()
         broken = False
         try:
@@ -206,9 +208,9 @@ class Trainer:
                     self._progress.say(warning)
             if self._profile is not None:
                 self._profile.step()
+            self._save_if_due(state, at_once=stop or step == plan.steps - 1)
             if not stop and self._evaluation_is_due(state.step):
                 self._evaluate(state, report=False)
-            self._save_if_due(state, at_once=stop or step == plan.steps - 1)
             if stop and state.step < self._total_steps:
                 raise Stopped(f"stopped by a signal after step {state.step}, saved; start the same command again to go on")
         return state
@@ -376,8 +378,7 @@ class Trainer:
                 self._requirements.tokenizer.save_pretrained(folder)
             write_inputs(folder.parent, self._inputs)
 
-        scores = {"loss": self._last_loss, **(self._scores if self._scored_step == state.step else {})}
-        self._saver.save(state, self._engine.capture, write_model, scores)
+        self._saver.save(state, self._engine.capture, write_model, {"loss": self._last_loss})
         self._saved_step = state.step
 
     def _write_run_folder(self) -> None:
@@ -392,10 +393,17 @@ class Trainer:
 
     # ---- evaluation and reports ------------------------------------------------------------------------
 
+    def _evaluate_unless_done(self, state: TrainingState, report: bool) -> None:
+        """Evaluate after the run's last step so far, if no earlier start has. Collective."""
+        done = self._process.is_first and self._evaluated_step == state.step
+        if not self._sum({}, done=done)["done"]:
+            self._evaluate(state, report)
+
     def _evaluate(self, state: TrainingState, report: bool) -> None:
         """Accuracy after every block on the recipe's questions, sharded over ranks, decoded as a server would. Collective."""
         if not self._questions:
             return
+        self._saver.wait()  # an evaluation may take long: what it follows is on disk before it begins
         recipe, process, mesh = self._recipe, self._process, self._mesh
         mine = self._questions[mesh.shard :: mesh.degrees.shards]
         count = -(-len(self._questions) // mesh.degrees.shards)
@@ -417,23 +425,21 @@ class Trainer:
             self._record_evaluation(state, score(samples, answers), report)
 
     def _record_evaluation(self, state: TrainingState, result: Evaluation, report: bool) -> None:
-        """Log an evaluation, keep its scores for the checkpoint of its step, write the `report` (first rank only)."""
+        """Note an evaluation's scores for the checkpoint of its step, write the `report`, log it at last (first rank only)."""
         assert self._log is not None
         assert self._progress is not None
+        if self._saved_step == state.step:
+            scores = {"accuracy": result.accuracy, "any_block_accuracy": result.any_block}
+            note_scores(self._checkpoints, state.step, scores)
+        recipe = self._recipe
+        if report:
+            embedded = (recipe.evaluation.data or recipe.data.source).partition(":")[0] == "synthetic"  # the questions
+            if embedded and near_guessing(result.accuracy):
+                self._closing_note = not_learned(recipe.method, result.accuracy)
+            write_evaluation(result, self._folder / "report", {"run": recipe.run.name, "step": state.step})
         line = make_line(EvaluationDone(state, result))
         self._log.write(line)
-        self._scored_step = state.step
-        self._scores = {"accuracy": result.accuracy, "any_block_accuracy": result.any_block}
-        if self._saved_step == state.step:
-            note_scores(self._checkpoints, state.step, self._scores)
         self._progress.say(f"step {state.step}: {'  '.join(progress_texts(line))}")
-        if not report:
-            return
-        recipe = self._recipe
-        embedded = (recipe.evaluation.data or recipe.data.source).partition(":")[0] == "synthetic"  # the questions
-        if embedded and near_guessing(result.accuracy):
-            self._closing_note = not_learned(recipe.method, result.accuracy)
-        write_evaluation(result, self._folder / "report", {"run": recipe.run.name, "step": state.step})
 
     def _evaluation_is_due(self, step: int) -> bool:
         every = self._recipe.evaluation.every_steps

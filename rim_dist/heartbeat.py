@@ -7,7 +7,7 @@ import faulthandler
 import os
 import signal
 
-HEARTBEAT_VARIABLE = "RIM_DIST_HEARTBEAT_FD"  # a pipe of the supervisor
+HEARTBEAT_VARIABLE = "RIM_DIST_HEARTBEAT"  # FD:PID: a pipe, and the supervisor whose child has it open
 STACKS_VARIABLE = "RIM_DIST_STACKS"  # the file that takes stack traces
 STACKS_SIGNAL = signal.SIGUSR2
 
@@ -24,7 +24,8 @@ def dump_stacks_on_signal() -> None:
 
 
 def send_heartbeat(what: str) -> None:
-    """Tell the supervisor that the run has reached `what`."""
-    if descriptor := os.environ.get(HEARTBEAT_VARIABLE):
+    """Tell the supervisor that the run has reached `what`. Processes of the rank's own have no such pipe, and say nothing."""
+    descriptor, _, supervisor = os.environ.get(HEARTBEAT_VARIABLE, "").partition(":")
+    if supervisor == str(os.getppid()):
         with contextlib.suppress(OSError):  # a full pipe has enough heartbeats in it
             os.write(int(descriptor), f"{what}\n".encode())
