@@ -52,8 +52,10 @@ rim_environment() {
     # One task a rank as asked for, or a task a node that starts its ranks.
     RIM_LAUNCHER=${RIM_LAUNCHER:-srun}
     RIM_NODES=${SLURM_JOB_NUM_NODES:-1}
-    RIM_LOCAL_RANKS=${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-$RIM_NODES} / RIM_NODES))}
-    RIM_RANKS=$((RIM_NODES * RIM_LOCAL_RANKS))
+    # SLURM's own count goes before a template's tasks a node, which is then the most. Nodes may have one rank more than others.
+    RIM_RANKS=${SLURM_NTASKS:-$((RIM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))}
+    RIM_LOCAL_RANKS=$(((RIM_RANKS + RIM_NODES - 1) / RIM_NODES))
+    rim_check_counts || exit 2
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
     # The last task of an array has the array's own number as its job id, which scontrol takes for all of the tasks.
     RIM_JOB=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -65,6 +67,20 @@ rim_environment() {
     if [[ -d $RIM_HOME/rim_dist ]]; then export PYTHONPATH="$RIM_HOME${PYTHONPATH:+:$PYTHONPATH}"; fi
 }
 
+# Counts that a launcher cannot start are refused by name.
+rim_check_counts() {
+    if [[ -n ${SLURM_HET_SIZE:-} ]]; then
+        rim_say "SLURM_HET_SIZE=$SLURM_HET_SIZE: heterogeneous jobs are not supported; ask for equal nodes in one component"
+    elif [[ $RIM_RANKS -lt $RIM_NODES ]]; then
+        rim_say "$RIM_RANKS tasks leave some of the $RIM_NODES nodes without one; ask for fewer nodes or more tasks"
+    elif [[ $((RIM_RANKS % RIM_NODES)) -ne 0 && $RIM_LAUNCHER =~ ^(torchrun|deepspeed)$ ]]; then
+        rim_say "$RIM_RANKS tasks on $RIM_NODES nodes: RIM_LAUNCHER=$RIM_LAUNCHER starts equally many on each; use srun"
+    else
+        return 0
+    fi
+    return 1
+}
+
 # ---- steps of the job ------------------------------------------------------------------------------------
 
 # A command once, on the batch host, in the container if there is one.
@@ -73,10 +89,11 @@ rim_once() {
         "${RIM_CONTAINER[@]}" "$@"
 }
 
-# A command once a node, with all of the job's cores there.
+# A command once a node, with the cores that the job has on every node.
 rim_on_every_node() {
+    local fewest=$((RIM_RANKS / RIM_NODES))
     srun --overlap --nodes="$RIM_NODES" --ntasks="$RIM_NODES" --ntasks-per-node=1 \
-        --cpus-per-task=$((RIM_LOCAL_RANKS * ${SLURM_CPUS_PER_TASK:-1})) "$@"
+        --cpus-per-task=$((fewest * ${SLURM_CPUS_PER_TASK:-1})) "$@"
 }
 
 # Check the recipe and earlier attempts, record this one, choose the port. Sets RIM_RUN, RIM_ATTEMPT, MASTER_PORT.

@@ -300,6 +300,42 @@ def test_wish_to_stop_waits_until_the_rank_hears_it(trap: str, recipe_file: Make
     assert complete_checkpoints(tmp_path / "runs" / "tiny" / "checkpoints")
 
 
+# ---- counts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("job", "expected"),
+    [
+        ({"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "8"}, "16 8"),
+        ({"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8"}, "16 8"),
+        ({"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "3", "SLURM_NTASKS_PER_NODE": "2"}, "3 2"),
+        ({"SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "8"}, "2 2"),  # a template's 8
+        ({"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "4"}, "4 2"),
+        ({}, "1 1"),
+        (
+            {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "3", "RIM_LAUNCHER": "torchrun"},
+            "3 tasks on 2 nodes: RIM_LAUNCHER=torchrun starts equally many on each; use srun",
+        ),
+        ({"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "1"}, "1 tasks leave some of the 2 nodes without one"),
+        ({"SLURM_HET_SIZE": "2", "SLURM_NTASKS": "2"}, "SLURM_HET_SIZE=2: heterogeneous jobs are not supported"),
+    ],
+)
+def test_ranks_are_those_that_slurm_counts(job: dict[str, str], expected: str, tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho n1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    script = f"set -euo pipefail; source {ROOT}/slurm/lib.sh; rim_site; rim_environment; echo $RIM_RANKS $RIM_LOCAL_RANKS"
+    site = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "RIM_SITE": "/none",
+        "RIM_VENV": "/none",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+    }
+    done = subprocess.run(["bash", "-c", script], env={**site, **job}, capture_output=True, text=True, check=False)
+    refused = ":" in expected or "leave" in expected
+    assert done.returncode == (2 if refused else 0), done.stderr
+    assert expected in (done.stderr if refused else done.stdout.strip())
+
+
 # ---- the end of a job --------------------------------------------------------------------------------------
 
 SCONTROL = """#!/usr/bin/env bash
