@@ -46,6 +46,10 @@ class Stopped(RimError):
     exit_status = EXIT_TRY_AGAIN
 
 
+class Superseded(RimError):
+    """Another start has become the owner of the run's folder: this one must write nothing more, and not come back."""
+
+
 class PeerLost(RimError):
     """Another rank went away in the middle of a collective; starting again continues the run."""
 

@@ -236,6 +236,29 @@ def test_start_is_recorded_without_secrets(recipe_file: Make, tmp_path: Path) ->
     check_run_folder(load_recipe(recipe_file()))
 
 
+@pytest.mark.parametrize(
+    ("squeue", "status", "refused"),
+    [("RUNNING", "", True), ("PENDING", "75", True), ("COMPLETED", "", False), ("RUNNING", "0", False), ("", "", False)],
+)
+def test_folder_of_another_job_is_left_to_it(
+    squeue: str, status: str, refused: bool, recipe_file: Make, tmp_path: Path
+) -> None:
+    """Job 7 runs, or waits in the queue to go on; once it has ended the next job may start."""
+    first = begin(recipe_file(), SLURM_JOB_ID="7")
+    start = Path(dict(line.split("=", 1) for line in first.stdout.splitlines())["RIM_ATTEMPT"])
+    if status:
+        (start / "status").write_text(f"{status}\n")
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n[ \"$*\" = '--noheader --format=%T --jobs=7' ] && echo {squeue}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    second = begin(recipe_file(), SLURM_JOB_ID="8", PATH=path)
+    assert second.returncode == (2 if refused else 0), second.stderr
+    if refused:
+        assert f"job 7 ({squeue}) runs it; cancel that one (scancel 7), or choose another run.name" in second.stderr
+        assert (start.parent / "current").read_text().strip() == start.name
+    assert begin(recipe_file(), SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1", PATH=path).returncode == 0
+
+
 def test_starts_without_progress_are_bounded(recipe_file: Make) -> None:
     for restart in range(2):
         assert begin(recipe_file(), SLURM_JOB_ID="7", SLURM_RESTART_COUNT=str(restart), RIM_MAX_RESTARTS="1").returncode == 0

@@ -18,7 +18,7 @@ from rim_dist.checkpoint import retention, store
 from rim_dist.checkpoint.snapshot import Snapshotter, size_bytes, write_files
 from rim_dist.checkpoint.store import RankReport, TrainingState
 from rim_dist.config import Recipe
-from rim_dist.errors import TrainingError, first_line
+from rim_dist.errors import RimError, TrainingError, first_line
 from rim_dist.files import FileRecord, room_for
 from rim_dist.parallel.launch import Process
 from rim_dist.recipe import dump_recipe
@@ -51,7 +51,11 @@ class CheckpointSaver:
     place: none waits in a collective for one that has raised.
     """
 
-    def __init__(self, recipe: Recipe, checkpoints: Path, process: Process) -> None:
+    def __init__(
+        self, recipe: Recipe, checkpoints: Path, process: Process, check_owner: Callable[[], None] = lambda: None
+    ) -> None:
+        """`check_owner`: called on the first rank before it writes; raises if another start owns the folder."""
+        self._check_owner = check_owner
         self._recipe, self._checkpoints, self._process = recipe, checkpoints, process
         self._policy = recipe.checkpoint
         self._snapshotter = Snapshotter()
@@ -112,7 +116,10 @@ class CheckpointSaver:
         return ""
 
     def _on_first(self, action: Callable[[], object]) -> str:
-        return self._attempt(action) if self._process.is_first else ""
+        if not self._process.is_first:
+            return ""
+        self._check_owner()
+        return self._attempt(action)
 
     def _write_own(self, save: _Save, files: dict[str, Any]) -> str:
         """Write this rank's files and tell the first rank; returns what went wrong."""
@@ -133,9 +140,11 @@ class CheckpointSaver:
             if report.error:
                 raise OSError(report.error)
             records |= report.records
-        final = store.announce(save.partial, save.state, dump_recipe(self._recipe), records)
+        final = store.announce(save.partial, save.state, dump_recipe(self._recipe), records, self._check_owner)
+        self._check_owner()
         if save.scores:
             retention.note_scores(self._checkpoints, save.state.step, save.scores)
+        self._check_owner()
         retention.retain(self._checkpoints, self._policy, good={final})
 
     def _write_in_background(self, save: _Save, files: dict[str, Any], blocked: float) -> None:
@@ -144,6 +153,8 @@ class CheckpointSaver:
             save.error = self._write_own(save, files) or self._on_first(lambda: self._finish(save))
             if not save.error:
                 self._log(save, blocked, time.perf_counter() - started)
+        except RimError as error:
+            save.error = str(error)
         except Exception as error:
             save.error = f"{type(error).__name__}: {_describe(error)}"
             raise
@@ -152,6 +163,7 @@ class CheckpointSaver:
         """First rank: a line on how long the loop stood still and how long the write took."""
         if not self._process.is_first:
             return
+        self._check_owner()
         line = {
             "step": save.state.step,
             "bytes": save.needed_bytes,
@@ -187,6 +199,7 @@ class CheckpointSaver:
             return
         message: list[Any] = [""]
         if self._process.is_first:
+            self._check_owner()
             shutil.rmtree(store.partial_folder(self._checkpoints, step), ignore_errors=True)
             earlier = store.complete_checkpoints(self._checkpoints)
             kept = f"{earlier[-1].name} is kept" if earlier else "there is no earlier one"

@@ -99,11 +99,15 @@ class Snapshotter:
 
 
 def write_files(folder: Path, files: dict[str, Any]) -> dict[str, FileRecord]:
-    """Write and sync each file below `folder`; returns sizes and checksums."""
+    """Write and sync each file below `folder`, which exists; returns sizes and checksums.
+
+    Raises OSError, also where another owner of the run has removed the folder: it must not come back.
+    """
     records = {}
     for name, tree in files.items():
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for parent in reversed(Path(name).parents[:-1]):
+            (folder / parent).mkdir(exist_ok=True)
         writer = ChecksumWriter(path)
         try:
             torch.save(tree, writer)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -168,10 +168,16 @@ def read_report(partial: Path, rank: int) -> RankReport | None:
     return RankReport({name: FileRecord(**record) for name, record in tree["records"].items()}, tree["error"])
 
 
-def announce(partial: Path, state: TrainingState, recipe_text: str, records: Mapping[str, FileRecord]) -> Path:
+def announce(
+    partial: Path,
+    state: TrainingState,
+    recipe_text: str,
+    records: Mapping[str, FileRecord],
+    check_owner: Callable[[], None] = lambda: None,
+) -> Path:
     """Finish a written checkpoint: recipe, state, manifest, rename, `latest`. First rank only, after all have written.
 
-    `records`: the files that are synced already. Raises OSError.
+    `records`: the files that are synced already. `check_owner`: called before what another owner would see. Raises OSError.
     """
     shutil.rmtree(partial / _REPORTS, ignore_errors=True)
     (partial / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
@@ -180,10 +186,12 @@ def announce(partial: Path, state: TrainingState, recipe_text: str, records: Map
     if wrong := damage_of(partial, checksums=False):
         raise OSError(f"{partial}: {wrong} right after it was written")
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
+    check_owner()
     if final.exists():  # a damaged one of the same step: resume went past it
         remove(final)
     os.rename(partial, final)
     sync_path(final.parent)
+    check_owner()
     write_atomically(final.parent / "latest", final.name + "\n")
     return final
 

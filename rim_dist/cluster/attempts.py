@@ -25,7 +25,7 @@ from typing import Any
 
 from rim_dist.checkpoint.store import complete_checkpoints, read_state
 from rim_dist.config import Recipe
-from rim_dist.errors import EXIT_FAILED, EXIT_USAGE, RimError, TrainingError
+from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, ConfigError, RimError, TrainingError
 from rim_dist.files import write_atomically
 from rim_dist.parallel.environment import host_name, package_versions
 from rim_dist.recipe import dump_recipe
@@ -34,6 +34,7 @@ from rim_dist.training.folder import check_run_folder
 CURRENT = "current"
 _RECORDED = re.compile("SLURM_|RIM_|OMP_|MKL_|NCCL_|GLOO_|MASTER_|CUDA_|DS_|HF_|TORCH|PYTHON|UCX_|FI_")  # how names begin
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASS|CREDENTIAL|JWT|AUTH", re.IGNORECASE)  # what names contain
+_ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")  # still listed
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "accelerate", "safetensors", "mpi4py", "numpy")
 
 
@@ -123,10 +124,33 @@ def check_earlier_attempts(run: Path, environment: dict[str, str], step: int) ->
         )
 
 
+def check_owner(run: Path, job: str) -> None:
+    """Raise ConfigError if another job owns the run's folder and SLURM still has it, running or waiting to go on.
+
+    The job may not have come to its ranks, whose lease (training/lease.py) is the last word.
+    """
+    try:
+        owner = (run / "logs" / CURRENT).read_text(encoding="utf-8").strip()
+    except OSError:
+        return
+    attempt = next((a for a in attempts_of(run) if a.folder.name == owner), None)
+    if attempt is None or attempt.record["job"] in ("none", job) or attempt.status in (EXIT_DONE, EXIT_FAILED, EXIT_USAGE):
+        return
+    with contextlib.suppress(FileNotFoundError):
+        command = ["squeue", "--noheader", "--format=%T", f"--jobs={attempt.record['job']}"]
+        state = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        if state and state not in _ENDED:
+            raise ConfigError(
+                f"{run}: job {attempt.record['job']} ({state}) runs it; cancel that one (scancel {attempt.record['job']}), or "
+                "choose another run.name"
+            )
+
+
 def begin_attempt(recipe: Recipe, environment: dict[str, str], code: Path) -> Attempt:
     """Check earlier attempts, record this one without secrets, and make it the owner of the run's folder."""
     run = recipe.folder
     check_run_folder(recipe)
+    check_owner(run, environment.get("SLURM_JOB_ID", "none"))
     step = newest_step(run)
     check_earlier_attempts(run, environment, step)
     now = utc_now()

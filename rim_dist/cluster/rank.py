@@ -201,7 +201,7 @@ class RankSupervisor:
         if self._hung:
             return EXIT_TRY_AGAIN, f"hang since {self._last_heartbeat}", not self._dumped_stacks
         if self._superseded:
-            return EXIT_TRY_AGAIN, "another start has taken over", False
+            return EXIT_USAGE, "another start has taken over", False
         if code < 0:
             name = signal.Signals(-code).name
             stopped = -code in _FORWARDED

@@ -102,6 +102,46 @@ def host_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """A process, told from every other. `machine`: the kernel and the namespace in which its pid means something, if known."""
+
+    host: str
+    machine: str
+    pid: int
+    start_time: str
+
+    @staticmethod
+    def this() -> ProcessIdentity:
+        return ProcessIdentity(host_name(), _machine(), os.getpid(), _start_time(os.getpid()) or "")
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it can be seen from this process."""
+        return self.machine == _machine() != ""
+
+    @property
+    def alive(self) -> bool:
+        return _start_time(self.pid) == self.start_time
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _start_time(pid: int) -> str | None:
+    """When a process of this machine started (clock ticks since boot); None if it has ended, a zombie included."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
 def cores_of_rank(info: RankInfo, cores: set[int]) -> set[int]:
     """The cores of a node for this rank, where one task holds all ranks of the node; all cores if there are too few."""
     if info.launcher not in ("torch", "deepspeed") or len(cores) < info.local_ranks:

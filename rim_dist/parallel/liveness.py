@@ -20,13 +20,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rim_dist.errors import EXIT_TRY_AGAIN, PeerLost
 from rim_dist.heartbeat import send_heartbeat
 from rim_dist.messages import say
-from rim_dist.parallel.environment import host_name
+from rim_dist.parallel.environment import ProcessIdentity
 
 _POLL_SECONDS = 0.5
 _HANG_SECONDS = 20.0  # between a failure and the end of a rank that still hangs
@@ -44,37 +43,6 @@ class Failure:
     status: int
 
 
-@dataclass(frozen=True)
-class _Peer:
-    """Where a rank runs. `machine`: the kernel and the namespace in which its pid means something; empty if not known."""
-
-    host: str
-    machine: str
-    pid: int
-    start_time: str
-
-    @staticmethod
-    def this() -> _Peer:
-        pid, machine = os.getpid(), ""
-        with contextlib.suppress(OSError):
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-            machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
-        return _Peer(host_name(), machine, pid, _start_time(pid) or "")
-
-    @property
-    def alive(self) -> bool:
-        return _start_time(self.pid) == self.start_time
-
-
-def _start_time(pid: int) -> str | None:
-    """When a process of this machine started (clock ticks since boot); None if it has ended, a zombie included."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
-
-
 class LivenessMonitor:
     """One rank's view of which ranks are alive. All ranks of a job make theirs at the same time."""
 
@@ -84,18 +52,18 @@ class LivenessMonitor:
 
         self._store, self.rank, self.ranks, self._holds_store = PrefixStore("rim_dist", store), rank, ranks, holds_store
         self.failure: Failure | None = None
-        self._peers: list[_Peer] = []
+        self._peers: list[ProcessIdentity] = []
         self._acknowledged = self._entered = self._finished = self._exchanges = 0
         self._last_contact = time.monotonic()
         self._leaving = threading.Event()
         self._lock, self._ending = threading.Lock(), threading.RLock()
-        me = _Peer.this()
+        me = ProcessIdentity.this()
         for key, value in (("ack", "0"), ("entered", "0"), ("peer", json.dumps(asdict(me)))):
             self._store.set(f"{key}/{rank}", value)
         everyone = [f"peer/{r}" for r in range(ranks)]
         if missing := self._missing(everyone, seconds):
             raise PeerLost(f"{self.name(missing)} joined and did not answer in {seconds:g} s; start the same command again")
-        self._peers = [_Peer(**json.loads(text)) for text in self._store.multi_get(everyone)]
+        self._peers = [ProcessIdentity(**json.loads(text)) for text in self._store.multi_get(everyone)]
         self._local_peers = {r for r, peer in enumerate(self._peers) if r != rank and peer.machine == me.machine != ""}
         self._watched = set(self._local_peers)
         self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)

@@ -55,5 +55,5 @@ def check_run_folder(recipe: Recipe) -> None:
                 f"{folder} holds a run with another recipe ({'; '.join(sorted(differences)[:5])}); "
                 "choose another run.name, or remove the folder to start over"
             )
-    elif folder.is_dir() and any(p.name not in ("data", "logs") for p in folder.iterdir()):
+    elif folder.is_dir() and any(p.name not in ("data", "logs", "owner.json") for p in folder.iterdir()):
         raise ConfigError(f"{folder}: not empty and not a run of rim_dist; choose another run.name")

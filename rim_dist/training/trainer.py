@@ -53,6 +53,7 @@ from rim_dist.training.folder import check_run_folder
 from rim_dist.training.grounding import GroundingWatch, near_guessing, not_learned
 from rim_dist.training.hardware import peak_memory_bytes, peak_operations
 from rim_dist.training.inputs import checked_inputs, gather_inputs, write_inputs
+from rim_dist.training.lease import Lease
 from rim_dist.training.metrics_log import MetricsLog
 from rim_dist.training.preflight import Preflight
 from rim_dist.training.progress import ProgressReport
@@ -106,7 +107,8 @@ class Trainer:
         self._total_steps = sum(plan.steps for plan in self._plans)
         self._questions = recipe_samples(recipe)
         self._peak = peak_operations(recipe.model.dtype)
-        self._saver = CheckpointSaver(recipe, self._checkpoints, process)
+        self._lease = Lease(recipe.folder)
+        self._saver = CheckpointSaver(recipe, self._checkpoints, process, self._lease.check)
         self._saved_step = self._evaluated_step = -1
         self._last_loss = 0.0
         self._operations = 0.0
@@ -116,11 +118,19 @@ class Trainer:
     def run(self, until: StageName | None = None) -> None:
         """Train what is left of the run, then evaluate, export and draw. Raises Stopped after a signal.
 
-        `until`: return after this stage, when it is saved.
+        `until`: return after this stage, when it is saved. Raises ConfigError if another process runs it.
         """
+        try:
+            self._run(until)
+        finally:
+            if self._process.is_first:
+                self._lease.release()
+
+    def _run(self, until: StageName | None) -> None:
         if self._preflight is not None:
             self._preflight.try_links(self._mesh)
             self._preflight.check_parity(self._requirements, self._mesh)
+        self._process.follow_first(self._lease.acquire)
         resume = agree_on_checkpoint(self._checkpoints, self._process)
         self._check_inputs(resume)
         if self._process.is_first:
@@ -202,6 +212,7 @@ class Trainer:
                 done.seconds = time.perf_counter() - started
                 done.memory_bytes = peak_memory_bytes()
                 line = make_line(done)
+                self._lease.check()
                 self._log.write(line)
                 self._progress.step(line)
                 for warning in self._grounding.observe(line, (batch.targets for batch in rank_batch.micro_batches)):
@@ -372,6 +383,7 @@ class Trainer:
             return
 
         def write_model(folder: Path) -> None:
+            folder.mkdir()  # fails where another owner has removed what is around it, and makes nothing anew
             bare_model(self._engine.module).config.save_pretrained(folder)
             generation_config(self._requirements.tokenizer).save_pretrained(folder)
             with os_errors(folder):
@@ -428,6 +440,7 @@ class Trainer:
         """Note an evaluation's scores for the checkpoint of its step, write the `report`, log it at last (first rank only)."""
         assert self._log is not None
         assert self._progress is not None
+        self._lease.check()
         if self._saved_step == state.step:
             scores = {"accuracy": result.accuracy, "any_block_accuracy": result.any_block}
             note_scores(self._checkpoints, state.step, scores)
@@ -484,6 +497,7 @@ class Trainer:
 
     def _finish(self) -> None:
         """Export the last checkpoint as `rim-dist export` does, and draw the curves (first rank only)."""
+        self._lease.check()
         try:
             if self._recipe.exportable:
                 export_checkpoint(self._checkpoints, self._folder / "hf")
