@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from rim_dist import __version__
 from rim_dist.checkpoint.commands import add_export_arguments, add_verbs, export
 from rim_dist.cluster.commands import add_cluster_commands
-from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, ConfigError, PeerLost, RimError, Stopped
+from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, ConfigError, PeerLost, RimError, Stopped
 from rim_dist.evaluation.commands import add_evaluation_commands
 from rim_dist.messages import say
 from rim_dist.planning.commands import add_plan_command
@@ -35,6 +35,13 @@ _PEER_IS_LOST = re.compile(
     r"recvbytes failed",
     re.IGNORECASE,
 )
+_AGAIN = "what was complete is kept; {} and start the same command again"
+_OF_THE_FILE_SYSTEM = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _AGAIN.format("make room")),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), _AGAIN.format("look at the file system")),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _AGAIN.format("make it writable")),
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 _COMMUNICATION = re.compile("gloo|nccl", re.IGNORECASE)  # who says so
 
 
@@ -265,11 +272,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _broke_communication(error):
             say(f"rim-dist: rank {rank}: lost a peer ({said}); start the same command again")
             return _end_of_rank(EXIT_TRY_AGAIN, said)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" ({error.filename})" if error.filename else ""
-            text = f"{error.strerror}{where}; what was complete is kept; make room and start the same command again"
+        if isinstance(error, OSError) and (next_step := _OF_THE_FILE_SYSTEM.get(error.errno or 0)):
+            text = f"{error.strerror}{f' ({error.filename})' if error.filename else ''}; {next_step}"
             say(f"rim-dist: {text}")
-            return _end_of_rank(EXIT_FAILED, text)
+            return _end_of_rank(EXIT_USAGE if error.errno == errno.ENAMETOOLONG else EXIT_FAILED, text)
         traceback.print_exc()
         say(f"rim-dist: rank {rank}: failed; this is a bug or a fault of the machine")
         return _end_of_rank(EXIT_FAILED, f"{type(error).__name__}: {said}")

@@ -18,7 +18,7 @@ class Section(BaseModel):
 class RunSection(Section):
     """What the run is called and where it writes. A run writes only under `OUTPUT_DIR/NAME/`."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's folder.")
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200, description="Name of the run's folder.")
     output_dir: str = Field("runs", min_length=1, description="Folder that holds the run's folder.")
     seed: StrictInt = Field(0, ge=0, description="Seeds initial weights, data order and dropout.")
     accept_changes: list[Literal["data", "tokenizer", "template", "deepspeed", "weights"]] = Field(

@@ -27,7 +27,7 @@ from rim_dist.errors import CheckpointError
 from rim_dist.files import ChecksumWriter, damage_of, os_errors
 from rim_dist.parallel.launch import Process
 
-ALONE = Process(0, 1, 0, "cpu")
+ALONE = Process(0, 1, "cpu")
 KILLS = int(os.environ.get("RIM_DIST_KILLS", "12"))  # 100 behind RIM_DIST_KILLS=100
 
 
@@ -136,6 +136,20 @@ def test_retention(tmp_path: Path, policy: dict, expected: list[int]) -> None:
         retention.retain(tmp_path, CheckpointSection(**policy))
     assert kept(tmp_path) == expected
     assert len(retention.read_scores(tmp_path)) <= len(expected) + 1  # a removed one's go with the next save
+
+
+def test_checkpoint_moved_away_and_linked_back_is_one(tmp_path: Path) -> None:
+    """Retention removes the link, and leaves what somebody has moved elsewhere."""
+    checkpoints, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for step in (1, 2):
+        make(checkpoints, step)
+    (checkpoints / "step-00000001").rename(elsewhere)
+    (checkpoints / "step-00000001").symlink_to(elsewhere)
+    assert agree_on_checkpoint(checkpoints, ALONE) == checkpoints / "step-00000002"
+    new = make(checkpoints, 3)
+    retention.retain(checkpoints, CheckpointSection(keep=2), good={new})
+    assert kept(checkpoints) == [2, 3]
+    assert damage_of(elsewhere, checksums=True) == ""
 
 
 def test_retention_keeps_the_only_good_one(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import socket
 import time
@@ -12,6 +14,7 @@ from conftest import tiny_recipe, write_recipe
 from ranks import run
 
 from rim_dist.checkpoint.store import complete_checkpoints, find_checkpoint, read_state
+from rim_dist.cli import main
 from rim_dist.metrics import read_metrics
 
 MOST_SECONDS = 60
@@ -74,3 +77,26 @@ def test_rank_that_fails_in_the_middle_of_a_backward(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path / "r" / "metrics.jsonl")] == list(range(1, 9))
     assert newest_step() == 8
     assert len(complete_checkpoints(tmp_path / "r" / "checkpoints")) == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "message"),
+    [
+        (errno.EIO, 1, "Input/output error (m.jsonl); what was complete is kept; look at the file system and start"),
+        (errno.ESTALE, 1, "look at the file system"),
+        (errno.EROFS, 1, "Read-only file system (m.jsonl); what was complete is kept; make it writable and start"),
+        (errno.ENOSPC, 1, "make room"),
+        (errno.ENAMETOOLONG, 2, "File name too long (m.jsonl); choose a shorter name"),
+    ],
+)
+def test_error_of_the_file_system_is_one_message(
+    number: int, status: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "m.jsonl")
+
+    monkeypatch.setattr("rim_dist.recipe.load_recipe", fail)
+    assert main(["train", "r.yaml"]) == status
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error

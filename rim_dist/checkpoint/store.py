@@ -131,7 +131,7 @@ def partial_folder(checkpoints: Path, step: int) -> Path:
 def start_writing(checkpoints: Path, step: int) -> Path:
     """A fresh folder for a new checkpoint; what a killed run left half-written is removed. First rank only."""
     for left in checkpoints.glob(f"*{PARTIAL}"):
-        if left.is_dir():
+        if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
         else:
             left.unlink()
@@ -197,7 +197,10 @@ def announce(
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint. Renamed first: a crash in the middle leaves nothing that looks like one."""
+    """Remove a checkpoint, or the link to one. Renamed first: a crash in the middle leaves nothing that looks like one."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return
     renamed = checkpoint.with_name(f"{checkpoint.name}.removed{PARTIAL}")
     shutil.rmtree(renamed, ignore_errors=True)
     os.rename(checkpoint, renamed)
