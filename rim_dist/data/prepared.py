@@ -7,26 +7,33 @@ the number of ranks.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 import os
 import shutil
+import tempfile
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy
+import tokenizers
+import transformers
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 import rim_dist
-from rim_dist.config import Recipe
-from rim_dist.data.encoding import DataReport, encode
+from rim_dist.config import DataSection, OptimizerSection, Recipe, StageSection
+from rim_dist.data.encoding import ENCODER_VERSION, DataReport, encode
+from rim_dist.data.formats import format_names, format_of
 from rim_dist.data.samples import EncodedSample
 from rim_dist.data.sources import read_source, source_name
 from rim_dist.data.synthetic import FORMAT
 from rim_dist.errors import DataError
-from rim_dist.tokens import MemoryTokens
+from rim_dist.methods import method_class
+from rim_dist.tokens import MemoryTokens, prompt_texts
 
 _ARRAYS = ("tokens", "segment_ends", "first_segment", "lines")
 _COMPARED_SAMPLES = 64
@@ -123,10 +130,36 @@ class StreamedData:
 SampleStream = PreparedData | StreamedData
 
 
-# The sections that are not one method's own. `fingerprint` lists those of their fields that decide a token or a rejected row.
-_COMMON = frozenset(
-    "method run model memory data curriculum optimizer parallel checkpoint evaluation logging".split()  # noqa: SIM905
-)
+# Fields of a recipe that decide neither a token nor a rejected row. A field that is not here is part of the key.
+_DECIDES_NOTHING: dict[str, Any] = {
+    **dict.fromkeys(("run", "model", "parallel", "checkpoint", "evaluation", "logging"), True),
+    "memory": {"initialise"},
+    "data": {"cache_dir", "path", "streaming", "shuffle_buffer"},
+    "curriculum": {
+        "normalisation": True,
+        "stage1": {*StageSection.model_fields, "weights"},
+        "stage2": {*StageSection.model_fields, "weight_power"},
+    },
+    "optimizer": set(OptimizerSection.model_fields) - {"micro_batch_tokens"},
+}
+
+
+def _tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Hashes of the files that the tokenizer is saved as: vocabulary, normaliser, added and special tokens, chat template."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: _digest_file(path) for path in sorted(Path(folder).iterdir())}
+
+
+def _source_files(data: DataSection) -> Any:
+    """What tells one state of a local source from another: a file's content; of a folder all files' sizes and times."""
+    name = data.id if data.source == "hub" else data.path
+    if name is None or not (path := Path(name)).exists():
+        return None
+    if path.is_file():
+        return _digest_file(path)
+    states = {file: file.stat() for file in sorted(path.rglob("*")) if file.is_file()}
+    return [[str(file.relative_to(path)), state.st_size, state.st_mtime_ns] for file, state in states.items()]
 
 
 def _digest_file(path: Path) -> str:
@@ -136,29 +169,19 @@ def _digest_file(path: Path) -> str:
 
 def fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: int) -> str:
     """A hash of everything that decides a token or a rejected row."""
-    data = recipe.data
-    source_file = Path(data.path) if data.path else None
+    data, stages = recipe.data, (recipe.curriculum.stage1, recipe.curriculum.stage2)
+    # A method and a format are a file each, which may be a user's own.
+    plugins = [method_class(recipe.method), *(type(format_of(data.source)) for _ in {data.source} & set(format_names()))]
     parts = {
-        "version": rim_dist.__version__,
-        "data": data.model_dump(mode="json", exclude={"cache_dir", "path"}),
-        "file": _digest_file(source_file) if source_file and source_file.is_file() else None,
+        "versions": [rim_dist.__version__, ENCODER_VERSION, transformers.__version__, tokenizers.__version__],
+        "recipe": recipe.model_dump(mode="json", exclude=_DECIDES_NOTHING),
+        "stages": [stage.enabled for stage in stages],
+        "plugins": [_digest_file(Path(inspect.getfile(plugin))) for plugin in plugins],
         "synthetic": [recipe.run.seed, FORMAT] if data.source == "synthetic" else None,
-        "method": recipe.method,
-        "memory": recipe.memory.model_dump(mode="json", exclude={"initialise"}),
-        "stage1": [
-            recipe.curriculum.stage1.enabled,
-            recipe.curriculum.stage1.max_steps,
-            recipe.curriculum.stage1.longer,
-            recipe.curriculum.stage1.targets,
-        ],
-        "stage2": recipe.curriculum.stage2.enabled,
-        # A method's own section may decide which rows fit.
-        "own": {name: getattr(recipe, name).model_dump(mode="json") for name in set(type(recipe).model_fields) - _COMMON},
+        "source": _source_files(data),
+        "tokenizer": _tokenizer_files(tokenizer),
+        "prompt": prompt_texts(tokenizer, ["What is 3 + 4?"], 0),
         "positions": positions,
-        "micro_batch_tokens": recipe.optimizer.micro_batch_tokens,
-        "template": tokenizer.chat_template,
-        "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "probe": tokenizer("From 3 to 48/2=24, then: été\n  end.")["input_ids"],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 

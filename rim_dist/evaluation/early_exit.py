@@ -18,6 +18,7 @@ from rim_dist.evaluation.prefixes import decode_greedily
 from rim_dist.evaluation.probe import Probe
 from rim_dist.evaluation.scoring import extract_answer, same_answer
 from rim_dist.model.generation import Decoding, answer_texts, check_prompts, model_positions
+from rim_dist.tokens import appended_block
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def time_early_exit(
 ) -> dict[str, Any]:
     """Stopping early against all blocks in one prefill, in turns, by the same decoding loop; accuracy on these questions."""
     questions = loaded.prompts([sample.question for sample in samples], 0)
-    block = loaded.prompts(["?"], 1)[0][-loaded.block_size :]
+    block = appended_block(loaded.tokenizer)
 
     def run(used: Probe | None, number: int) -> SteppedAnswer:
         return answer_stepwise(loaded, questions[number], block, decoding, used, confidence)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ class Requirements:
     checkpoint: Path | None
     attention: KernelChoice
     sequence_mode: Mode  # how ranks of a sequence group share a row
+    notes: list[str] = field(default_factory=list)  # what the user is told about the chat template
 
     @property
     def positions(self) -> int:
@@ -89,8 +90,8 @@ class Start:
 def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
     """Load and check tokenizer and model configuration.
 
-    Raises ModelError or ConfigError: unknown model, no end-of-text token, a family that cannot take the RiM mask, blocks beyond
-    the model's positions.
+    Raises ModelError or ConfigError: unknown model, no end-of-text token, a chat template that cannot ask a question, a family
+    that cannot take the RiM mask, blocks beyond the model's positions.
     """
     section = recipe.model
     source = start.source
@@ -99,7 +100,10 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
         raise ModelError("model.tokenizer: the tokenizer has no end-of-text token, so no answer could ever end")
     tokens = add_memory_tokens(tokenizer, recipe.memory)
     method = method_of(recipe)
-    set_chat_template(tokenizer, recipe.memory, method.prompt_blocks)
+    try:
+        notes = set_chat_template(tokenizer, recipe.memory, method.prompt_blocks)
+    except ModelError as error:
+        raise ModelError(f"model.tokenizer: {error}\n(correct its chat_template.jinja, or name another tokenizer)") from None
     if source is None:
         config = _scratch_config(recipe, len(tokenizer))
     else:
@@ -112,7 +116,7 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
     mode = choose_mode(recipe.parallel.sequence_mode, recipe.parallel.sequence, heads, kv_heads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attention = choose_kernel(section.attention, Demands.of(recipe, config, device, mode, local=True))
-    requirements = Requirements(tokenizer, tokens, config, source, start.checkpoint, attention, mode)
+    requirements = Requirements(tokenizer, tokens, config, source, start.checkpoint, attention, mode, notes)
     _check_positions(method, requirements)
     kernel = proof_kernel(attention.kernel)
     prove_family(config, section.trust_remote_code, kernel)

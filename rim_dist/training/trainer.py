@@ -430,7 +430,8 @@ class Trainer:
             f"{self._process.ranks} rank(s) of {self._process.device.partition(':')[0]}, {self._recipe.model.dtype}; "
             f"attention {self._requirements.attention.kernel} ({self._requirements.attention.reason})"
         )
-        if self._questions and (note := padding_note(self._requirements.tokenizer)):
+        padding = padding_note(self._requirements.tokenizer) if self._questions else ""
+        for note in filter(None, [*self._requirements.notes, padding]):
             self._progress.say(note)
         if resume is not None:
             self._progress.say(f"resumed from {resume} ({state.stage}, step {state.step})")
