@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy
 import pytest
 from conftest import FIXTURE_ROWS
 from forked import PROCESSES
+from tiny_tokenizers import byte_tokenizer
+from tokenizers import normalizers
+from transformers import PreTrainedTokenizerFast
 
 import rim_dist.data.formats
+import rim_dist.methods
 from rim_dist.checkpoint.start import requirements_of
 from rim_dist.cli import main
-from rim_dist.config import ColumnsSection
+from rim_dist.config import ColumnsSection, Recipe, Section
 from rim_dist.data.formats import recognise
 from rim_dist.data.formats.base import answer_text
 from rim_dist.data.loader import BatchLoader, plan_stages
-from rim_dist.data.prepared import PreparedData, StreamedData, prepare
+from rim_dist.data.prepared import PreparedData, StreamedData, fingerprint, prepare
 from rim_dist.data.samples import BadSample, Sample
 from rim_dist.data.sources import read_file, read_source
-from rim_dist.data.synthetic import SyntheticTask, house_map, walk
+from rim_dist.data.synthetic import SyntheticTask, house_map, synthetic_tokenizer, walk
 from rim_dist.errors import ConfigError, DataError
 from rim_dist.model.requirements import Requirements
 from rim_dist.recipe import load_recipe
+from rim_dist.tokens import add_memory_tokens, set_chat_template
 
 Make = Callable[..., Path]
 
@@ -316,6 +324,115 @@ def test_changed_data_is_encoded_again(recipe_file: Make, tmp_path: Path) -> Non
         data.write_text('{"question": "red", "answer": "hall"}\n' * count)
         prepared, _ = open_prepared(recipe_file(data=section), tmp_path / "c")
         assert len(prepared) == count
+
+
+def _lower_case(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer._tokenizer.normalizer = normalizers.Lowercase()
+
+
+# What may differ between two tokenizers.
+OTHER_TOKENIZERS: dict[str, Callable[[PreTrainedTokenizerFast], Any]] = {
+    "eos": lambda t: setattr(t, "eos_token", "!"),
+    "bos": lambda t: setattr(t, "bos_token", "!"),
+    "template": lambda t: setattr(t, "chat_template", t.chat_template + " now"),
+    "normaliser": _lower_case,
+    "added tokens": lambda t: t.add_tokens(["How"]),
+    "special tokens": lambda t: t.add_special_tokens({"additional_special_tokens": ["##"]}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TOKENIZERS)
+def test_another_tokenizer_does_not_get_the_tokens_of_the_first(recipe_file: Make, tmp_path: Path, name: str) -> None:
+    """In a shared folder: question and answer are what plain transformers makes of them with the tokenizer given."""
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"question": "How many ARE 3 and 4?", "answer": "SEVEN"}')
+    recipe = load_recipe(recipe_file(data={"source": "jsonl", "path": str(data)}))
+    template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    seen = set()
+    for change in (lambda _: None, OTHER_TOKENIZERS[name]):
+        tokenizer, plain = byte_tokenizer(template), byte_tokenizer(template)
+        for one in (tokenizer, plain):
+            change(one)
+        tokens = add_memory_tokens(tokenizer, recipe.memory)
+        set_chat_template(tokenizer, recipe.memory, recipe.memory.blocks)
+        sample = prepare(recipe, tokenizer, tokens, 128, tmp_path / "c")[0]
+        asked = [{"role": "user", "content": "How many ARE 3 and 4?"}]
+        assert sample.question.tolist() == plain.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        assert sample.answer.tolist() == [*plain("#### SEVEN", add_special_tokens=False)["input_ids"], plain.eos_token_id]
+        seen.add((*sample.question, -1, *sample.answer))
+    assert len(seen) == 2  # the two tokenizers do differ here
+
+
+def test_a_local_hub_folder_that_changed_is_read_again(
+    recipe_file: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    path = recipe_file(data={"source": "hub", "id": str(folder)})
+    for number, answer in enumerate(("hall", "cold")):  # of one length
+        (folder / "train.jsonl").write_text(f'{{"question": "red", "answer": "{answer}"}}\n')
+        os.utime(folder / "train.jsonl", (1e9 + number, 1e9 + number))
+        prepared, requirements = open_prepared(path, tmp_path / "c")
+        expected = requirements.tokenizer(f"#### {answer}", add_special_tokens=False)["input_ids"]
+        assert prepared[0].answer.tolist() == [*expected, requirements.tokenizer.eos_token_id]
+
+
+KEY = {
+    True: "method=cot method=pause data.limit=9 data.max_tokens=99 data.answer_format=<{answer}> data.step_format=<{step}> "
+    "data.on_bad_sample=skip data.columns.answer=a memory.blocks=2 memory.tokens_per_block=1 memory.end_token=<e> "
+    "curriculum.stage1.max_steps=3 curriculum.stage1.longer=truncate curriculum.stage1.targets=same_step "
+    "curriculum.stage2.samples=0 optimizer.micro_batch_tokens=99 run.seed=1 coconut.c_thought=1 coconut.max_latent_stage=1",
+    False: "run.name=b run.output_dir=b memory.initialise=mean curriculum.stage1.samples=8 curriculum.stage1.learning_rate=1 "
+    "curriculum.stage1.dropout=0.1 curriculum.stage2.weight_power=0 curriculum.normalisation=sample optimizer.global_batch=8 "
+    "optimizer.beta1=0 parallel.zero_stage=0 checkpoint.keep=1 evaluation.samples=4 logging.every_steps=1 model.dtype=bf16 "
+    "data.cache_dir=b",
+}
+
+
+def test_the_key_of_tokenised_data_has_every_field_that_decides_a_token(recipe_file: Make) -> None:
+    path = recipe_file()
+    tokenizer = synthetic_tokenizer()
+
+    def key(*overrides: str) -> str:
+        return fingerprint(load_recipe(path, list(overrides)), tokenizer, 128)
+
+    assert key() == key()
+    for decides, overrides in KEY.items():
+        for override in overrides.split():
+            assert (key(override) != key()) is decides, override
+    assert fingerprint(load_recipe(path), tokenizer, 127) != key()
+
+
+NEW_METHOD = '''
+from rim_dist.methods.cot import ChainOfThought
+
+
+class Mine(ChainOfThought):
+    """A chain of thought."""
+
+
+METHOD = Mine
+'''
+
+
+def test_a_methods_own_settings_and_source_are_in_the_key(
+    recipe_file: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class MineSection(Section):
+        longest: int = 3
+
+    class WithMine(Recipe):
+        mine: MineSection = MineSection()
+
+    (tmp_path / "mine.py").write_text(NEW_METHOD)
+    monkeypatch.setattr(rim_dist.methods, "__path__", [*rim_dist.methods.__path__, str(tmp_path)])
+    tree = load_recipe(recipe_file(method="mine")).model_dump()
+    keys = []
+    for mine, source in ({}, NEW_METHOD), ({"longest": 4}, NEW_METHOD), ({}, NEW_METHOD + "Mine.answer_factor = 2\n"):
+        (tmp_path / "mine.py").write_text(source)
+        keys.append(fingerprint(WithMine.model_validate({**tree, "mine": mine}), synthetic_tokenizer(), 128))
+    assert len(set(keys)) == 3
 
 
 def test_batches_cover_the_global_batch_on_any_number_of_ranks(recipe_file: Make, tmp_path: Path) -> None:
