@@ -274,6 +274,31 @@ def test_too_long_too_many_steps_and_memory_text(recipe_file: Make, tmp_path: Pa
     assert len(prepared[1].steps) == 4
 
 
+def test_a_target_that_ends_before_its_end_is_a_bad_sample(
+    recipe_file: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server stops at the first end-of-text, so nothing after it could be learned; in a question it is text like any."""
+    data = tmp_path / "d.jsonl"
+    rows = [
+        {"question": "What is </s> in red?", "steps": ["red"], "answer": "hall"},
+        {"question": "red", "steps": ["red"], "answer": "hall</s>hall"},
+        {"question": "red", "steps": ["red</s>", "blue"], "answer": "hall"},
+        {"question": "red", "steps": [], "answer": "hall</s>"},
+    ]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    section = {"source": "jsonl", "path": str(data), "on_bad_sample": "skip"}
+    prepared, requirements = open_prepared(recipe_file(data=section), tmp_path / "c")
+    assert dict(prepared.report.skipped) == {"a step or the answer contains a token that ends answers": 3}
+    plain = synthetic_tokenizer()
+    assert prepared[0].answer.tolist() == [*plain("#### hall", add_special_tokens=False)["input_ids"], plain.eos_token_id]
+    arguments = (load_recipe(recipe_file(data=section)), requirements.tokenizer, requirements.tokens, requirements.positions)
+    red = plain.convert_tokens_to_ids("▁red")
+    with pytest.raises(DataError, match="4 rows: a step or the answer contains"):  # another end: a turn's
+        prepare(*arguments, tmp_path / "c", ends=[plain.eos_token_id, red])
+    assert main(["data", str(recipe_file(data={**section, "on_bad_sample": "refuse"}))]) == 2
+    assert f"{data}:2: a step or the answer contains a token that ends answers" in capsys.readouterr().err
+
+
 def test_prepared_data_is_what_was_encoded(recipe_file: Make, tmp_path: Path) -> None:
     prepared, requirements = open_prepared(recipe_file(), tmp_path / "c")
     problems = list(SyntheticTask(1, 4).training(200, 0))

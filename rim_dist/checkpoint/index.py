@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from rim_dist.checkpoint.portable import is_portable, read_portable
 from rim_dist.checkpoint.store import ENGINE, MODEL, TrainingState, read_recipe, read_state
@@ -33,6 +33,7 @@ class CheckpointIndex:
     state: TrainingState
     config: Any
     tokenizer: Any
+    generation: GenerationConfig
     tokens: MemoryTokens
     tensors: TensorIndex  # all that was found, with the optimizer's state
     module: dict[str, StoredTensor]  # every tensor of the trained module by its name there, tied ones once
@@ -99,6 +100,7 @@ def index_checkpoint(checkpoint: Path) -> CheckpointIndex:
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint / MODEL)
         config = AutoConfig.from_pretrained(checkpoint / MODEL, trust_remote_code=recipe.model.trust_remote_code)
+        generation = GenerationConfig.from_pretrained(checkpoint / MODEL)
     except Exception as error:
         raise CheckpointError(f"{checkpoint / MODEL}: cannot be loaded ({first_line(error)})") from error
     tokens = add_memory_tokens(tokenizer, recipe.memory)
@@ -122,7 +124,8 @@ def index_checkpoint(checkpoint: Path) -> CheckpointIndex:
     names = {id(parameter): name for name, parameter in plain.named_parameters()}
     rows = {names[id(layer.weight)] for layer in (plain.get_input_embeddings(), plain.get_output_embeddings())}
     architecture = type(plain).__name__
-    return CheckpointIndex(recipe, state, config, tokenizer, tokens, tensors, found, model, architecture, tuple(sorted(rows)))
+    described = (recipe, state, config, tokenizer, generation, tokens)
+    return CheckpointIndex(*described, tensors, found, model, architecture, tuple(sorted(rows)))
 
 
 def _optimizer_groups(module: torch.nn.Module, weight_decay: float) -> list[list[str]]:

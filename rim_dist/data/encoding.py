@@ -46,11 +46,13 @@ def encode(
     tokens: MemoryTokens,
     positions: int,
     report: DataReport,
+    ends: Sequence[int] = (),
 ) -> Iterator[EncodedSample]:
     """Token ids of every usable row, in order. `report` counts them and the skipped rows.
 
-    `positions`: the longest sequence of the model. Raises DataError, with file and line, at the first bad row if
-    `data.on_bad_sample` is `refuse`. Samples with too many steps follow `curriculum.stage1.longer`.
+    `positions`: the longest sequence of the model. `ends`: tokens besides end-of-text that end an answer. Samples with too many
+    steps follow `curriculum.stage1.longer`. Raises DataError, with file and line, at the first bad row if `data.on_bad_sample`
+    is `refuse`.
     """
     name, method, stage1 = source_name(recipe.data), method_of(recipe), recipe.curriculum.stage1
 
@@ -78,7 +80,7 @@ def encode(
                 continue
             kept = replace(sample, steps=sample.steps[: stage1.max_steps])
             report.truncated += len(kept.steps) < len(sample.steps)
-            if (bad := _unusable(recipe, method, kept, tokens, positions)) is not None:
+            if (bad := _unusable(recipe, method, kept, tokens, positions, {tokenizer.eos_token_id, *ends})) is not None:
                 reject(bad)
                 continue
             report.used += 1
@@ -109,10 +111,14 @@ def _tokenised(
     ]
 
 
-def _unusable(recipe: Recipe, method: Method, sample: EncodedSample, tokens: MemoryTokens, positions: int) -> BadSample | None:
+def _unusable(
+    recipe: Recipe, method: Method, sample: EncodedSample, tokens: MemoryTokens, positions: int, ends: set[int]
+) -> BadSample | None:
     """The reason why an encoded sample cannot be used; None if it can."""
     if any(i in tokens.ids for ids in (sample.question, *sample.steps, sample.answer) for i in ids):
         return BadSample(sample.line, "the text contains a memory token")
+    if any(i in ends for ids in (*sample.steps, sample.answer) for i in ids[:-1]):
+        return BadSample(sample.line, "a step or the answer contains a token that ends answers")
     longest_rows = list(method.longest_rows(sample))
     limit = min(positions, recipe.data.max_tokens or positions)
     if (longest := max(row.longest_sequence for row in longest_rows)) > limit:

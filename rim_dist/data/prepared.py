@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,17 @@ class PreparedData:
 class StreamedData:
     """A source read in order through a seeded shuffle buffer. Going back restarts it from the beginning."""
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTokens, positions: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens: MemoryTokens,
+        positions: int,
+        ends: Sequence[int] = (),
+    ) -> None:
         self.report = DataReport()
         self.fingerprint = ""  # the data is not known before it is read
-        self._arguments = (tokenizer, tokens, positions)
+        self._arguments, self._ends = (tokenizer, tokens, positions), ends
         self._recipe = recipe
         self._position = 0
         self._iterator = self._forever()
@@ -112,7 +119,7 @@ class StreamedData:
             buffer: list[EncodedSample] = []
             count = 0
             rows = read_source(self._recipe.data, self._recipe.run.seed)
-            for sample in encode(self._recipe, rows, *self._arguments, self.report):
+            for sample in encode(self._recipe, rows, *self._arguments, self.report, self._ends):
                 count += 1
                 if len(buffer) < self._recipe.data.shuffle_buffer:
                     buffer.append(sample)
@@ -167,7 +174,7 @@ def _digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: int) -> str:
+def fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: int, ends: Sequence[int] = ()) -> str:
     """A hash of everything that decides a token or a rejected row."""
     data, stages = recipe.data, (recipe.curriculum.stage1, recipe.curriculum.stage2)
     # A method and a format are a file each, which may be a user's own.
@@ -182,35 +189,42 @@ def fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: i
         "tokenizer": _tokenizer_files(tokenizer),
         "prompt": prompt_texts(tokenizer, ["What is 3 + 4?"], 0),
         "positions": positions,
+        "ends": list(ends),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def prepare(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTokens, positions: int, folder: Path
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: MemoryTokens,
+    positions: int,
+    folder: Path,
+    ends: Sequence[int] = (),
 ) -> PreparedData:
     """Open the recipe's tokenised data in `folder`; encode it first if it is not there.
 
     Any number of processes may call this at once: one encodes, the others wait for its file lock, outside of any collective.
     Raises DataError if no row is usable.
     """
-    target = folder / fingerprint(recipe, tokenizer, positions)
+    target = folder / fingerprint(recipe, tokenizer, positions, ends)
     if not (target / "meta.json").is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / "lock"):
                 if not (target / "meta.json").is_file():
-                    _build(recipe, tokenizer, tokens, positions, target)
+                    rows = read_source(recipe.data, recipe.run.seed)
+                    report = DataReport()
+                    _build(recipe, encode(recipe, rows, tokenizer, tokens, positions, report, ends), report, target)
         except OSError as error:
             raise DataError(f"{folder}: tokenised data cannot be written ({error.strerror or error})") from None
     return PreparedData(target, recipe.run.seed)
 
 
-def _build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTokens, positions: int, target: Path) -> None:
+def _build(recipe: Recipe, samples: Iterable[EncodedSample], report: DataReport, target: Path) -> None:
+    """Write the samples. `report`: of those that were read so far."""
     flat, ends, first, lines = array("i"), array("q", [0]), array("q", [0]), array("q")
-    report = DataReport()
-    rows = read_source(recipe.data, recipe.run.seed)
-    for sample in encode(recipe, rows, tokenizer, tokens, positions, report):
+    for sample in samples:
         for piece in (sample.question, *sample.steps, sample.answer):
             flat.extend(piece)
             ends.append(len(flat))
