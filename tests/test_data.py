@@ -15,7 +15,7 @@ from conftest import FIXTURE_ROWS
 from forked import PROCESSES
 from tiny_tokenizers import byte_tokenizer
 from tokenizers import normalizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import rim_dist.data.formats
 import rim_dist.methods
@@ -232,6 +232,44 @@ def test_refuse_and_skip(recipe_file: Make, tmp_path: Path, capsys: pytest.Captu
     text = capsys.readouterr().out
     assert "2 rows, 1 used, 1 left out" in text
     assert f"1 x missing column; first {data}:2" in text
+
+
+def test_show_says_what_template_and_formats_make_of_the_first_sample(
+    recipe_file: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text and token ids are those of plain transformers, line ends and special tokens visible."""
+    byte_tokenizer("{{ bos_token }}user:\n{{ messages[0]['content'] }}\n\n").save_pretrained(tmp_path / "tokenizer")
+    data = tmp_path / "d.jsonl"
+    data.write_text('\n{"question": "3 ÷ 4?", "steps": ["3*4=12"], "answer": 12}\n{"question": "q", "answer": 1}\n')
+    path = recipe_file(
+        model={"tokenizer": str(tmp_path / "tokenizer")},
+        memory={"blocks": 2},
+        data={"source": "jsonl", "path": str(data), "step_format": "[{step}]"},
+    )
+    plain = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    plain.add_special_tokens({"additional_special_tokens": ["<|mem_begin|>", "<|mem|>", "<|mem_end|>"]})
+    question = plain.apply_chat_template([{"role": "user", "content": "3 ÷ 4?"}], tokenize=False)
+    texts = {
+        "prompt": question + "<|mem_begin|><|mem|><|mem|><|mem_end|>" * 2,
+        "step 1": "[3*4=12]</s>",
+        "answer": "#### 12</s>",
+    }
+    expected = [f"{data}:2 as text:"]
+    with_ids = expected[:]
+    for name, text in texts.items():
+        ids = plain(text, add_special_tokens=False)["input_ids"]
+        expected.append(f"  {name} ({len(ids)} tokens): {text!r}")
+        with_ids += [expected[-1], f"    {' '.join(map(str, ids))}"]
+    assert main(["data", str(path), "--show"]) == 0
+    text = capsys.readouterr().out
+    assert "\n".join(expected) + "\n" in text
+    assert "d.jsonl:3 as text" not in text
+    assert main(["data", str(path), "data.streaming=true", "--show", "2", "--ids"]) == 0
+    text = capsys.readouterr().out
+    assert "\n".join(with_ids) + "\n" in text
+    assert "d.jsonl:3 as text" in text
+    assert main(["data", str(path), "--ids"]) == 2
+    assert "--ids: needs --show" in capsys.readouterr().err
 
 
 def test_empty_and_unusable_data(recipe_file: Make, tmp_path: Path) -> None:
