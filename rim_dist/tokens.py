@@ -125,7 +125,9 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(template, dict):
         if "default" not in template:
             raise ModelError(f"it has chat templates named {', '.join(sorted(template))}, and none named default")
-        return template["default"]
+        template = template["default"]
+    if not isinstance(template, str):
+        raise ModelError(f"its chat template is {type(template).__name__}, not text")
     return template
 
 

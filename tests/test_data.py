@@ -380,6 +380,21 @@ def test_cache_in_a_place_that_cannot_be_written(recipe_file: Make, tmp_path: Pa
         open_prepared(recipe_file(), tmp_path / "file")
 
 
+@pytest.mark.parametrize("damage", ["meta.json", "tokens.npy", "lines.npy"])
+def test_tokenised_data_that_lost_a_file_is_encoded_again(recipe_file: Make, tmp_path: Path, damage: str) -> None:
+    """As clusters clear shared disks: by the age of each file. A file that is cut short counts as lost."""
+    for length in (None, 10):
+        prepared, _ = open_prepared(recipe_file(), tmp_path / "c")
+        questions = [prepared[i].question.tolist() for i in range(len(prepared))]
+        (folder,) = (path for path in (tmp_path / "c").iterdir() if path.is_dir())
+        if length is None:
+            (folder / damage).unlink()
+        else:
+            os.truncate(folder / damage, length)
+        again, _ = open_prepared(recipe_file(), tmp_path / "c")
+        assert [again[i].question.tolist() for i in range(len(again))] == questions
+
+
 def test_changed_data_is_encoded_again(recipe_file: Make, tmp_path: Path) -> None:
     data = tmp_path / "d.jsonl"
     section = {"source": "jsonl", "path": str(data)}
@@ -435,7 +450,7 @@ def test_a_local_hub_folder_that_changed_is_read_again(
     path = recipe_file(data={"source": "hub", "id": str(folder)})
     for number, answer in enumerate(("hall", "cold")):  # of one length
         (folder / "train.jsonl").write_text(f'{{"question": "red", "answer": "{answer}"}}\n')
-        os.utime(folder / "train.jsonl", (1e9 + number, 1e9 + number))
+        os.utime(folder / "train.jsonl", (1e9 + number, 1e9 + number))  # the cache of datasets goes by it
         prepared, requirements = open_prepared(path, tmp_path / "c")
         expected = requirements.tokenizer(f"#### {answer}", add_special_tokens=False)["input_ids"]
         assert prepared[0].answer.tolist() == [*expected, requirements.tokenizer.eos_token_id]

@@ -168,18 +168,26 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("template", [*REFUSED, "named"])
+@pytest.mark.parametrize("template", [*REFUSED, "named", "number"])
 def test_templates_that_are_refused(
     template: str, recipe_file: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command says why, in the template's own words, and writes nothing."""
     named = {"rag": LOOP, "tool_use": LOOP}
     byte_tokenizer(named if template == "named" else template).save_pretrained(tmp_path / "tokenizer")
+    if template == "number":
+        (tmp_path / "tokenizer" / "chat_template.jinja").unlink()
+        settings = tmp_path / "tokenizer" / "tokenizer_config.json"
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": 5}))
     recipe = recipe_file(model={"tokenizer": str(tmp_path / "tokenizer")})
     assert main(["train", str(recipe)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("rim-dist: model.tokenizer: ")
-    assert REFUSED.get(template, "chat templates named rag, tool_use, and none named default") in said
+    other = {
+        "named": "chat templates named rag, tool_use, and none named default",
+        "number": "its chat template is int, not text",
+    }
+    assert (REFUSED | other)[template] in said
     assert len(said.splitlines()) <= 3
     assert not (tmp_path / "runs").exists()
 

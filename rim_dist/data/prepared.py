@@ -159,14 +159,14 @@ def _tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def _source_files(data: DataSection) -> Any:
-    """What tells one state of a local source from another: a file's content; of a folder all files' sizes and times."""
+    """Hashes of a local source's files; None for another source. Times would differ between the copies of several nodes."""
     name = data.id if data.source == "hub" else data.path
     if name is None or not (path := Path(name)).exists():
         return None
     if path.is_file():
         return _digest_file(path)
-    states = {file: file.stat() for file in sorted(path.rglob("*")) if file.is_file()}
-    return [[str(file.relative_to(path)), state.st_size, state.st_mtime_ns] for file, state in states.items()]
+    names = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
+    return {str(name): _digest_file(path / name) for name in names if not any(part.startswith(".") for part in name.parts)}
 
 
 def _digest_file(path: Path) -> str:
@@ -208,17 +208,26 @@ def prepare(
     Raises DataError if no row is usable.
     """
     target = folder / fingerprint(recipe, tokenizer, positions, ends)
-    if not (target / "meta.json").is_file():
+    if not _is_whole(target):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / "lock"):
-                if not (target / "meta.json").is_file():
+                if not _is_whole(target):
                     rows = read_source(recipe.data, recipe.run.seed)
                     report = DataReport()
                     _build(recipe, encode(recipe, rows, tokenizer, tokens, positions, report, ends), report, target)
         except OSError as error:
             raise DataError(f"{folder}: tokenised data cannot be written ({error.strerror or error})") from None
     return PreparedData(target, recipe.run.seed)
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether all that `_build` wrote is there: shared disks are cleared file by file."""
+    try:
+        sizes = json.loads((target / "meta.json").read_text(encoding="utf-8"))["sizes"]
+        return all((target / f"{name}.npy").stat().st_size == sizes[name] for name in _ARRAYS)
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _build(recipe: Recipe, samples: Iterable[EncodedSample], report: DataReport, target: Path) -> None:
@@ -238,5 +247,7 @@ def _build(recipe: Recipe, samples: Iterable[EncodedSample], report: DataReport,
     partial.mkdir()
     for name, values in zip(_ARRAYS, (flat, ends, first, lines), strict=True):
         numpy.save(partial / f"{name}.npy", numpy.frombuffer(values, dtype=numpy.dtype(values.typecode)))
-    (partial / "meta.json").write_text(json.dumps({"report": report.model_dump()}, indent=1), encoding="utf-8")
+    sizes = {name: (partial / f"{name}.npy").stat().st_size for name in _ARRAYS}
+    (partial / "meta.json").write_text(json.dumps({"report": report.model_dump(), "sizes": sizes}, indent=1), encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)  # not whole
     os.replace(partial, target)

@@ -91,7 +91,8 @@ def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     Raises ModelError if there are none.
     """
     own = getattr(bare_model(model), "generation_config", None)
-    ends = [*_as_list(tokenizer.eos_token_id), *_as_list(getattr(own, "eos_token_id", None))]
+    named = [*_as_list(tokenizer.eos_token_id), *_as_list(getattr(own, "eos_token_id", None))]
+    ends = [end for end in named if end >= 0]  # -1 is some configurations' way to say none
     if not ends:
         raise ModelError("no answer could ever end: the tokenizer has no end-of-text token, the model no eos_token_id")
     return list(dict.fromkeys(ends))
