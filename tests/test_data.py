@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import rim_dist.data.formats
 import rim_dist.methods
+from rim_dist.checkpoint import store
 from rim_dist.checkpoint.start import requirements_of
 from rim_dist.cli import main
 from rim_dist.config import ColumnsSection, Recipe, Section
@@ -33,6 +34,7 @@ from rim_dist.errors import ConfigError, DataError
 from rim_dist.model.requirements import Requirements
 from rim_dist.recipe import load_recipe
 from rim_dist.tokens import add_memory_tokens, set_chat_template
+from rim_dist.training.trainer import prepare_run
 
 Make = Callable[..., Path]
 
@@ -511,6 +513,29 @@ def test_a_methods_own_settings_and_source_are_in_the_key(
         (tmp_path / "mine.py").write_text(source)
         keys.append(fingerprint(WithMine.model_validate({**tree, "mine": mine}), synthetic_tokenizer(), 128))
     assert len(set(keys)) == 3
+
+
+def test_a_run_does_not_go_on_with_other_tokens(recipe_file: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe is the same, the file behind it is not; before its first checkpoint a run may begin anew."""
+    data = tmp_path / "d.jsonl"
+    path = recipe_file(data={"source": "jsonl", "path": str(data)})
+    row = '{"question": "red", "answer": "hall"}\n'
+    data.write_text(row * 9)
+    prepared, _ = open_prepared(path, tmp_path / "c")
+    folder = load_recipe(path).folder
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(path.read_text())
+    (folder / "plan.json").write_text(json.dumps({"data": prepared.content}))
+    checkpoints: list[Path] = []
+    monkeypatch.setattr(store, "complete_checkpoints", lambda _: checkpoints)
+    for rows, saved, allowed in ((9, True, True), (8, False, True), (8, True, False)):
+        data.write_text(row * rows + row.replace("hall", "cellar") * (9 - rows))
+        checkpoints[:] = [folder / "checkpoints" / "step-1"] * saved
+        if allowed:
+            prepare_run(load_recipe(path))
+        else:
+            with pytest.raises(DataError, match=f"{folder}: the run began with other tokens"):
+                prepare_run(load_recipe(path))
 
 
 def test_batches_cover_the_global_batch_on_any_number_of_ranks(recipe_file: Make, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY_MODEL
 from families import BLOCK, FAMILIES, build
+from ranks import run
 from tiny_tokenizers import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -246,7 +247,7 @@ def write_base(folder: Path, **ends: Any) -> Path:
     return folder
 
 
-def test_ends_go_through_training_into_the_export(recipe_file: Any, tmp_path: Path, capsys: Any) -> None:
+def test_ends_go_through_training_into_the_export(recipe_file: Any, tmp_path: Path) -> None:
     """A list of ends stays one: in checkpoint, evaluation and export; what is an ordinary token is left out and said."""
     eot = 2 + 256
     base = write_base(tmp_path / "base", eos_token_id=[eot, 1, 40])
@@ -258,16 +259,18 @@ def test_ends_go_through_training_into_the_export(recipe_file: Any, tmp_path: Pa
         memory={"blocks": 2},
         evaluation={"samples": 2},
     )
-    assert main(["train", str(path)]) == 0
-    assert "note: eos_token_id 40 of the model is no special token" in capsys.readouterr().err
-    run = tmp_path / "runs" / "tiny"
-    for folder in (run / "hf", run / "checkpoints" / "step-00000002" / "model"):
+    said = run("fork", 1, ["-m", "rim_dist", "train", str(path)]).stdout
+    assert "note: eos_token_id 40 of the model is no special token" in said
+    trained = tmp_path / "runs" / "tiny"
+    (prepared,) = (trained / "data").glob("*/meta.json")
+    assert json.loads((trained / "plan.json").read_text())["data"] == json.loads(prepared.read_text())["content"]
+    for folder in (trained / "hf", trained / "checkpoints" / "step-00000002" / "model"):
         assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [1, eot]
-    for place in (run / "hf", run):
+    for place in (trained / "hf", trained):
         loaded = load_for_evaluation(place)
         assert end_ids(loaded.model, loaded.tokenizer) == [1, eot]
     # A model that writes nothing but the turn's end, in plain transformers and here.
-    model, names = AutoModelForCausalLM.from_pretrained(run / "hf").eval(), AutoTokenizer.from_pretrained(run / "hf")
+    model, names = AutoModelForCausalLM.from_pretrained(trained / "hf").eval(), AutoTokenizer.from_pretrained(trained / "hf")
     model.lm_head = torch.nn.Linear(32, len(names))
     with torch.no_grad():
         model.lm_head.bias[eot] = 1e3

@@ -45,6 +45,7 @@ class PreparedData:
     def __init__(self, folder: Path, seed: int) -> None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.report = DataReport.model_validate(meta["report"])
+        self.content: str = meta["content"]  # a hash of all samples
         # A plain view of the mapped file: slices of numpy.memmap itself cost more than the samples they give.
         self._tokens, self._ends, self._first, self._lines = (
             numpy.load(folder / f"{name}.npy", mmap_mode="r").view(numpy.ndarray) for name in _ARRAYS
@@ -94,7 +95,7 @@ class StreamedData:
         ends: Sequence[int] = (),
     ) -> None:
         self.report = DataReport()
-        self.fingerprint = ""  # the data is not known before it is read
+        self.fingerprint = self.content = ""  # the data is not known before it is read
         self._arguments, self._ends = (tokenizer, tokens, positions), ends
         self._recipe = recipe
         self._position = 0
@@ -245,9 +246,12 @@ def _build(recipe: Recipe, samples: Iterable[EncodedSample], report: DataReport,
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+    sizes, content = {}, hashlib.sha256()
     for name, values in zip(_ARRAYS, (flat, ends, first, lines), strict=True):
+        content.update(values)
         numpy.save(partial / f"{name}.npy", numpy.frombuffer(values, dtype=numpy.dtype(values.typecode)))
-    sizes = {name: (partial / f"{name}.npy").stat().st_size for name in _ARRAYS}
-    (partial / "meta.json").write_text(json.dumps({"report": report.model_dump(), "sizes": sizes}, indent=1), encoding="utf-8")
+        sizes[name] = (partial / f"{name}.npy").stat().st_size
+    meta = {"report": report.model_dump(), "sizes": sizes, "content": content.hexdigest()[:20]}
+    (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)  # not whole
     os.replace(partial, target)

@@ -30,7 +30,7 @@ from rim_dist.data.prepared import SampleStream, StreamedData, prepare
 from rim_dist.data.rows import Batch
 from rim_dist.data.samples import EncodedSample
 from rim_dist.data.sources import source_name
-from rim_dist.errors import CheckpointError, ConfigError, Stopped, TrainingError
+from rim_dist.errors import CheckpointError, ConfigError, DataError, Stopped, TrainingError
 from rim_dist.evaluation.evaluate import Evaluation, block_answers, recipe_samples, score, write_evaluation
 from rim_dist.files import os_errors, write_atomically
 from rim_dist.messages import say
@@ -363,7 +363,11 @@ class Trainer:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._folder / "ds_config.json", json.dumps(self._ds_config, indent=1) + "\n")
             write_atomically(self._folder / "recipe.yaml", dump_recipe(self._recipe))
-            plan = {"total_steps": self._total_steps, "stages": [asdict(plan) for plan in self._plans]}
+            plan = {
+                "total_steps": self._total_steps,
+                "stages": [asdict(plan) for plan in self._plans],
+                "data": self._data.content,
+            }
             write_atomically(self._folder / "plan.json", json.dumps(plan, indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"{self._folder}: cannot be written ({error.strerror or error})") from None
@@ -481,4 +485,19 @@ def prepare_run(recipe: Recipe) -> tuple[Requirements, SampleStream]:
     questions = [sample.question for sample in recipe_samples(recipe)]
     thoughts = method_of(recipe).thoughts
     check_prompts(prompt_ids(requirements.tokenizer, questions), requirements.positions, thoughts + 2 if thoughts else 0)
-    return requirements, open_data(recipe, requirements)
+    data = open_data(recipe, requirements)
+    _check_same_data(recipe, data)
+    return requirements, data
+
+
+def _check_same_data(recipe: Recipe, data: SampleStream) -> None:
+    """Raise DataError if a run would go on with other tokens than it began with."""
+    plan = recipe.folder / "plan.json"
+    if not plan.is_file() or not store.complete_checkpoints(recipe.folder / "checkpoints"):
+        return
+    began = json.loads(plan.read_text(encoding="utf-8")).get("data")
+    if began and data.content != began:
+        raise DataError(
+            f"{recipe.folder}: the run began with other tokens: data, tokenizer or chat template are not what they were; "
+            "bring them back, or choose another run.name"
+        )
