@@ -99,11 +99,14 @@ def build_parser() -> argparse.ArgumentParser:
     data = command(
         "data",
         _data,
-        "Show what a recipe's data becomes: counts, lengths, skipped rows, and samples drawn row by row.",
-        "rim-dist data recipes/demo.yaml --show 2",
+        "Show what a recipe's data becomes: counts, lengths, skipped rows, and samples as text and drawn row by row.",
+        "rim-dist data recipes/demo.yaml --show",
+        "rim-dist data recipes/demo.yaml --show 2 --ids",
         "rim-dist data recipes/gsm8k-smollm2-135m.yaml data.path=train.jsonl",
     )
-    data.add_argument("--show", type=int, default=0, metavar="N", help="draw the rows of the first N samples of each stage")
+    shows = "show the first N samples (1) as text, after chat template and formats, and draw the first N rows of each stage"
+    data.add_argument("--show", type=int, nargs="?", default=0, const=1, metavar="N", help=shows)
+    data.add_argument("--ids", action="store_true", help="with --show: token ids too")
     recipe_arguments(data)
 
     add_export_arguments(
@@ -174,7 +177,9 @@ def _data(arguments: argparse.Namespace) -> int:
 
     if arguments.show < 0:
         raise ConfigError(f"--show: {arguments.show} is not allowed; allowed: 0 or more")
-    show_data(load_recipe(arguments.recipe, arguments.overrides), arguments.show)
+    if arguments.ids and not arguments.show:
+        raise ConfigError("--ids: needs --show")
+    show_data(load_recipe(arguments.recipe, arguments.overrides), arguments.show, arguments.ids)
     return EXIT_DONE
 
 

@@ -27,7 +27,7 @@ _CHECKSUM = "xxh3_64"
 _BLOCK_BYTES = 1 << 24
 _DIGITS = 16
 _CHUNK_BYTES = 1 << 21
-_SAMPLE_BYTES, _SAMPLES = 1 << 14, 64
+_SAMPLE_BYTES = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,13 @@ def record_of(file: Path) -> FileRecord:
     return recorder.record()
 
 
-def sampled_hash(files: Iterable[Path]) -> str:
-    """A hash of files' names, sizes and evenly spaced samples of 16 KiB: tells other contents without reading all of them."""
+def sampled_hash(files: Iterable[Path], samples: int = 64) -> str:
+    """A hash of files' names, sizes and so many evenly spaced samples of 16 KiB each, or of all that is in smaller files."""
     digest = xxhash.xxh3_64()
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
-        for start in range(0, size, max(_SAMPLE_BYTES, size // _SAMPLES)):
+        for start in range(0, size, max(_SAMPLE_BYTES, size // samples)):
             for chunk in _read_chunks(path, start, _SAMPLE_BYTES):
                 digest.update(chunk)
     return digest.hexdigest()

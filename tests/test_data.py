@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy
 import pytest
 from conftest import FIXTURE_ROWS
 from forked import PROCESSES
+from tiny_tokenizers import byte_tokenizer
+from tokenizers import normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import rim_dist.data.formats
+import rim_dist.methods
 from rim_dist.checkpoint.start import requirements_of
 from rim_dist.cli import main
-from rim_dist.config import ColumnsSection
+from rim_dist.config import ColumnsSection, Recipe, Section
 from rim_dist.data.formats import recognise
 from rim_dist.data.formats.base import answer_text
 from rim_dist.data.loader import BatchLoader, plan_stages
-from rim_dist.data.prepared import PreparedData, StreamedData, prepare
+from rim_dist.data.prepared import PreparedData, StreamedData, fingerprint, prepare
 from rim_dist.data.samples import BadSample, Sample
 from rim_dist.data.sources import read_file, read_source
-from rim_dist.data.synthetic import SyntheticTask, house_map, walk
+from rim_dist.data.synthetic import SyntheticTask, house_map, synthetic_tokenizer, walk
 from rim_dist.errors import ConfigError, DataError
 from rim_dist.model.requirements import Requirements
 from rim_dist.recipe import load_recipe
+from rim_dist.tokens import add_memory_tokens, set_chat_template
 
 Make = Callable[..., Path]
 
@@ -226,6 +234,44 @@ def test_refuse_and_skip(recipe_file: Make, tmp_path: Path, capsys: pytest.Captu
     assert f"1 x missing column; first {data}:2" in text
 
 
+def test_show_says_what_template_and_formats_make_of_the_first_sample(
+    recipe_file: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text and token ids are those of plain transformers, line ends and special tokens visible."""
+    byte_tokenizer("{{ bos_token }}user:\n{{ messages[0]['content'] }}\n\n").save_pretrained(tmp_path / "tokenizer")
+    data = tmp_path / "d.jsonl"
+    data.write_text('\n{"question": "3 ÷ 4?", "steps": ["3*4=12"], "answer": 12}\n{"question": "q", "answer": 1}\n')
+    path = recipe_file(
+        model={"tokenizer": str(tmp_path / "tokenizer")},
+        memory={"blocks": 2},
+        data={"source": "jsonl", "path": str(data), "step_format": "[{step}]"},
+    )
+    plain = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    plain.add_special_tokens({"additional_special_tokens": ["<|mem_begin|>", "<|mem|>", "<|mem_end|>"]})
+    question = plain.apply_chat_template([{"role": "user", "content": "3 ÷ 4?"}], tokenize=False)
+    texts = {
+        "prompt": question + "<|mem_begin|><|mem|><|mem|><|mem_end|>" * 2,
+        "step 1": "[3*4=12]</s>",
+        "answer": "#### 12</s>",
+    }
+    expected = [f"{data}:2 as text:"]
+    with_ids = expected[:]
+    for name, text in texts.items():
+        ids = plain(text, add_special_tokens=False)["input_ids"]
+        expected.append(f"  {name} ({len(ids)} tokens): {text!r}")
+        with_ids += [expected[-1], f"    {' '.join(map(str, ids))}"]
+    assert main(["data", str(path), "--show"]) == 0
+    text = capsys.readouterr().out
+    assert "\n".join(expected) + "\n" in text
+    assert "d.jsonl:3 as text" not in text
+    assert main(["data", str(path), "data.streaming=true", "--show", "2", "--ids"]) == 0
+    text = capsys.readouterr().out
+    assert "\n".join(with_ids) + "\n" in text
+    assert "d.jsonl:3 as text" in text
+    assert main(["data", str(path), "--ids"]) == 2
+    assert "--ids: needs --show" in capsys.readouterr().err
+
+
 def test_empty_and_unusable_data(recipe_file: Make, tmp_path: Path) -> None:
     data = tmp_path / "d.jsonl"
     data.write_text("")
@@ -264,6 +310,31 @@ def test_too_long_too_many_steps_and_memory_text(recipe_file: Make, tmp_path: Pa
     prepared, _ = open_prepared(recipe_file(data=section, curriculum=cut), tmp_path / "c")
     assert (prepared.report.used, prepared.report.truncated) == (2, 1)
     assert len(prepared[1].steps) == 4
+
+
+def test_a_target_that_ends_before_its_end_is_a_bad_sample(
+    recipe_file: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server stops at the first end-of-text, so nothing after it could be learned; in a question it is text like any."""
+    data = tmp_path / "d.jsonl"
+    rows = [
+        {"question": "What is </s> in red?", "steps": ["red"], "answer": "hall"},
+        {"question": "red", "steps": ["red"], "answer": "hall</s>hall"},
+        {"question": "red", "steps": ["red</s>", "blue"], "answer": "hall"},
+        {"question": "red", "steps": [], "answer": "hall</s>"},
+    ]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    section = {"source": "jsonl", "path": str(data), "on_bad_sample": "skip"}
+    prepared, requirements = open_prepared(recipe_file(data=section), tmp_path / "c")
+    assert dict(prepared.report.skipped) == {"a step or the answer contains a token that ends answers": 3}
+    plain = synthetic_tokenizer()
+    assert prepared[0].answer.tolist() == [*plain("#### hall", add_special_tokens=False)["input_ids"], plain.eos_token_id]
+    arguments = (load_recipe(recipe_file(data=section)), requirements.tokenizer, requirements.tokens, requirements.positions)
+    red = plain.convert_tokens_to_ids("▁red")
+    with pytest.raises(DataError, match="4 rows: a step or the answer contains"):  # another end: a turn's
+        prepare(*arguments, tmp_path / "c", ends=[plain.eos_token_id, red])
+    assert main(["data", str(recipe_file(data={**section, "on_bad_sample": "refuse"}))]) == 2
+    assert f"{data}:2: a step or the answer contains a token that ends answers" in capsys.readouterr().err
 
 
 def test_prepared_data_is_what_was_encoded(recipe_file: Make, tmp_path: Path) -> None:
@@ -309,6 +380,21 @@ def test_cache_in_a_place_that_cannot_be_written(recipe_file: Make, tmp_path: Pa
         open_prepared(recipe_file(), tmp_path / "file")
 
 
+@pytest.mark.parametrize("damage", ["meta.json", "tokens.npy", "lines.npy"])
+def test_tokenised_data_that_lost_a_file_is_encoded_again(recipe_file: Make, tmp_path: Path, damage: str) -> None:
+    """As clusters clear shared disks: by the age of each file. A file that is cut short counts as lost."""
+    for length in (None, 10):
+        prepared, _ = open_prepared(recipe_file(), tmp_path / "c")
+        questions = [prepared[i].question.tolist() for i in range(len(prepared))]
+        (folder,) = (path for path in (tmp_path / "c").iterdir() if path.is_dir())
+        if length is None:
+            (folder / damage).unlink()
+        else:
+            os.truncate(folder / damage, length)
+        again, _ = open_prepared(recipe_file(), tmp_path / "c")
+        assert [again[i].question.tolist() for i in range(len(again))] == questions
+
+
 def test_changed_data_is_encoded_again(recipe_file: Make, tmp_path: Path) -> None:
     data = tmp_path / "d.jsonl"
     section = {"source": "jsonl", "path": str(data)}
@@ -316,6 +402,115 @@ def test_changed_data_is_encoded_again(recipe_file: Make, tmp_path: Path) -> Non
         data.write_text('{"question": "red", "answer": "hall"}\n' * count)
         prepared, _ = open_prepared(recipe_file(data=section), tmp_path / "c")
         assert len(prepared) == count
+
+
+def _lower_case(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer._tokenizer.normalizer = normalizers.Lowercase()
+
+
+# What may differ between two tokenizers.
+OTHER_TOKENIZERS: dict[str, Callable[[PreTrainedTokenizerFast], Any]] = {
+    "eos": lambda t: setattr(t, "eos_token", "!"),
+    "bos": lambda t: setattr(t, "bos_token", "!"),
+    "template": lambda t: setattr(t, "chat_template", t.chat_template + " now"),
+    "normaliser": _lower_case,
+    "added tokens": lambda t: t.add_tokens(["How"]),
+    "special tokens": lambda t: t.add_special_tokens({"additional_special_tokens": ["##"]}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TOKENIZERS)
+def test_another_tokenizer_does_not_get_the_tokens_of_the_first(recipe_file: Make, tmp_path: Path, name: str) -> None:
+    """In a shared folder: question and answer are what plain transformers makes of them with the tokenizer given."""
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"question": "How many ARE 3 and 4?", "answer": "SEVEN"}')
+    recipe = load_recipe(recipe_file(data={"source": "jsonl", "path": str(data)}))
+    template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    seen = set()
+    for change in (lambda _: None, OTHER_TOKENIZERS[name]):
+        tokenizer, plain = byte_tokenizer(template), byte_tokenizer(template)
+        for one in (tokenizer, plain):
+            change(one)
+        tokens = add_memory_tokens(tokenizer, recipe.memory)
+        set_chat_template(tokenizer, recipe.memory, recipe.memory.blocks)
+        sample = prepare(recipe, tokenizer, tokens, 128, tmp_path / "c")[0]
+        asked = [{"role": "user", "content": "How many ARE 3 and 4?"}]
+        assert sample.question.tolist() == plain.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+        assert sample.answer.tolist() == [*plain("#### SEVEN", add_special_tokens=False)["input_ids"], plain.eos_token_id]
+        seen.add((*sample.question, -1, *sample.answer))
+    assert len(seen) == 2  # the two tokenizers do differ here
+
+
+def test_a_local_hub_folder_that_changed_is_read_again(
+    recipe_file: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    path = recipe_file(data={"source": "hub", "id": str(folder)})
+    for number, answer in enumerate(("hall", "cold")):  # of one length
+        (folder / "train.jsonl").write_text(f'{{"question": "red", "answer": "{answer}"}}\n')
+        os.utime(folder / "train.jsonl", (1e9 + number, 1e9 + number))  # the cache of datasets goes by it
+        prepared, requirements = open_prepared(path, tmp_path / "c")
+        expected = requirements.tokenizer(f"#### {answer}", add_special_tokens=False)["input_ids"]
+        assert prepared[0].answer.tolist() == [*expected, requirements.tokenizer.eos_token_id]
+
+
+KEY = {
+    True: "method=cot method=pause data.limit=9 data.max_tokens=99 data.answer_format=<{answer}> data.step_format=<{step}> "
+    "data.on_bad_sample=skip data.columns.answer=a memory.blocks=2 memory.tokens_per_block=1 memory.end_token=<e> "
+    "curriculum.stage1.max_steps=3 curriculum.stage1.longer=truncate curriculum.stage1.targets=same_step "
+    "curriculum.stage2.samples=0 optimizer.micro_batch_tokens=99 run.seed=1 coconut.c_thought=1 coconut.max_latent_stage=1",
+    False: "run.name=b run.output_dir=b memory.initialise=mean curriculum.stage1.samples=8 curriculum.stage1.learning_rate=1 "
+    "curriculum.stage1.dropout=0.1 curriculum.stage2.weight_power=0 curriculum.normalisation=sample optimizer.global_batch=8 "
+    "optimizer.beta1=0 parallel.zero_stage=0 checkpoint.keep=1 evaluation.samples=4 logging.every_steps=1 model.dtype=bf16 "
+    "data.cache_dir=b",
+}
+
+
+def test_the_key_of_tokenised_data_has_every_field_that_decides_a_token(recipe_file: Make) -> None:
+    path = recipe_file()
+    tokenizer = synthetic_tokenizer()
+
+    def key(*overrides: str) -> str:
+        return fingerprint(load_recipe(path, list(overrides)), tokenizer, 128)
+
+    assert key() == key()
+    for decides, overrides in KEY.items():
+        for override in overrides.split():
+            assert (key(override) != key()) is decides, override
+    assert fingerprint(load_recipe(path), tokenizer, 127) != key()
+
+
+NEW_METHOD = '''
+from rim_dist.methods.cot import ChainOfThought
+
+
+class Mine(ChainOfThought):
+    """A chain of thought."""
+
+
+METHOD = Mine
+'''
+
+
+def test_a_methods_own_settings_and_source_are_in_the_key(
+    recipe_file: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class MineSection(Section):
+        longest: int = 3
+
+    class WithMine(Recipe):
+        mine: MineSection = MineSection()
+
+    (tmp_path / "mine.py").write_text(NEW_METHOD)
+    monkeypatch.setattr(rim_dist.methods, "__path__", [*rim_dist.methods.__path__, str(tmp_path)])
+    tree = load_recipe(recipe_file(method="mine")).model_dump()
+    keys = []
+    for mine, source in ({}, NEW_METHOD), ({"longest": 4}, NEW_METHOD), ({}, NEW_METHOD + "Mine.answer_factor = 2\n"):
+        (tmp_path / "mine.py").write_text(source)
+        keys.append(fingerprint(WithMine.model_validate({**tree, "mine": mine}), synthetic_tokenizer(), 128))
+    assert len(set(keys)) == 3
 
 
 def test_batches_cover_the_global_batch_on_any_number_of_ranks(recipe_file: Make, tmp_path: Path) -> None:

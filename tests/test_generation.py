@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import TINY_MODEL
 from families import BLOCK, FAMILIES, build
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from ranks import run
+from tiny_tokenizers import byte_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rim_dist.attention.registration import use_plain_attention
+from rim_dist.checkpoint.start import requirements_of
+from rim_dist.cli import main
 from rim_dist.data.synthetic import synthetic_tokenizer
+from rim_dist.errors import ModelError
+from rim_dist.evaluation.loading import load_for_evaluation
 from rim_dist.evaluation.prefixes import prefix_coordinates
 from rim_dist.evaluation.readouts import readout_ids
-from rim_dist.model.generation import Decoding, answer_texts, generate_ids
+from rim_dist.model.generation import Decoding, Sampling, answer_texts, end_ids, generate_ids
+from rim_dist.model.thinking import think_before_answers
+from rim_dist.recipe import load_recipe
 
 QUESTIONS = [[7, 3, 9], [1, 2, 3, 4, 5, 6, 7, 8], [11], [13, 14, 15]]
 
@@ -126,6 +137,156 @@ def test_stop_texts() -> None:
     plain = generate_ids(model, names, prompts, decoding)[0]
     assert len(cut[1]) < len(whole[1])
     assert answer_texts(names, [cut[1], plain], decoding) == [text.partition(word)[0]] * 2
+
+
+def plain_answer(model: Any, prompt: list[int], count: int, **settings: Any) -> list[int]:
+    """New tokens of one prompt, as plain transformers generates them."""
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0, **settings
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def test_every_end_of_the_models_generation_config_ends_an_answer() -> None:
+    """Where transformers stops; the tokenizer's end-of-text, with which targets end, is one more."""
+    model = lively("Llama")
+    free = [plain_answer(model, q + BLOCK * k, 8) for q in QUESTIONS for k in (1, 2)]
+    first, second, eos = free[0][2], free[3][4], free[5][5]
+    model.generation_config.eos_token_id = [first, second]
+    names = tokenizer(eos)
+    seen = set()
+    for k in (1, 2):
+        expected = []
+        for question in QUESTIONS:
+            answer = plain_answer(model, question + BLOCK * k, 8, eos_token_id=[first, second, eos])
+            expected.append(answer[:-1] if answer[-1] in (first, second, eos) else answer)
+            seen.add(answer[-1])
+        assert generate_ids(model, names, [q + BLOCK * k for q in QUESTIONS], Decoding(8, batch=3)) == expected
+        by_budget = readout_ids(model, names, [q + BLOCK * 2 for q in QUESTIONS], len(BLOCK), [1, 2], Decoding(8))
+        assert [row[k - 1] for row in by_budget] == expected
+    assert len({first, second, eos} & seen) > 1
+    model.generation_config.eos_token_id = first
+    assert end_ids(model, names) == [eos, first]
+    with pytest.raises(ModelError, match="no answer could ever end"):
+        end_ids(SimpleNamespace(generation_config=None), SimpleNamespace(eos_token_id=None))
+
+
+def test_decoding_takes_nothing_else_from_the_models_generation_config() -> None:
+    """Greedy means the likeliest token; drawn answers come from the whole distribution."""
+    model = lively("Llama")
+    expected = generate_ids(model, tokenizer(NEVER), QUESTIONS, Decoding(6))
+    ids = torch.tensor([QUESTIONS[1]])
+    for _ in range(6):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(dim=-1)], dim=1)
+    assert expected[1] == ids[0, len(QUESTIONS[1]) :].tolist()
+    settings = {"repetition_penalty": 9.0, "num_beams": 3, "top_p": 1e-6, "min_new_tokens": 9, "suppress_tokens": expected[1]}
+    model.generation_config.update(**settings)
+    assert plain_answer(model, QUESTIONS[1], 6) != expected[1]
+    assert generate_ids(model, tokenizer(NEVER), QUESTIONS, Decoding(6)) == expected
+    drawn = generate_ids(model, tokenizer(NEVER), QUESTIONS[:1], Decoding(6), Sampling(8, temperature=9.0))
+    assert len(set(map(tuple, drawn))) > 1
+    assert model.generation_config.top_p == settings["top_p"]
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "Llama", "OPT"])  # learned positions fail beyond the last one
+def test_an_answer_is_as_long_beside_a_longer_prompt_as_alone(family: str) -> None:
+    model = lively(family)
+    positions = model.config.max_position_embeddings
+    blocks, size = 2, len(BLOCK)
+    lengths = [positions - 3, 5, positions - 9, positions - 3, 7, positions - 1]
+    questions = [[1 + (i * 7 + n) % 90 for i in range(n - blocks * size)] for n in lengths if n > blocks * size]
+    questions += [[3, 5], [9, 4, 1]]
+    prompts = [q + BLOCK * blocks for q in questions]
+    limits = [min(20, positions - len(prompt)) for prompt in prompts]
+    alone = [plain_answer(model, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    assert [len(answer) for answer in alone] == limits
+    assert set(limits) == {3, 9, 1, 20}
+    assert generate_ids(model, tokenizer(NEVER), prompts, Decoding(20, batch=8)) == alone
+    by_budget = readout_ids(model, tokenizer(NEVER), prompts, size, [1, 2], Decoding(20, batch=8))
+    assert [row[1] for row in by_budget] == alone
+    one = [plain_answer(model, q + BLOCK, min(20, positions - len(q) - size)) for q in questions]
+    assert [row[0] for row in by_budget] == one
+
+
+def test_thoughts_do_not_shorten_the_answers_beside_them() -> None:
+    model = lively("Llama")
+    use_plain_attention(model)
+    positions = model.config.max_position_embeddings
+    prompts = [[1 + i % 90 for i in range(positions - 9)], [7, 3]]
+    think_before_answers(model, 2, BLOCK[:3])
+    alone = [generate_ids(model, tokenizer(NEVER), [prompt], Decoding(12))[0] for prompt in prompts]
+    assert [len(answer) for answer in alone] == [9 - 4, 12]
+    assert generate_ids(model, tokenizer(NEVER), prompts, Decoding(12)) == alone
+
+
+def test_ranks_generate_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 gathers weights in every pass: a rank with fewer lengths near the end runs its last batch again."""
+    model = lively("Llama")
+    positions = model.config.max_position_embeddings
+    prompts = [[1 + i % 90 for i in range(positions - 3)], [7, 3]]
+    expected = generate_ids(model, tokenizer(NEVER), prompts, Decoding(4))
+    calls = []
+    plain = model.generate
+    monkeypatch.setattr(model, "generate", lambda **keywords: calls.append(keywords.pop("synced_gpus")) or plain(**keywords))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **_: tensor.fill_(5))  # another rank's batches
+    assert generate_ids(model, tokenizer(NEVER), prompts, Decoding(4, synced_ranks=True)) == expected
+    assert calls == [True] * 5
+
+
+def write_base(folder: Path, **ends: Any) -> Path:
+    """An HF folder as another trainer leaves it, with a turn's end besides end-of-text; `ends`: of its generation config."""
+    names = byte_tokenizer("{{ messages[0]['content'] }}")
+    names.add_special_tokens({"additional_special_tokens": ["<|eot|>"]})
+    fields = {name: value for name, value in TINY_MODEL.items() if name != "model_type"}
+    config = AutoConfig.for_model("llama", vocab_size=len(names), **fields)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    GenerationConfig(**ends).save_pretrained(folder)
+    names.save_pretrained(folder)
+    return folder
+
+
+def test_ends_go_through_training_into_the_export(recipe_file: Any, tmp_path: Path) -> None:
+    """A list of ends stays one: in checkpoint, evaluation and export; what is an ordinary token is left out and said."""
+    eot = 2 + 256
+    base = write_base(tmp_path / "base", eos_token_id=[eot, 1, 40])
+    stage = {"samples": 8, "max_steps": 4}
+    path = recipe_file(
+        model={"config": None, "tokenizer": None, "init_from": str(base)},
+        curriculum={"stage1": stage, "stage2": {"samples": 8}},
+        optimizer={"global_batch": 8, "micro_batch_tokens": 2000},
+        memory={"blocks": 2},
+        evaluation={"samples": 2},
+    )
+    said = run("fork", 1, ["-m", "rim_dist", "train", str(path)]).stdout
+    assert "note: eos_token_id 40 of the model is no special token" in said
+    trained = tmp_path / "runs" / "tiny"
+    (prepared,) = (trained / "data").glob("*/meta.json")
+    assert json.loads((trained / "plan.json").read_text())["data"] == json.loads(prepared.read_text())["content"]
+    for folder in (trained / "hf", trained / "checkpoints" / "step-00000002" / "model"):
+        assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [1, eot]
+    for place in (trained / "hf", trained):
+        loaded = load_for_evaluation(place)
+        assert end_ids(loaded.model, loaded.tokenizer) == [1, eot]
+    # A model that writes nothing but the turn's end, in plain transformers and here.
+    model, names = AutoModelForCausalLM.from_pretrained(trained / "hf").eval(), AutoTokenizer.from_pretrained(trained / "hf")
+    model.lm_head = torch.nn.Linear(32, len(names))
+    with torch.no_grad():
+        model.lm_head.bias[eot] = 1e3
+    prompt = names.apply_chat_template([{"role": "user", "content": "q"}], add_generation_prompt=True, return_dict=False)
+    assert model.generate(torch.tensor([prompt]), max_new_tokens=5)[0, len(prompt) :].tolist() == [eot]
+    assert generate_ids(model, names, [prompt], Decoding(5)) == [[]]
+
+
+def test_ends_of_another_vocabulary_do_not_count(recipe_file: Any, tmp_path: Path, capsys: Any) -> None:
+    base = write_base(tmp_path / "base", eos_token_id=[258, 1])
+    byte_tokenizer("{{ messages[0]['content'] }}").save_pretrained(tmp_path / "other")
+    model = {"config": None, "tokenizer": str(tmp_path / "other"), "init_from": str(base)}
+    assert requirements_of(load_recipe(recipe_file(model=model))).ends == [1]
+    (base / "generation_config.json").write_text('{"eos_token_id": ["<|eot|>"]}')
+    assert main(["data", str(recipe_file(model={**model, "tokenizer": None}))]) == 2
+    assert "eos_token_id ['<|eot|>'] is no token id or list of them" in capsys.readouterr().err
 
 
 def test_prefix_coordinates() -> None:

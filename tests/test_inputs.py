@@ -72,7 +72,7 @@ def _deepspeed(folder: Path, bucket: int = 20_000) -> None:
         ("data", _rows(lambda old: old[:-7]), "data.rows: 24 there, 17 here"),
         ("data", _rows(lambda old: old[::-1]), "data.content: "),
         ("template", _template, "template.content: "),
-        ("tokenizer", _tokenizer, "tokenizer.content: "),
+        ("tokenizer", _tokenizer, "tokenizer.tokenizer.json: "),
         ("weights", _weights, "weights.content: "),
         ("deepspeed", _deepspeed, "deepspeed.zero_optimization.reduce_bucket_size: 10000 there, 20000 here"),
     ],

@@ -23,9 +23,9 @@ from rim_dist.checkpoint.workers import Workers
 from rim_dist.errors import CheckpointError, ConfigError
 from rim_dist.files import MANIFEST, FileRecord, damage_of, os_errors, read_manifest, write_manifest
 from rim_dist.messages import say
-from rim_dist.model.generation import generation_config
 from rim_dist.model.skeleton import DTYPES, add_adapters
 from rim_dist.tokens import adds_bos
+from rim_dist.unwrap import bare_model
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 ADAPTER = "adapter"
@@ -64,6 +64,7 @@ def load_module(index: CheckpointIndex) -> Any:
     module: Any = AutoModelForCausalLM.from_config(index.config, trust_remote_code=recipe.model.trust_remote_code).float()
     if _has_adapters(index):
         module = add_adapters(module, recipe, index.tokens)
+    bare_model(module).generation_config = index.generation
     own = module.state_dict()
     with torch.no_grad():
         for name, stored in index.module.items():
@@ -146,7 +147,7 @@ def _export_model(index: CheckpointIndex, out: Path, options: ExportOptions, wor
         config.dtype = dtype
         config.architectures = [index.architecture]
         config.save_pretrained(folder)
-        generation_config(index.tokenizer).save_pretrained(folder)
+        index.generation.save_pretrained(folder)
         if unmerged:
             _write_json(folder / ADAPTER / "adapter_config.json", adapter_config(index, rows=False))
         _write_description(index, folder, dtype_name, note)

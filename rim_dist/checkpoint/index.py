@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from rim_dist.checkpoint.portable import is_portable, read_portable
 from rim_dist.checkpoint.store import ENGINE, MODEL, TrainingState, read_recipe, read_state
@@ -20,6 +21,7 @@ from rim_dist.checkpoint.stored_tensors import LowRank, ModelTensor, StoredTenso
 from rim_dist.checkpoint.zero_shards import TensorIndex, index_shards
 from rim_dist.config import Recipe
 from rim_dist.errors import CheckpointError, first_line
+from rim_dist.model.generation import generation_config
 from rim_dist.model.skeleton import empty_module, parameter_groups, plain_name
 from rim_dist.parallel.tensor import TensorRank, slice_of, split_model
 from rim_dist.tokens import MemoryTokens, add_memory_tokens
@@ -33,6 +35,7 @@ class CheckpointIndex:
     state: TrainingState
     config: Any
     tokenizer: Any
+    generation: GenerationConfig
     tokens: MemoryTokens
     tensors: TensorIndex  # all that was found, with the optimizer's state
     module: dict[str, StoredTensor]  # every tensor of the trained module by its name there, tied ones once
@@ -99,6 +102,8 @@ def index_checkpoint(checkpoint: Path) -> CheckpointIndex:
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint / MODEL)
         config = AutoConfig.from_pretrained(checkpoint / MODEL, trust_remote_code=recipe.model.trust_remote_code)
+        described = (checkpoint / MODEL / GENERATION_CONFIG_NAME).is_file()  # not by every earlier version
+        generation = GenerationConfig.from_pretrained(checkpoint / MODEL) if described else generation_config(tokenizer)
     except Exception as error:
         raise CheckpointError(f"{checkpoint / MODEL}: cannot be loaded ({first_line(error)})") from error
     tokens = add_memory_tokens(tokenizer, recipe.memory)
@@ -122,7 +127,8 @@ def index_checkpoint(checkpoint: Path) -> CheckpointIndex:
     names = {id(parameter): name for name, parameter in plain.named_parameters()}
     rows = {names[id(layer.weight)] for layer in (plain.get_input_embeddings(), plain.get_output_embeddings())}
     architecture = type(plain).__name__
-    return CheckpointIndex(recipe, state, config, tokenizer, tokens, tensors, found, model, architecture, tuple(sorted(rows)))
+    origin = (recipe, state, config, tokenizer, generation, tokens)
+    return CheckpointIndex(*origin, tensors, found, model, architecture, tuple(sorted(rows)))
 
 
 def _optimizer_groups(module: torch.nn.Module, weight_decay: float) -> list[list[str]]:

@@ -24,7 +24,6 @@ from rim_dist.config import Recipe
 from rim_dist.data.loader import plan_stages
 from rim_dist.errors import ConfigError
 from rim_dist.files import os_errors
-from rim_dist.model.generation import generation_config
 from rim_dist.model.requirements import Requirements
 from rim_dist.model.skeleton import empty_module
 from rim_dist.parallel.degrees import check_tensor_degree, choose_mode, head_counts
@@ -107,7 +106,7 @@ def from_hf(folder: Path, run: Path, recipe_path: Path | None, stage: int | None
 
     def write_model(target: Path) -> None:
         config.save_pretrained(target)
-        generation_config(requirements.tokenizer).save_pretrained(target)
+        requirements.generation.save_pretrained(target)
         with os_errors(target):
             requirements.tokenizer.save_pretrained(target)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from pydantic import BaseModel, Field
@@ -13,10 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from rim_dist.config import Recipe
 from rim_dist.data.samples import BadSample, EncodedSample, Sample
 from rim_dist.data.sources import source_name
-from rim_dist.errors import DataError
+from rim_dist.errors import DataError, ModelError
 from rim_dist.methods import method_of
 from rim_dist.methods.base import Method
-from rim_dist.tokens import MemoryTokens, prompt_ids
+from rim_dist.tokens import MemoryTokens, prompt_ids, text_ids
+
+# Data that another version tokenised is not reused. tests/test_encoder_version.py fails if the encoder changes without it.
+ENCODER_VERSION = 1
 
 _CHUNK = 512
 
@@ -43,11 +46,13 @@ def encode(
     tokens: MemoryTokens,
     positions: int,
     report: DataReport,
+    ends: Sequence[int] = (),
 ) -> Iterator[EncodedSample]:
     """Token ids of every usable row, in order. `report` counts them and the skipped rows.
 
-    `positions`: the longest sequence of the model. Raises DataError, with file and line, at the first bad row if
-    `data.on_bad_sample` is `refuse`. Samples with too many steps follow `curriculum.stage1.longer`.
+    `positions`: the longest sequence of the model. `ends`: tokens besides end-of-text that end an answer. Samples with too many
+    steps follow `curriculum.stage1.longer`. Raises DataError, with file and line, at the first bad row if `data.on_bad_sample`
+    is `refuse`.
     """
     name, method, stage1 = source_name(recipe.data), method_of(recipe), recipe.curriculum.stage1
 
@@ -70,9 +75,12 @@ def encode(
             else:
                 good.append(row)
         for sample in _tokenised(recipe, good, tokenizer):
+            if isinstance(sample, BadSample):
+                reject(sample)
+                continue
             kept = replace(sample, steps=sample.steps[: stage1.max_steps])
             report.truncated += len(kept.steps) < len(sample.steps)
-            if (bad := _unusable(recipe, method, kept, tokens, positions)) is not None:
+            if (bad := _unusable(recipe, method, kept, tokens, positions, {tokenizer.eos_token_id, *ends})) is not None:
                 reject(bad)
                 continue
             report.used += 1
@@ -80,22 +88,37 @@ def encode(
             yield kept
 
 
-def _tokenised(recipe: Recipe, samples: list[Sample], tokenizer: PreTrainedTokenizerBase) -> Iterator[EncodedSample]:
+def _tokenised(
+    recipe: Recipe, samples: list[Sample], tokenizer: PreTrainedTokenizerBase
+) -> Sequence[EncodedSample | BadSample]:
     """Token ids of samples, all tokenised in one call. Steps and answers end with the end-of-text token."""
     step, answer = recipe.data.step_format, recipe.data.answer_format
-    questions = prompt_ids(tokenizer, [s.question for s in samples], blocks=0)
+    asked = [s.question for s in samples]
     targets = [[*(step.format(step=text) for text in s.steps), answer.format(answer=s.answer)] for s in samples]
-    texts = [text for sample_targets in targets for text in sample_targets]
-    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-    for sample, question, sample_targets in zip(samples, questions, targets, strict=True):
-        *steps, last = [[*next(encoded), tokenizer.eos_token_id] for _ in sample_targets]
-        yield EncodedSample(question, steps, last, sample.line)
+    try:
+        questions = prompt_ids(tokenizer, asked, 0)
+        encoded = iter(text_ids(tokenizer, list(itertools.chain.from_iterable(targets))))
+    except ModelError as error:
+        if len(samples) > 1:  # one of them
+            return [one for sample in samples for one in _tokenised(recipe, [sample], tokenizer)]
+        return [BadSample(samples[0].line, "it cannot be tokenised", str(error))]
+    if len(set(asked)) > 1 and len(set(map(tuple, questions))) == 1:
+        raise DataError(f"{source_name(recipe.data)}: the tokenizer makes the same prompt of every question")
+    ends = [tokenizer.eos_token_id]
+    return [
+        EncodedSample(question, [next(encoded) + ends for _ in sample.steps], next(encoded) + ends, sample.line)
+        for sample, question in zip(samples, questions, strict=True)
+    ]
 
 
-def _unusable(recipe: Recipe, method: Method, sample: EncodedSample, tokens: MemoryTokens, positions: int) -> BadSample | None:
+def _unusable(
+    recipe: Recipe, method: Method, sample: EncodedSample, tokens: MemoryTokens, positions: int, ends: set[int]
+) -> BadSample | None:
     """The reason why an encoded sample cannot be used; None if it can."""
     if any(i in tokens.ids for ids in (sample.question, *sample.steps, sample.answer) for i in ids):
         return BadSample(sample.line, "the text contains a memory token")
+    if any(i in ends for ids in (*sample.steps, sample.answer) for i in ids[:-1]):
+        return BadSample(sample.line, "a step or the answer contains a token that ends answers")
     longest_rows = list(method.longest_rows(sample))
     limit = min(positions, recipe.data.max_tokens or positions)
     if (longest := max(row.longest_sequence for row in longest_rows)) > limit:

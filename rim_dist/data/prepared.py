@@ -7,32 +7,38 @@ the number of ranks.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 import os
 import shutil
+import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
-import xxhash
+import tokenizers
+import transformers
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 import rim_dist
-from rim_dist.config import Recipe
-from rim_dist.data.encoding import DataReport, encode
+from rim_dist.config import DataSection, OptimizerSection, Recipe, StageSection
+from rim_dist.data.encoding import ENCODER_VERSION, DataReport, encode
+from rim_dist.data.formats import format_names, format_of
 from rim_dist.data.samples import EncodedSample
 from rim_dist.data.sources import read_source, source_name
 from rim_dist.data.synthetic import FORMAT
 from rim_dist.errors import DataError
 from rim_dist.files import sampled_hash
-from rim_dist.tokens import MemoryTokens
+from rim_dist.methods import method_class
+from rim_dist.tokens import MemoryTokens, prompt_texts
 
 _ARRAYS = ("tokens", "segment_ends", "first_segment", "lines")
 _COMPARED_SAMPLES = 64
+_LARGE_BYTES = 1 << 28
 
 
 class PreparedData:
@@ -41,6 +47,7 @@ class PreparedData:
     def __init__(self, folder: Path, seed: int) -> None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         self.report = DataReport.model_validate(meta["report"])
+        self._content: str = meta["content"]
         # A plain view of the mapped file: slices of numpy.memmap itself cost more than the samples they give.
         self._tokens, self._ends, self._first, self._lines = (
             numpy.load(folder / f"{name}.npy", mmap_mode="r").view(numpy.ndarray) for name in _ARRAYS
@@ -59,10 +66,7 @@ class PreparedData:
     @property
     def inputs(self) -> dict[str, Any]:
         """What tells this data from other data: rows, samples and a hash of every token in order."""
-        digest = xxhash.xxh3_64()
-        for values in (self._tokens, self._ends):
-            digest.update(numpy.ascontiguousarray(values).data)
-        return {"rows": self.report.rows, "used": self.report.used, "content": digest.hexdigest()}
+        return {"rows": self.report.rows, "used": self.report.used, "content": self._content}
 
     def __len__(self) -> int:
         """Samples of one epoch."""
@@ -89,10 +93,17 @@ class PreparedData:
 class StreamedData:
     """A source read in order through a seeded shuffle buffer. Going back restarts it from the beginning."""
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTokens, positions: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens: MemoryTokens,
+        positions: int,
+        ends: Sequence[int] = (),
+    ) -> None:
         self.report = DataReport()
         self.fingerprint = ""  # the data is not known before it is read
-        self._arguments = (tokenizer, tokens, positions)
+        self._arguments, self._ends = (tokenizer, tokens, positions), ends
         self._recipe = recipe
         self._position = 0
         self._iterator = self._forever()
@@ -122,7 +133,7 @@ class StreamedData:
             buffer: list[EncodedSample] = []
             count = 0
             rows = read_source(self._recipe.data, self._recipe.run.seed)
-            for sample in encode(self._recipe, rows, *self._arguments, self.report):
+            for sample in encode(self._recipe, rows, *self._arguments, self.report, self._ends):
                 count += 1
                 if len(buffer) < self._recipe.data.shuffle_buffer:
                     buffer.append(sample)
@@ -140,71 +151,106 @@ class StreamedData:
 SampleStream = PreparedData | StreamedData
 
 
-# The sections that are not one method's own. `fingerprint` lists those of their fields that decide a token or a rejected row.
-_COMMON = frozenset(
-    "method run model memory data curriculum optimizer parallel checkpoint evaluation logging".split()  # noqa: SIM905
-)
+# Fields of a recipe that decide neither a token nor a rejected row. A field that is not here is part of the key.
+_DECIDES_NOTHING: dict[str, Any] = {
+    **dict.fromkeys(("run", "model", "parallel", "checkpoint", "evaluation", "logging"), True),
+    "memory": {"initialise"},
+    "data": {"cache_dir", "path", "streaming", "shuffle_buffer"},
+    "curriculum": {
+        "normalisation": True,
+        "stage1": {*StageSection.model_fields, "weights"},
+        "stage2": {*StageSection.model_fields, "weight_power"},
+    },
+    "optimizer": set(OptimizerSection.model_fields) - {"micro_batch_tokens"},
+}
+
+
+def tokenizer_digests(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Hashes of the files that the tokenizer is saved as: vocabulary, normaliser, added and special tokens, chat template."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: _digest_file(path) for path in sorted(Path(folder).iterdir())}
+
+
+def _source_files(data: DataSection) -> Any:
+    """Hashes of a local source's files; None for another source. Times would differ between the copies of several nodes."""
+    name = data.id if data.source == "hub" else data.path
+    if name is None or not (path := Path(name)).exists():
+        return None
+    if path.is_file():
+        return _digest_file(path)
+    names = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
+    return {str(name): _digest_file(path / name) for name in names if not any(part.startswith(".") for part in name.parts)}
 
 
 def _digest_file(path: Path) -> str:
+    """Of a large file, which every rank looks at, samples."""
+    if path.stat().st_size > _LARGE_BYTES:
+        return sampled_hash([path], samples=4096)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: int) -> str:
+def fingerprint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, positions: int, ends: Sequence[int] = ()) -> str:
     """A hash of everything that decides a token or a rejected row."""
-    data = recipe.data
-    source_file = Path(data.path) if data.path else None
+    data, stages = recipe.data, (recipe.curriculum.stage1, recipe.curriculum.stage2)
+    # A method and a format are a file each, which may be a user's own.
+    plugins = [method_class(recipe.method), *(type(format_of(data.source)) for _ in {data.source} & set(format_names()))]
     parts = {
-        "version": rim_dist.__version__,
-        "data": data.model_dump(mode="json", exclude={"cache_dir", "path"}),
-        "file": _digest_file(source_file) if source_file and source_file.is_file() else None,
+        "versions": [rim_dist.__version__, ENCODER_VERSION, transformers.__version__, tokenizers.__version__],
+        "recipe": recipe.model_dump(mode="json", exclude=_DECIDES_NOTHING),
+        "stages": [stage.enabled for stage in stages],
+        "plugins": [_digest_file(Path(inspect.getfile(plugin))) for plugin in plugins],
         "synthetic": [recipe.run.seed, FORMAT] if data.source == "synthetic" else None,
-        "method": recipe.method,
-        "memory": recipe.memory.model_dump(mode="json", exclude={"initialise"}),
-        "stage1": [
-            recipe.curriculum.stage1.enabled,
-            recipe.curriculum.stage1.max_steps,
-            recipe.curriculum.stage1.longer,
-            recipe.curriculum.stage1.targets,
-        ],
-        "stage2": recipe.curriculum.stage2.enabled,
-        # A method's own section may decide which rows fit.
-        "own": {name: getattr(recipe, name).model_dump(mode="json") for name in set(type(recipe).model_fields) - _COMMON},
+        "source": _source_files(data),
+        "tokenizer": tokenizer_digests(tokenizer),
+        "prompt": prompt_texts(tokenizer, ["What is 3 + 4?"], 0),
         "positions": positions,
-        "micro_batch_tokens": recipe.optimizer.micro_batch_tokens,
-        "template": tokenizer.chat_template,
-        "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "probe": tokenizer("From 3 to 48/2=24, then: été\n  end.")["input_ids"],
+        "ends": list(ends),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def prepare(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTokens, positions: int, folder: Path
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: MemoryTokens,
+    positions: int,
+    folder: Path,
+    ends: Sequence[int] = (),
 ) -> PreparedData:
     """Open the recipe's tokenised data in `folder`; encode it first if it is not there.
 
     Any number of processes may call this at once: one encodes, the others wait for its file lock, outside of any collective.
     Raises DataError if no row is usable.
     """
-    target = folder / fingerprint(recipe, tokenizer, positions)
-    if not (target / "meta.json").is_file():
+    target = folder / fingerprint(recipe, tokenizer, positions, ends)
+    if not _is_whole(target):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / "lock"):
-                if not (target / "meta.json").is_file():
-                    _build(recipe, tokenizer, tokens, positions, target)
+                if not _is_whole(target):
+                    rows = read_source(recipe.data, recipe.run.seed)
+                    report = DataReport()
+                    _build(recipe, encode(recipe, rows, tokenizer, tokens, positions, report, ends), report, target)
         except OSError as error:
             raise DataError(f"{folder}: tokenised data cannot be written ({error.strerror or error})") from None
     return PreparedData(target, recipe.run.seed)
 
 
-def _build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTokens, positions: int, target: Path) -> None:
+def _is_whole(target: Path) -> bool:
+    """Whether all that `_build` wrote is there: shared disks are cleared file by file."""
+    try:
+        sizes = json.loads((target / "meta.json").read_text(encoding="utf-8"))["sizes"]
+        return all((target / f"{name}.npy").stat().st_size == sizes[name] for name in _ARRAYS)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _build(recipe: Recipe, samples: Iterable[EncodedSample], report: DataReport, target: Path) -> None:
+    """Write the samples. `report`: of those that were read so far."""
     flat, ends, first, lines = array("i"), array("q", [0]), array("q", [0]), array("q")
-    report = DataReport()
-    rows = read_source(recipe.data, recipe.run.seed)
-    for sample in encode(recipe, rows, tokenizer, tokens, positions, report):
+    for sample in samples:
         for piece in (sample.question, *sample.steps, sample.answer):
             flat.extend(piece)
             ends.append(len(flat))
@@ -216,7 +262,12 @@ def _build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: MemoryTok
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+    sizes, content = {}, hashlib.sha256()
     for name, values in zip(_ARRAYS, (flat, ends, first, lines), strict=True):
+        content.update(values)
         numpy.save(partial / f"{name}.npy", numpy.frombuffer(values, dtype=numpy.dtype(values.typecode)))
-    (partial / "meta.json").write_text(json.dumps({"report": report.model_dump()}, indent=1), encoding="utf-8")
+        sizes[name] = (partial / f"{name}.npy").stat().st_size
+    meta = {"report": report.model_dump(), "sizes": sizes, "content": content.hexdigest()[:20]}
+    (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)  # not whole
     os.replace(partial, target)

@@ -17,12 +17,13 @@ from rim_dist.evaluation.loading import LoadedModel
 from rim_dist.evaluation.prefixes import decode_greedily
 from rim_dist.evaluation.probe import Probe
 from rim_dist.evaluation.scoring import extract_answer, same_answer
-from rim_dist.model.generation import Decoding, answer_texts, check_prompts, model_positions
+from rim_dist.model.generation import Decoding, answer_texts, check_prompts, end_ids, model_positions
+from rim_dist.tokens import appended_block
 
 
 @dataclass(frozen=True)
 class SteppedAnswer:
-    """New token ids without the end-of-text token, the blocks they were given, and the time it took."""
+    """New token ids without the token that ends them, the blocks they were given, and the time it took."""
 
     ids: list[int]
     blocks: int
@@ -71,8 +72,9 @@ def answer_stepwise(
         synchronise()
         first = time.perf_counter()
         room = positions - len(question) - used * len(block)
+        ends = end_ids(loaded.model, loaded.tokenizer)
         (ids,) = decode_greedily(
-            loaded.tokenizer, token, room, decoding, lambda t, _: run(t.unsqueeze(1)).logits[:, -1].argmax(dim=-1)
+            loaded.tokenizer, ends, token, room, decoding, lambda t, _: run(t.unsqueeze(1)).logits[:, -1].argmax(dim=-1)
         )
     return SteppedAnswer(ids, used, first - start, time.perf_counter() - start)
 
@@ -82,7 +84,7 @@ def time_early_exit(
 ) -> dict[str, Any]:
     """Stopping early against all blocks in one prefill, in turns, by the same decoding loop; accuracy on these questions."""
     questions = loaded.prompts([sample.question for sample in samples], 0)
-    block = loaded.prompts(["?"], 1)[0][-loaded.block_size :]
+    block = appended_block(loaded.tokenizer)
 
     def run(used: Probe | None, number: int) -> SteppedAnswer:
         return answer_stepwise(loaded, questions[number], block, decoding, used, confidence)

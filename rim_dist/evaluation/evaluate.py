@@ -25,7 +25,7 @@ from rim_dist.evaluation.rules import RULES
 from rim_dist.evaluation.scoring import extract_answer, majority_answer, pass_at_k, same_answer
 from rim_dist.model.generation import Decoding, Sampling, answer_questions, answer_texts, generate_ids
 from rim_dist.model.proof import prove_family
-from rim_dist.tokens import prompt_ids
+from rim_dist.tokens import appended_block, prompt_ids
 from rim_dist.unwrap import bare_model
 
 _TAKES_MASK = "_rim_dist_takes_mask"
@@ -113,8 +113,7 @@ def block_answers(
         columns = [answer_questions(model, tokenizer, questions, budget, decoding) for budget in budgets]
         return [list(row) for row in zip(*columns, strict=True)]
     prompts = prompt_ids(tokenizer, questions, blocks)
-    block_size = (len(prompts[0]) - len(prompt_ids(tokenizer, questions[:1], 0)[0])) // blocks if prompts else 0
-    answers = readout_ids(model, tokenizer, prompts, block_size, budgets, decoding, bidirectional)
+    answers = readout_ids(model, tokenizer, prompts, len(appended_block(tokenizer)), budgets, decoding, bidirectional)
     return [answer_texts(tokenizer, row, decoding) for row in answers]
 
 

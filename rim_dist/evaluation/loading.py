@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from rim_dist.checkpoint.hf_export import load_trained_model
 from rim_dist.checkpoint.store import MODEL, find_checkpoint, read_recipe
 from rim_dist.config import ColumnsSection
-from rim_dist.errors import CheckpointError
+from rim_dist.errors import CheckpointError, ModelError
 from rim_dist.messages import say
 from rim_dist.methods import method_names, method_of
 from rim_dist.model.generation import padding_note
 from rim_dist.model.skeleton import DTYPES
 from rim_dist.model.thinking import think_before_answers
-from rim_dist.tokens import add_memory_tokens, prompt_ids
+from rim_dist.tokens import add_memory_tokens, appended_block, prepare_template, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ def _load_hf(folder: Path) -> LoadedModel:
         raise CheckpointError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
     if not tokenizer.chat_template:
         raise CheckpointError(f"{folder}: its tokenizer has no chat template, so it is not known how to ask it a question")
+    try:
+        for note in prepare_template(tokenizer):
+            say(note)
+    except ModelError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
     if thoughts := about.get("thoughts", 0):
         think_before_answers(model, thoughts, about["memory_token_ids"])
     return _ready(model, tokenizer, about.get("blocks", 0), method, about.get("synthetic_steps", 5), columns)
@@ -97,5 +102,4 @@ def _ready(model: Any, tokenizer: PreTrainedTokenizerBase, blocks: int, *origin:
         say(note)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    with_one, without = (len(prompt_ids(tokenizer, ["?"], k)[0]) for k in (1, 0))
-    return LoadedModel(model, tokenizer, blocks, with_one - without if blocks else 0, *origin)
+    return LoadedModel(model, tokenizer, blocks, len(appended_block(tokenizer)), *origin)

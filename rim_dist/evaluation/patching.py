@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from rim_dist.evaluation.loading import LoadedModel
 from rim_dist.evaluation.prefixes import decode_greedily
 from rim_dist.evaluation.scoring import extract_answer, same_answer
-from rim_dist.model.generation import Decoding, answer_texts, check_prompts, model_positions
+from rim_dist.model.generation import Decoding, answer_texts, check_prompts, end_ids, model_positions
 
 Pieces = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values `[prompts, heads, tokens, head_dim]` of every layer
 
@@ -76,7 +76,8 @@ def exchanged_answers(loaded: LoadedModel, ids: torch.Tensor, donors: torch.Tens
             return prefix.logits.argmax(dim=-1)
 
         room = model_positions(model.config) - position
-        new = decode_greedily(loaded.tokenizer, prefix.logits.argmax(dim=-1), room, decoding, next_tokens)
+        ends = end_ids(model, loaded.tokenizer)
+        new = decode_greedily(loaded.tokenizer, ends, prefix.logits.argmax(dim=-1), room, decoding, next_tokens)
         return answer_texts(loaded.tokenizer, new, decoding)
 
     result = {"own": answers(own)}

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from rim_dist.attention.visibility import MEMORY, PADDING_SEGMENT, QUESTION, TokenCoordinates
-from rim_dist.model.generation import Decoding, check_prompts, generation_config, model_positions, stopped
+from rim_dist.model.generation import Decoding, before_end, check_prompts, model_positions, pad_id, stopped
 
 
 def prefix_coordinates(lengths: Sequence[int], blocks: int, block_size: int) -> TokenCoordinates:
@@ -38,7 +38,7 @@ def prefix_batches(
     """
     check_prompts(prompts, model_positions(model.config))
     device = next(model.parameters()).device
-    pad = generation_config(tokenizer).pad_token_id
+    pad = pad_id(tokenizer)
     for start in range(0, len(prompts), batch):
         lengths = [len(prompt) for prompt in prompts[start : start + batch]]
         longest = max(lengths)
@@ -52,23 +52,24 @@ def prefix_batches(
 
 def decode_greedily(
     tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
     tokens: torch.Tensor,
     room: torch.Tensor | int,
     decoding: Decoding,
     next_tokens: Callable[[torch.Tensor, int], torch.Tensor],
 ) -> list[list[int]]:
-    """Token ids of all answers, in the order of `tokens.flatten()`, without the end-of-text token.
+    """Token ids of all answers, in the order of `tokens.flatten()`, without the token that ends them, one of `ends`.
 
     `tokens`: the first token of each answer. `room`: how many tokens each may have at most, besides the limit of `decoding`.
     `next_tokens(tokens, t)` runs token t of every answer, from 0, and gives the ones that follow, in the same shape.
     """
-    end = generation_config(tokenizer).eos_token_id
+    last = torch.tensor(ends, device=tokens.device)
     done = torch.zeros_like(tokens, dtype=torch.bool)
     written: list[torch.Tensor] = []
     for step in range(decoding.max_new_tokens):
-        tokens = torch.where(done, end, tokens)
+        tokens = torch.where(done, ends[0], tokens)
         written.append(tokens)
-        done = done | (tokens == end) | (step + 1 >= room)
+        done = done | torch.isin(tokens, last) | (step + 1 >= room)
         if decoding.stop:
             so_far = torch.stack(written, dim=-1).flatten(0, -2)
             done = done | stopped(tokenizer, so_far, decoding.stop).view_as(done)
@@ -76,7 +77,7 @@ def decode_greedily(
             break
         tokens = next_tokens(tokens, step)
     rows = torch.stack(written, dim=-1).flatten(0, -2).tolist()
-    return [row[: row.index(end)] if end in row else row for row in rows]
+    return [before_end(row, ends) for row in rows]
 
 
 def _all_done(done: torch.Tensor, synced_ranks: bool) -> bool:

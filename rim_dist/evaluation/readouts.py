@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from rim_dist.attention.registration import use_plain_attention, use_rim_attention
 from rim_dist.attention.visibility import READOUT, RowLayout, TokenCoordinates
 from rim_dist.evaluation.prefixes import decode_greedily, prefix_batches
-from rim_dist.model.generation import Decoding, model_positions
+from rim_dist.model.generation import Decoding, end_ids, model_positions
 from rim_dist.unwrap import bare_model
 
 
@@ -28,7 +28,7 @@ def readout_ids(
     decoding: Decoding,
     bidirectional: bool = False,
 ) -> list[list[list[int]]]:
-    """New token ids of every prompt after each of the `budgets` (numbers of blocks), without the end-of-text token.
+    """New token ids of every prompt after each of the `budgets` (numbers of blocks), without the token that ends them.
 
     `prompts` end with max(budgets) blocks of `block_size` tokens. Greedy. The model's family must take the RiM mask
     (`prove_family`); its attention is the plain one afterwards. Raises DataError if a prompt does not fit the model.
@@ -70,7 +70,7 @@ def readout_ids(
             ).logits.argmax(dim=-1)
 
         use_rim_attention(bare, "dense")
-        answers = decode_greedily(tokenizer, logits.argmax(dim=-1), room, decoding, next_tokens)
+        answers = decode_greedily(tokenizer, end_ids(bare, tokenizer), logits.argmax(dim=-1), room, decoding, next_tokens)
         use_plain_attention(bare)
         return answers
 

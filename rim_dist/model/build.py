@@ -51,6 +51,7 @@ def build_model(
     bare = bare_model(model)
     if mesh.degrees.tensor > 1:
         split_model(model, TensorRank(mesh.coordinates.tensor, mesh.degrees.tensor, mesh.tensor_group))
+    bare.generation_config = requirements.generation
     use_rim_attention(bare, requirements.attention.kernel)
     dtype = DTYPES[section.dtype] if partition is not None else torch.float32
     memory = MemoryRows(requirements.tokens, weights.memory_rows, recipe.run.seed)

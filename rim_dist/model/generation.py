@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+import torch.distributed as dist
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from rim_dist.errors import DataError
+from rim_dist.errors import DataError, ModelError, first_line
 from rim_dist.heartbeat import send_heartbeat
 from rim_dist.tokens import prompt_ids
+from rim_dist.unwrap import bare_model
+
+ADDED_TOKENS = "_rim_dist_added_tokens"  # attribute of a model: tokens that its `generate` puts after a prompt
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are generated: at most `max_new_tokens`, until the end-of-text token or the first of the `stop` texts.
+    """How answers are generated: at most `max_new_tokens`, until a token of `end_ids` or the first of the `stop` texts.
 
     `batch` prompts run together. `synced_ranks`: all ranks run equally many steps (ZeRO-3 gathers weights in each).
     """
@@ -59,11 +65,58 @@ def padding_note(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"note: the tokenizer has no pad token; generation pads with {tokenizer.eos_token!r}, masked"
 
 
+def ends_of_folder(source: Path | str, revision: str | None, config: PretrainedConfig) -> list[int]:
+    """Tokens that end an answer by the settings beside a model: its generation config's, or else its configuration's.
+
+    Raises ModelError if they are no token ids.
+    """
+    try:
+        own = GenerationConfig.from_pretrained(source, revision=revision)
+    except OSError:  # it has none
+        own = GenerationConfig.from_model_config(config)
+    except Exception as error:
+        raise ModelError(f"{source}: generation_config.json cannot be read ({first_line(error)})") from error
+    ends = _as_list(own.eos_token_id)
+    if not all(isinstance(end, int) for end in ends):
+        raise ModelError(f"{source}: generation_config.json: eos_token_id {own.eos_token_id!r} is no token id or list of them")
+    return ends
+
+
+def _as_list(ends: Any) -> list[Any]:
+    return list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [ends]
+
+
+def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: end-of-text, with which targets end, and those of the model's generation config.
+
+    Raises ModelError if there are none.
+    """
+    own = getattr(bare_model(model), "generation_config", None)
+    named = [*_as_list(tokenizer.eos_token_id), *_as_list(getattr(own, "eos_token_id", None))]
+    ends = [end for end in named if end >= 0]  # -1 is some configurations' way to say none
+    if not ends:
+        raise ModelError("no answer could ever end: the tokenizer has no end-of-text token, the model no eos_token_id")
+    return list(dict.fromkeys(ends))
+
+
+def before_end(answer: list[int], ends: Sequence[int]) -> list[int]:
+    """An answer's tokens before the first that ends it."""
+    return answer[: next((place for place, token in enumerate(answer) if token in ends), None)]
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills a batch, masked: the pad token, or else end-of-text, or else any."""
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
 def generation_config(
-    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None = None, sampling: Sampling | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int] = (),
+    max_new_tokens: int | None = None,
+    sampling: Sampling | None = None,
 ) -> GenerationConfig:
-    """Decoding to the end-of-text token; a tokenizer without a pad token pads with end-of-text, masked."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    """Decoding to one of the tokens `ends` (without any: to the end-of-text token)."""
+    ends = ends or _as_list(tokenizer.eos_token_id)
     how: dict[str, Any] = {"do_sample": sampling is not None}
     if sampling is not None:
         how |= {"temperature": sampling.temperature, "top_k": 0, "num_return_sequences": sampling.answers}
@@ -71,8 +124,8 @@ def generation_config(
         **how,
         max_new_tokens=max_new_tokens,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=pad,
+        eos_token_id=list(ends) if len(ends) > 1 else next(iter(ends), None),
+        pad_token_id=pad_id(tokenizer),
     )
 
 
@@ -81,13 +134,29 @@ def model_positions(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], positions: int) -> None:
-    """Raise DataError, naming the first question, if a prompt leaves no position for an answer."""
+def check_prompts(prompts: Sequence[Sequence[int]], positions: int, added: int = 0) -> None:
+    """Raise DataError, naming the first question, if a prompt and the `added` tokens leave no position for an answer."""
     for number, prompt in enumerate(prompts, 1):
-        if len(prompt) >= positions:
-            raise DataError(
-                f"question {number}: {len(prompt)} tokens with its memory blocks; the model has {positions} positions"
-            )
+        if (length := len(prompt) + added) >= positions:
+            what = "continuous thoughts" if added else "memory blocks"
+            raise DataError(f"question {number}: with its {what} {length} tokens; the model has {positions} positions")
+
+
+@contextlib.contextmanager
+def _nothing_but_ours(model: Any) -> Iterator[None]:
+    """In this context `model.generate` fills no gap of a generation config from the model's own: penalties, beams, top-p."""
+    bare = bare_model(model)
+    own, bare.generation_config = bare.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        bare.generation_config = own
+
+
+def _together(limits: Sequence[int], batch: int) -> list[list[int]]:
+    """Which answers are generated together: at most `batch`, all of one limit, so that none is cut short by a longer prompt."""
+    groups = [[i for i, own in enumerate(limits) if own == limit] for limit in dict.fromkeys(limits)]
+    return [group[start : start + batch] for group in groups for start in range(0, len(group), batch)]
 
 
 def generate_ids(
@@ -98,28 +167,36 @@ def generate_ids(
     sampling: Sampling | None = None,
     watch: StoppingCriteria | None = None,
 ) -> list[list[int]]:
-    """New token ids of each prompt, without the end-of-text token. Prompts are padded on the left and masked.
+    """New token ids of each prompt, without the token that ends them. Prompts are padded on the left and masked.
 
-    With `sampling` the answers to a prompt follow each other; they depend on its seed alone. Answers end at the model's last
-    position. `watch` is called after every token. Raises DataError if a prompt does not fit the model.
+    With `sampling` the answers to a prompt follow each other; they depend on its seed alone. An answer ends at the model's last
+    position, whatever it is batched with. `watch` is called after every token. Raises DataError if a prompt does not fit.
     """
-    positions = model_positions(model.config)
-    check_prompts(prompts, positions)
-    device = next(model.parameters()).device
-    answers: list[list[int]] = []
-    for start in range(0, len(prompts), decoding.batch):
-        batch = prompts[start : start + decoding.batch]
-        send_heartbeat(f"answer {start + 1} of {len(prompts)}")
+    positions, added = model_positions(model.config), getattr(bare_model(model), ADDED_TOKENS, 0)
+    check_prompts(prompts, positions, added)
+    device, ends, pad = next(model.parameters()).device, end_ids(model, tokenizer), pad_id(tokenizer)
+    limits = [min(decoding.max_new_tokens, positions - added - len(prompt)) for prompt in prompts]
+    batches = _together(limits, decoding.batch)
+    rounds = len(batches)
+    if decoding.synced_ranks:  # every rank generates equally often
+        count = torch.tensor(rounds, device=device)
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+        rounds = int(count)
+    answers: list[list[list[int]]] = [[] for _ in prompts]
+    for number in range(rounds):
+        indices = batches[min(number, len(batches) - 1)]
+        batch = [prompts[i] for i in indices]
+        send_heartbeat(f"answers, batch {number + 1} of {rounds}")
         length = max(map(len, batch))
-        config = generation_config(tokenizer, min(decoding.max_new_tokens, positions - length), sampling)
-        ids = torch.tensor([[config.pad_token_id] * (length - len(p)) + list(p) for p in batch], device=device)
+        config = generation_config(tokenizer, ends, limits[indices[0]], sampling)
+        ids = torch.tensor([[pad] * (length - len(p)) + list(p) for p in batch], device=device)
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in batch], device=device)
         criteria: list[StoppingCriteria] = [watch] if watch is not None else []
         if decoding.stop:
             criteria.append(_StopTexts(tokenizer, decoding.stop, length))
-        with torch.no_grad(), torch.random.fork_rng(enabled=sampling is not None):
+        with torch.no_grad(), torch.random.fork_rng(enabled=sampling is not None), _nothing_but_ours(model):
             if sampling is not None:
-                torch.manual_seed(sampling.seed + start)
+                torch.manual_seed(sampling.seed + indices[0])
             output = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -127,10 +204,10 @@ def generate_ids(
                 synced_gpus=decoding.synced_ranks,
                 stopping_criteria=StoppingCriteriaList(criteria),
             )
-        for row in output[:, length:].tolist():
-            end = row.index(config.eos_token_id) if config.eos_token_id in row else len(row)
-            answers.append(row[:end])
-    return answers
+        found = iter(output[:, length:].tolist())
+        for i in indices:
+            answers[i] = [before_end(next(found), ends) for _ in range(sampling.answers if sampling else 1)]
+    return [answer for own in answers for answer in own]
 
 
 def answer_questions(

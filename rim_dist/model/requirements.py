@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from rim_dist.attention.choice import KernelChoice, choose_kernel
 from rim_dist.attention.kernels import proof_kernel
@@ -16,7 +16,7 @@ from rim_dist.data.synthetic import sentencepiece_tokenizer, synthetic_tokenizer
 from rim_dist.errors import ConfigError, ModelError, RimError, first_line
 from rim_dist.methods import method_of
 from rim_dist.methods.base import Method
-from rim_dist.model.generation import model_positions
+from rim_dist.model.generation import ends_of_folder, generation_config, model_positions
 from rim_dist.model.proof import prove_family, prove_thoughts
 from rim_dist.model.skeleton import skeleton
 from rim_dist.parallel.degrees import Mode, check_tensor_degree, choose_mode, head_counts
@@ -35,11 +35,18 @@ class Requirements:
     checkpoint: Path | None
     attention: KernelChoice
     sequence_mode: Mode  # how ranks of a sequence group share a row
+    ends: list[int] = field(default_factory=list)  # tokens that end an answer; targets end with the first, end-of-text
+    notes: list[str] = field(default_factory=list)  # what the user is told about chat template and ends
 
     @property
     def positions(self) -> int:
         """Longest sequence the model takes (`model_positions`)."""
         return model_positions(self.config)
+
+    @property
+    def generation(self) -> GenerationConfig:
+        """How answers of the trained model are decoded, in its checkpoints and exports too."""
+        return generation_config(self.tokenizer, self.ends)
 
     @property
     def hidden_size(self) -> int:
@@ -89,8 +96,8 @@ class Start:
 def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
     """Load and check tokenizer and model configuration.
 
-    Raises ModelError or ConfigError: unknown model, no end-of-text token, a family that cannot take the RiM mask, blocks beyond
-    the model's positions.
+    Raises ModelError or ConfigError: unknown model, no end-of-text token, a chat template that cannot ask a question, a family
+    that cannot take the RiM mask, blocks beyond the model's positions.
     """
     section = recipe.model
     source = start.source
@@ -99,7 +106,10 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
         raise ModelError("model.tokenizer: the tokenizer has no end-of-text token, so no answer could ever end")
     tokens = add_memory_tokens(tokenizer, recipe.memory)
     method = method_of(recipe)
-    set_chat_template(tokenizer, recipe.memory, method.prompt_blocks)
+    try:
+        notes = set_chat_template(tokenizer, recipe.memory, method.prompt_blocks)
+    except ModelError as error:
+        raise ModelError(f"model.tokenizer: {error}\n(correct its chat_template.jinja, or name another tokenizer)") from None
     if source is None:
         config = _scratch_config(recipe, len(tokenizer))
     else:
@@ -107,12 +117,13 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
             config = AutoConfig.from_pretrained(source, revision=section.revision, trust_remote_code=section.trust_remote_code)
         except Exception as error:
             raise ModelError(f"model.init_from: {section.init_from!r} cannot be loaded ({first_line(error)})") from error
+    ends, end_notes = _ends(recipe, source, tokenizer, config)
     check_tensor_degree(recipe.parallel.tensor, config)
     heads, kv_heads = (count // recipe.parallel.tensor for count in head_counts(config))
     mode = choose_mode(recipe.parallel.sequence_mode, recipe.parallel.sequence, heads, kv_heads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     attention = choose_kernel(section.attention, Demands.of(recipe, config, device, mode, local=True))
-    requirements = Requirements(tokenizer, tokens, config, source, start.checkpoint, attention, mode)
+    requirements = Requirements(tokenizer, tokens, config, source, start.checkpoint, attention, mode, ends, notes + end_notes)
     _check_positions(method, requirements)
     kernel = proof_kernel(attention.kernel)
     prove_family(config, section.trust_remote_code, kernel)
@@ -121,6 +132,23 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
     if recipe.parallel.tensor > 1:
         split_model(skeleton(recipe, config, tokens), TensorRank(0, recipe.parallel.tensor))  # refuses what it cannot split
     return requirements
+
+
+def _ends(
+    recipe: Recipe, source: Path | str | None, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> tuple[list[int], list[str]]:
+    """Tokens that end an answer, end-of-text first; and notes to the user on those that the model names and that cannot be."""
+    ends: list[int] = [tokenizer.eos_token_id]
+    if source is None or recipe.model.tokenizer not in (None, str(source)):
+        return ends, []  # ids of another vocabulary mean nothing here
+    others = [end for end in ends_of_folder(source, recipe.model.revision, config) if end not in ends]
+    known = tokenizer.added_tokens_decoder
+    # Configurations have ids by default, which may be any word's.
+    words = [end for end in others if end not in known]
+    notes = [
+        f"note: eos_token_id {end} of the model is no special token of its tokenizer; answers go on after it" for end in words
+    ]
+    return [*ends, *(end for end in others if end in known)], notes
 
 
 def _check_positions(method: Method, requirements: Requirements) -> None:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from rim_dist.errors import DataError
-from rim_dist.model.generation import model_positions
+from rim_dist.model.generation import ADDED_TOKENS
 
 _PLAIN = "_rim_dist_plain_generate"
 
@@ -42,8 +41,8 @@ def think_before_answers(model: PreTrainedModel, thoughts: int, markers: Sequenc
         added = torch.tensor([extra], device=input_ids.device).expand(len(input_ids), -1)
         whole = torch.cat([input_ids, added], dim=1)
         mask = torch.cat([attention_mask, torch.ones_like(added)], dim=1)
-        config = _fitting(model, generation_config, whole.shape[1])
         cache, last = thought_cache(model, whole, mask, thoughts)
+        config = generation_config
         wanted = {name: keywords.get(name, getattr(config, name, None)) or 1 for name in ("num_return_sequences", "num_beams")}
         if (copies := max(wanted.values())) > 1:  # generate repeats the prompt itself, but not the cache
             cache.batch_repeat_interleave(copies)
@@ -54,17 +53,8 @@ def think_before_answers(model: PreTrainedModel, thoughts: int, markers: Sequenc
         return torch.cat([prompt, output[:, whole.shape[1] :]], dim=1)
 
     setattr(model, _PLAIN, plain)
+    setattr(model, ADDED_TOKENS, len(extra))
     model.generate = generate
-
-
-def _fitting(model: PreTrainedModel, config: GenerationConfig | None, length: int) -> GenerationConfig | None:
-    """The generation config with no more new tokens than positions after `length`. Raises DataError if none are left."""
-    positions = model_positions(model.config)
-    if (room := positions - length) < 1:
-        raise DataError(f"a question with its continuous thoughts has {length} tokens; the model has {positions} positions")
-    if config is None or config.max_new_tokens is None or config.max_new_tokens <= room:
-        return config
-    return GenerationConfig.from_dict({**config.to_dict(), "max_new_tokens": room})
 
 
 @contextlib.contextmanager

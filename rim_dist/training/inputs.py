@@ -16,13 +16,14 @@ from typing import Any
 from rim_dist.checkpoint.store import INPUTS, read_inputs, read_state
 from rim_dist.config import Recipe
 from rim_dist.data.loader import StagePlan
-from rim_dist.data.prepared import SampleStream
+from rim_dist.data.prepared import SampleStream, tokenizer_digests
 from rim_dist.errors import ConfigError
 from rim_dist.files import MANIFEST, sampled_hash, write_atomically
 from rim_dist.model.requirements import Requirements
 from rim_dist.recipe import flatten
 
 _SHOWN = 5
+_TEMPLATE = "chat_template.jinja"  # of the tokenizer's files
 _OF_HOSTS = "zero_hpz_partition_size"  # follows the number of ranks on a host, which may change
 
 
@@ -30,19 +31,16 @@ def gather_inputs(
     requirements: Requirements, data: SampleStream, ds_config: dict[str, Any], plans: Sequence[StagePlan]
 ) -> dict[str, Any]:
     """The inputs of a run that starts now."""
+    files = tokenizer_digests(requirements.tokenizer)
     zero = {key: value for key, value in ds_config["zero_optimization"].items() if key != _OF_HOSTS}
     return {
         "data": data.inputs,
-        "tokenizer": {"content": _hash(requirements.tokenizer.backend_tokenizer.to_str())},
-        "template": {"content": _hash(str(requirements.tokenizer.chat_template))},
+        "tokenizer": {name: digest[:16] for name, digest in files.items() if name != _TEMPLATE},
+        "template": {"content": hashlib.sha256(str(requirements.tokenizer.chat_template).encode()).hexdigest()[:16]},
         "deepspeed": {**ds_config, "zero_optimization": zero},
         "weights": {"content": _weights(requirements)},
         "plan": [asdict(plan) for plan in plans],
     }
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _weights(requirements: Requirements) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from rim_dist.data.loader import BatchLoader, StagePlan, plan_stages
 from rim_dist.data.packing import RowCost, pack_step
 from rim_dist.data.prepared import PreparedData, SampleStream, StreamedData, prepare
 from rim_dist.data.rows import pack
-from rim_dist.data.samples import Row
+from rim_dist.data.samples import EncodedSample, Row
 from rim_dist.data.sources import source_name
+from rim_dist.methods import method_of
 from rim_dist.model.requirements import Requirements
 from rim_dist.table import Table, show
 
@@ -24,20 +26,28 @@ _STREAM_LOOK = 1000
 _STEPS_LOOK = 20
 
 
-def show_data(recipe: Recipe, samples: int) -> None:
-    """Print counts, step histogram and lengths of a recipe's data, and `samples` samples of each stage row by row."""
+def show_data(recipe: Recipe, samples: int, ids: bool = False) -> None:
+    """Print counts, step histogram and lengths of a recipe's data.
+
+    `samples`: how many are printed as text, and of each stage row by row. `ids`: print the texts' token ids too.
+    """
     requirements = requirements_of(recipe)
+    for note in requirements.notes:
+        print(note)
     arguments = (recipe, requirements.tokenizer, requirements.tokens, requirements.positions)
     with tempfile.TemporaryDirectory() as scratch:
         data: SampleStream
         if recipe.data.streaming:
-            data = StreamedData(*arguments)
+            data = StreamedData(*arguments, requirements.ends)
             data.samples(0, _STREAM_LOOK)
             print(f"a stream: the first {_STREAM_LOOK} samples")
         else:
             folder = Path(recipe.data.cache_dir) if recipe.data.cache_dir else Path(scratch)
-            data = prepare(*arguments, folder)
+            data = prepare(*arguments, folder, requirements.ends)
         _print_report(recipe, data.report)
+        in_order = map(data.__getitem__, range(len(data))) if isinstance(data, PreparedData) else data.samples(0, samples)
+        for sample in itertools.islice(in_order, samples):
+            _print_texts(recipe, requirements, sample, ids)
         loader = BatchLoader(recipe, data, requirements.tokens, 0, 1)
         for plan in plan_stages(recipe, len(data)):
             if isinstance(data, PreparedData):
@@ -63,6 +73,20 @@ def _print_report(recipe: Recipe, report: DataReport) -> None:
     largest = max(report.steps.values(), default=1)
     bars = [(steps, count, "#" * round(40 * count / largest)) for steps, count in sorted(report.steps.items())]
     show(Table(["steps", "samples", ""], bars, align="rrl"))
+
+
+def _print_texts(recipe: Recipe, requirements: Requirements, sample: EncodedSample, ids: bool) -> None:
+    """What chat template and formats make of a sample, as the tokenizer reads its own tokens."""
+    blocks = requirements.tokens.block * method_of(recipe).prompt_blocks
+    pieces = {"prompt": [*sample.question, *blocks]}
+    pieces |= {f"step {number}": [*step] for number, step in enumerate(sample.steps, 1)}
+    pieces["answer"] = [*sample.answer]
+    print(f"{source_name(recipe.data)}:{sample.line} as text:")
+    for name, tokens in pieces.items():
+        text = requirements.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        print(f"  {name} ({len(tokens)} tokens): {text!r}")
+        if ids:
+            print(f"    {' '.join(map(str, tokens))}")
 
 
 def _print_lengths(stage: str, lengths: Sequence[int]) -> None:

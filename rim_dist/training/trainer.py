@@ -37,7 +37,7 @@ from rim_dist.heartbeat import send_heartbeat
 from rim_dist.messages import say
 from rim_dist.methods import method_of
 from rim_dist.metrics import EvaluationDone, TrainStep, make_line, progress_texts, read_metrics
-from rim_dist.model.generation import Decoding, check_prompts, generation_config, padding_note
+from rim_dist.model.generation import Decoding, check_prompts, padding_note
 from rim_dist.model.requirements import Requirements
 from rim_dist.model.skeleton import DTYPES
 from rim_dist.objective.loss import ReadoutLoss
@@ -79,9 +79,9 @@ def finished_state(recipe: Recipe) -> TrainingState | None:
 def open_data(recipe: Recipe, requirements: Requirements) -> SampleStream:
     """The run's data: prepared (cached on disk) or streamed."""
     if recipe.data.streaming:
-        return StreamedData(recipe, requirements.tokenizer, requirements.tokens, requirements.positions)
+        return StreamedData(recipe, requirements.tokenizer, requirements.tokens, requirements.positions, requirements.ends)
     folder = Path(recipe.data.cache_dir) if recipe.data.cache_dir else recipe.folder / "data"
-    return prepare(recipe, requirements.tokenizer, requirements.tokens, requirements.positions, folder)
+    return prepare(recipe, requirements.tokenizer, requirements.tokens, requirements.positions, folder, requirements.ends)
 
 
 class Trainer:
@@ -385,7 +385,7 @@ class Trainer:
         def write_model(folder: Path) -> None:
             folder.mkdir()  # fails where another owner has removed what is around it, and makes nothing anew
             bare_model(self._engine.module).config.save_pretrained(folder)
-            generation_config(self._requirements.tokenizer).save_pretrained(folder)
+            self._requirements.generation.save_pretrained(folder)
             with os_errors(folder):
                 self._requirements.tokenizer.save_pretrained(folder)
             write_inputs(folder.parent, self._inputs)
@@ -471,7 +471,8 @@ class Trainer:
             f"{self._process.ranks} rank(s) of {self._process.device.partition(':')[0]}, {self._recipe.model.dtype}; "
             f"attention {self._requirements.attention.kernel} ({self._requirements.attention.reason})"
         )
-        if self._questions and (note := padding_note(self._requirements.tokenizer)):
+        padding = padding_note(self._requirements.tokenizer) if self._questions else ""
+        for note in filter(None, [*self._requirements.notes, padding]):
             self._progress.say(note)
         if resume is not None:
             self._progress.say(f"resumed from {resume} ({state.stage}, step {state.step})")
@@ -520,5 +521,6 @@ def prepare_run(recipe: Recipe) -> tuple[Requirements, SampleStream]:
     compose(recipe, 1)
     requirements = requirements_of(recipe)
     questions = [sample.question for sample in recipe_samples(recipe)]
-    check_prompts(prompt_ids(requirements.tokenizer, questions), requirements.positions)
+    thoughts = method_of(recipe).thoughts
+    check_prompts(prompt_ids(requirements.tokenizer, questions), requirements.positions, thoughts + 2 if thoughts else 0)
     return requirements, open_data(recipe, requirements)
