@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ import numpy
 import pytest
 import scipy.stats
 import torch
+from ranks import run
 from safetensors.torch import load_file
 from tiny_export import BLOCKS, write_model
 
@@ -121,6 +122,35 @@ def test_sampled_answers_depend_on_the_seed_alone(export: LoadedModel, samples: 
     assert figures == {"1": accuracy, "2": accuracy, "3": accuracy}
 
 
+def test_answers_are_read_as_the_recipe_wrote_them(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """A model that knows four answers by heart writes `From the hall.`: right in training, `evaluate` and `blocks`."""
+    data = tmp_path / "d.jsonl"
+    rooms = {"red": "kitchen", "blue": "hall", "pink": "attic", "green": "garden"}
+    data.write_text("".join(json.dumps({"question": f"take {q}", "answer": a}) + "\n" for q, a in rooms.items()))
+    stages = {"stage1": {"samples": 0}, "stage2": {"samples": 16 * 40, "learning_rate": 1e-2}}
+    path = recipe_file(
+        data={"source": "jsonl", "path": str(data), "answer_format": "From the {answer}."},
+        curriculum=stages,
+        checkpoint={"every_steps": 0},
+        evaluation={"data": str(data), "max_new_tokens": 8},
+    )
+    run("fork", 1, ["-m", "rim_dist", "train", str(path)])
+    folder = tmp_path / "runs" / "tiny"
+    for model in (folder / "hf", folder):
+        assert load_for_evaluation(model).answer_format == "From the {answer}."
+    output = str(tmp_path / "out")
+    command = [str(folder / "hf"), str(data), "--samples", "4", "--timed", "1", "--max-new-tokens", "8", "--output", output]
+    assert main(["evaluate", *command, "--sampled", "1", "--temperature", "0.01"]) == main(["blocks", *command]) == 0
+    for written in (folder / "report", tmp_path / "out"):
+        lines = [json.loads(line) for line in (written / "answers.jsonl").read_text().splitlines()]
+        assert [line["text"] for line in lines] == [f"From the {room}." for room in rooms.values()]
+        figures = json.loads((written / "evaluation.json").read_text())
+        assert figures["per_block"] == [1.0, 1.0, 1.0]
+    assert figures["pass_at_k"] == {"1": 1.0}
+    budgets = json.loads((tmp_path / "out" / "blocks.json").read_text())["budgets"]
+    assert [budget["accuracy"] for budget in budgets] == [1.0, 1.0, 1.0]
+
+
 def test_where_an_answer_starts(export: LoadedModel) -> None:
     names = export.tokenizer
     steps = names("kitchen garden", add_special_tokens=False)["input_ids"]
@@ -131,6 +161,9 @@ def test_where_an_answer_starts(export: LoadedModel) -> None:
     assert answer_place(names, answer) == 0
     assert answer_place(names, steps) == len(steps)  # no answer proper
     assert answer_place(names, []) == 0
+    said = names("kitchen garden From the hall.", add_special_tokens=False)["input_ids"]
+    assert names.decode(said[: answer_place(names, said, "From the {answer}.")]) == "kitchen garden"
+    assert answer_place(names, said, "{answer}.") == 0
 
 
 @pytest.mark.parametrize("family", ["GPT-2", "Qwen3", "Gemma 2", "OPT", "Cohere"])

@@ -21,6 +21,7 @@ class Coconut(Method):
 
     def check(self) -> None:
         self.need_memory("tokens_per_block")
+        self.need_answer_mark()
         recipe = self.recipe
         if recipe.model.activation_checkpointing:
             raise ValueError("model.activation_checkpointing: true is not allowed with method coconut, which keeps a cache")

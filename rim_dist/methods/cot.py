@@ -11,6 +11,9 @@ class ChainOfThought(Method):
 
     answer_factor = 16
 
+    def check(self) -> None:
+        self.need_answer_mark()
+
     def row(self, sample: EncodedSample, progress: StageProgress) -> Row:  # noqa: ARG002 - the same at every step
         return self.plain_row(sample.question, chain_of(sample.steps, sample.answer))
 

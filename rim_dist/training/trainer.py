@@ -392,7 +392,7 @@ class Trainer:
         send_heartbeat(f"evaluation after step {state.step}")
         if process.is_first:
             samples, answers = zip(*(pair for answered in gathered for pair in answered), strict=True)
-            self._record_evaluation(state, score(samples, answers), report)
+            self._record_evaluation(state, score(samples, answers, recipe.data.answer_format), report)
 
     def _record_evaluation(self, state: TrainingState, result: Evaluation, report: bool) -> None:
         """Log an evaluation, keep its scores for the checkpoint of its step, write the `report` (first rank only)."""

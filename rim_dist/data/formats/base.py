@@ -12,7 +12,10 @@ from typing import Any, ClassVar
 from rim_dist.config import ColumnsSection
 from rim_dist.data.samples import BadSample, Sample, SourceRow
 
+# A whole number with commas between groups of three digits. Any other comma separates: 3,5 is not 35.
+THOUSANDS = r"[1-9]\d{0,2}(?:,\d{3})+"
 _CALCULATION = re.compile(r"<<(.*?)>>", re.DOTALL)
+_THOUSANDS = re.compile(rf"(?<![\d.,]){THOUSANDS}(?!\d|,\d)")
 
 
 class Format:
@@ -138,7 +141,7 @@ def from_gsm8k(line: int, question: Any, solution: str) -> SourceRow:
     body, marker, answer = solution.rpartition("####")
     if not marker:
         return BadSample(line, "no answer", "no #### in the solution")
-    return sample_of(line, question, _CALCULATION.findall(body), answer.strip().replace(",", ""))
+    return sample_of(line, question, _CALCULATION.findall(body), _THOUSANDS.sub(lambda m: m[0].replace(",", ""), answer))
 
 
 def from_columns(line: int, row: dict[str, Any], columns: ColumnsSection) -> SourceRow:
