@@ -148,7 +148,11 @@ class ColumnsSection(Section):
     """Names of the columns of a JSONL, Parquet or hub source."""
 
     question: str = Field("question", description="Column of the question (text).")
-    steps: str | None = Field("steps", description="Column of the steps (a list of texts, or one text with a step a line).")
+    steps: str | None = Field(
+        "steps",
+        description="Column of the steps (a list of texts, or one text with a step a line)."
+        " Another name than `steps` is refused where no row has it.",
+    )
     answer: str = Field("answer", description="Column of the answer (text or number).")
 
 
@@ -196,7 +200,9 @@ class DataSection(Section):
     shuffle_buffer: StrictInt = Field(10_000, ge=1, description="Samples in the seeded shuffle buffer of a stream.")
     limit: StrictInt | None = Field(None, ge=1, description="Use only the first so many rows.")
     on_bad_sample: Literal["refuse", "skip"] = Field(
-        "refuse", description="A row that cannot be used ends the command, or is skipped and counted with its reason."
+        "refuse",
+        description="A row that cannot be used (a column missing, not UTF-8, a number beyond floating point, too long) ends "
+        "the command, or is skipped and counted with its reason.",
     )
     max_tokens: StrictInt | None = Field(
         None,

@@ -115,6 +115,31 @@ def test_broken_recipes(tmp_path: Path, text: str, message: str) -> None:
         load_recipe(tmp_path / "r.yaml")
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[" * 1200 + "]" * 1200, "nested too deeply"),
+        ("9" * 5000, "5000 digits"),
+        ("2024-13-45", "month must be in 1..12"),
+        ('["a", "x\\ud800"]', r"half of a surrogate pair in 'x\\ud800'"),
+        ("&a [*a]", "Circular reference"),
+    ],
+)
+def test_yaml_that_is_no_recipe(
+    recipe_file: Make, capsys: pytest.CaptureFixture[str], value: str, message: str, tmp_path: Path
+) -> None:
+    """PyYAML reads these, or fails on them with something else than its own error; as a file and as an override."""
+    path = recipe_file()
+    override = tmp_path / "override.yaml"
+    override.write_text(path.read_text() + f"\nlogging: {{wandb_project: {value}}}\n")
+    for command, named in ((["data", str(override)], str(override)), (["data", str(path), f"run.name={value}"], "run.name")):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"rim-dist: {named}: ")
+        assert len(error.splitlines()) == 1
+        assert re.search(message, error), error
+
+
 def test_missing_recipe_and_no_stage(tmp_path: Path, recipe_file: Make) -> None:
     with pytest.raises(ConfigError, match="no such recipe"):
         load_recipe(tmp_path / "none.yaml")

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rim_dist.config import ColumnsSection, Recipe
+from rim_dist.data.encoding import unknown_text
 from rim_dist.data.formats import recognise
 from rim_dist.data.samples import BadSample, Sample
 from rim_dist.data.sources import read_file
@@ -81,6 +82,14 @@ def evaluation_samples(data: str, file_format: str, limit: int, columns: Columns
     if not samples:
         raise DataError(f"{path}: no questions in it")
     return samples
+
+
+def unknown_answers_note(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> str:
+    """A note to the user if there are answers that the tokenizer knows nothing of, which no model can write; else empty."""
+    unknown = unknown_text(tokenizer, [])
+    lines = [sample.line for sample in samples if unknown(sample.answer, [])]
+    count = f"{len(lines)} of {len(samples)} answers to evaluate"
+    return f"warning: {count} are only unknown text to the tokenizer; first in line {lines[0]}" if lines else ""
 
 
 def recipe_samples(recipe: Recipe) -> list[Sample]:

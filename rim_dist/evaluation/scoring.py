@@ -44,7 +44,7 @@ _DECIMAL = rf"(?:{THOUSANDS}(?:\.\d+)?|(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d{{1,3}}
 # A minus after a digit, a letter or a bracket subtracts; elsewhere it is a sign. What goes on as a list, a time, a date or a
 # power is no number.
 _NUMBER = re.compile(
-    rf"(?<!\^)(?<!\^\{{)(?P<sign>(?<![\w)\]])[-+]\s?)?(?:(?P<whole>\d+) (?=\d+\s?/\s?\d))?(?P<top>{_DECIMAL})"
+    rf"(?<!\^)(?<!\^\{{)(?P<sign>(?<![\w)\]])[-+]\s?)?(?:(?P<whole>\d+) (?:and )?(?=\d+\s?/\s?\d))?(?P<top>{_DECIMAL})"
     rf"(?:\s?/\s?(?P<bottom>{_DECIMAL}))?(?!\d|[.,:/]\d|e[-+]?\d|\s?\^(?!\s?\{{?\\circ))",
     re.IGNORECASE,
 )

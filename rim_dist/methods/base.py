@@ -56,6 +56,11 @@ class Method:
             )
 
     @property
+    def learns_steps(self) -> bool:
+        """Whether the method learns from the steps of samples."""
+        return False
+
+    @property
     def prompt_blocks(self) -> int:
         """Memory blocks at the end of a prompt."""
         return self.recipe.memory.blocks if self.uses_blocks else 0

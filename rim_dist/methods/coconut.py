@@ -33,6 +33,10 @@ class Coconut(Method):
             raise ValueError("coconut.epochs_per_stage: a stream has no known length; leave it out")
 
     @property
+    def learns_steps(self) -> bool:
+        return True
+
+    @property
     def thoughts(self) -> int:
         return self.recipe.coconut.max_latent_stage * self.recipe.coconut.c_thought
 

@@ -14,6 +14,10 @@ class ChainOfThought(Method):
     def check(self) -> None:
         self.need_answer_mark()
 
+    @property
+    def learns_steps(self) -> bool:
+        return True
+
     def row(self, sample: EncodedSample, progress: StageProgress) -> Row:  # noqa: ARG002 - the same at every step
         return self.plain_row(sample.question, chain_of(sample.steps, sample.answer))
 
