@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 StageName = Literal["stage1", "stage2"]
 STAGE_NAMES: tuple[StageName, StageName] = ("stage1", "stage2")
@@ -13,6 +23,31 @@ STAGE_NAMES: tuple[StageName, StageName] = ("stage1", "stage2")
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def around_text(text_format: str, field: str) -> tuple[str, str]:
+    """What a format of target texts puts before and after its field, `{step}` or `{answer}`.
+
+    The format is tried: raises ValueError unless every text comes out whole, once.
+    """
+    name = f"{{{field}}}"
+    doubled = "a brace that belongs to the text is written twice"
+    found = set()
+    for probe in ("\0", "\1\1"):
+        try:
+            parts = text_format.format(**{field: probe}).split(probe)
+        except (LookupError, ValueError, AttributeError, TypeError) as error:
+            reason = f"{error} is unknown" if isinstance(error, LookupError) else str(error)
+            raise ValueError(f"{text_format} cannot be filled in ({reason}); its field is {name}, {doubled}") from None
+        if len(parts) == 1 and f"{{{name}}}" in text_format:
+            right = text_format.replace(f"{{{name}}}", f"{{{{{name}}}}}")
+            raise ValueError(f"{text_format} gives the same text for every {field}; {doubled}: {right}")
+        found.add(tuple(parts))
+    if len(found) != 1 or len(parts) != 2:
+        raise ValueError(f"{text_format} must contain {name} once, as it stands")
+    if command := re.search(r"\\[A-Za-z]+$", parts[0]):
+        raise ValueError(f"{text_format} loses the braces of {command[0]}; {doubled}: {command[0]}{{{{{name}}}}}")
+    return parts[0], parts[1]
 
 
 class RunSection(Section):
@@ -118,7 +153,11 @@ class ColumnsSection(Section):
     """Names of the columns of a JSONL, Parquet or hub source."""
 
     question: str = Field("question", description="Column of the question (text).")
-    steps: str | None = Field("steps", description="Column of the steps (a list of texts, or one text with a step a line).")
+    steps: str | None = Field(
+        "steps",
+        description="Column of the steps (a list of texts, or one text with a step a line)."
+        " Another name than `steps` is refused where no row has it.",
+    )
     answer: str = Field("answer", description="Column of the answer (text or number).")
 
 
@@ -166,7 +205,9 @@ class DataSection(Section):
     shuffle_buffer: StrictInt = Field(10_000, ge=1, description="Samples in the seeded shuffle buffer of a stream.")
     limit: StrictInt | None = Field(None, ge=1, description="Use only the first so many rows.")
     on_bad_sample: Literal["refuse", "skip"] = Field(
-        "refuse", description="A row that cannot be used ends the command, or is skipped and counted with its reason."
+        "refuse",
+        description="A row that cannot be used (a column missing, not UTF-8, a number beyond floating point, too long) ends "
+        "the command, or is skipped and counted with its reason.",
     )
     max_tokens: StrictInt | None = Field(
         None,
@@ -174,8 +215,12 @@ class DataSection(Section):
         description="Longest plain sequence (question, blocks, target) in tokens; longer samples are bad samples. "
         "Default: the model's positions.",
     )
-    step_format: str = Field("{step}", description="Target text of a step.")
-    answer_format: str = Field("#### {answer}", description="Target text of the answer.")
+    step_format: str = Field("{step}", description="Target text of a step; a brace of the text itself is written twice.")
+    answer_format: str = Field(
+        "#### {answer}",
+        description="Target text of the answer; scoring reads answers by it (docs/evaluation.md). A brace of the text itself "
+        "is written twice: `\\boxed{{{answer}}}`.",
+    )
     synthetic: SyntheticSection = Field(default_factory=SyntheticSection, description="The embedded task.")
     cache_dir: str | None = Field(
         None, description="Folder for tokenised data, shared between runs. Default: `data/` in the run's folder."
@@ -187,10 +232,13 @@ class DataSection(Section):
             raise ValueError(f"source {self.source} needs path")
         if self.source == "hub" and self.id is None:
             raise ValueError("source hub needs id")
-        for name, field in (("step_format", "{step}"), ("answer_format", "{answer}")):
-            if field not in (value := getattr(self, name)):
-                raise ValueError(f"{name} {value!r} must contain {field}")
         return self
+
+    @field_validator("step_format", "answer_format")
+    @classmethod
+    def _keeps_the_text(cls, value: str, info: ValidationInfo) -> str:
+        around_text(value, str(info.field_name).removesuffix("_format"))
+        return value
 
 
 class StageSection(Section):

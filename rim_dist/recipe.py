@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
+import re
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from pydantic import ValidationError
 from rim_dist.attention.kernels import kernel_names
 from rim_dist.config import Recipe, Section
 from rim_dist.data.formats import format_names, format_of
-from rim_dist.errors import ConfigError
+from rim_dist.errors import ConfigError, first_line
 from rim_dist.methods import method_names, method_of
 
 # `format` of the recipes that rim_dist itself writes, into runs, checkpoints and exports.
@@ -96,6 +98,20 @@ def _describe(error: Any) -> str:
     return f"{path}: {error['input']!r} is not allowed; {message[0].lower()}{message[1:]}"
 
 
+def _parse(text: str) -> Any:
+    """The value in a YAML text. Raises YAMLError, also where PyYAML raises something else or reads what is not text."""
+    try:
+        tree = yaml.safe_load(text)
+        # As one text, with what is in lists. A node that holds itself is a ValueError.
+        if half := re.search(r'[^"]*[\ud800-\udfff][^"]*', json.dumps(tree, ensure_ascii=False, default=str, skipkeys=True)):
+            raise ValueError(f"half of a surrogate pair in {half[0]!a}")
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except ValueError as error:  # a date that is none, a number of 5,000 digits
+        raise yaml.YAMLError(first_line(error)) from None
+    return tree
+
+
 def _assign(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -103,9 +119,9 @@ def _assign(tree: dict[str, Any], override: str) -> None:
     if key not in field_names() and not key.startswith("model.config."):
         raise ConfigError(f"{key}: unknown key{_nearest(key)}")
     try:
-        value = yaml.safe_load(text)
+        value = _parse(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: {text!r} is not a YAML value") from error
+        raise ConfigError(f"{key}: {text[:80]!r} is not a YAML value ({first_line(error)})") from error
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:
@@ -176,7 +192,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), written: bool =
     """Read a YAML recipe, apply `section.key=value` overrides and validate the result. `written`: see `validate_recipe`."""
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe") from None
     except (OSError, UnicodeDecodeError) as error:

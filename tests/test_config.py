@@ -13,6 +13,7 @@ from conftest import write_recipe
 from ranks import ROOT
 
 from rim_dist.cli import main
+from rim_dist.config import around_text
 from rim_dist.errors import ConfigError
 from rim_dist.parallel.zero import OWNED_KEYS, compose, shipped_config
 from rim_dist.recipe import FORMAT, dump_recipe, load_recipe, validate_recipe
@@ -53,7 +54,25 @@ def test_overrides_are_typed(recipe_file: Make) -> None:
         ("data.source=jsonl", "source jsonl needs path"),
         ("data.source=hub", "source hub needs id"),
         ("data.streaming=true", "streaming is for hub"),
-        ("data.answer_format=x", "must contain {answer}"),
+        ("data.answer_format=x", r"data.answer_format: x must contain \{answer\} once"),
+        ("data.step_format=x", r"data.step_format: x must contain \{step\} once"),
+        ("data.step_format='<<{answer}>>'", r"'answer' is unknown\); its field is \{step\}"),
+        (
+            r"data.answer_format='\boxed{{answer}}'",
+            r"gives the same text for every answer; a brace that belongs .* written twice: \\boxed\{\{\{answer\}\}\}",
+        ),
+        (r"data.answer_format='\boxed{answer}'", r"loses the braces of \\boxed; .*: \\boxed\{\{\{answer\}\}\}"),
+        ("data.answer_format='{answer} {unit}'", r"data.answer_format: \{answer\} \{unit\} cannot .* \('unit' is unknown\)"),
+        ("data.answer_format='{answer} {}'", "cannot be filled in .*index 0"),
+        ("data.answer_format='{answer} }'", "cannot be filled in .*Single '}'"),
+        ("data.answer_format='{answer} {answer}'", r"must contain \{answer\} once"),
+        ("data.answer_format='{answer!r}'", r"must contain \{answer\} once, as it stands"),
+        ("data.answer_format='{answer:>5}'", r"must contain \{answer\} once, as it stands"),
+        ("data.answer_format='{answer[0]}'", r"must contain \{answer\} once, as it stands"),
+        ("data.answer_format='{answer:d}'", "cannot be filled in .*format code 'd'"),
+        ("data.answer_format='{answer.unit}'", "cannot be filled in .*no attribute 'unit'"),
+        ("data.answer_format={answer}", "data.answer_format: {'answer': None} is not allowed"),  # YAML reads a mapping
+        ("data.answer_format=#### {answer}", "data.answer_format: None is not allowed"),  # and a comment
         ("curriculum.stage1.epochs=1", "samples or epochs, not both"),
         ("parallel.offload=true", "offload needs zero_stage 3"),
         ("parallel.tensor=2", "1 ranks cannot be divided: parallel.tensor 2 x parallel.sequence 1 takes 2"),
@@ -100,6 +119,31 @@ def test_broken_recipes(tmp_path: Path, text: str, message: str) -> None:
         load_recipe(tmp_path / "r.yaml")
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[" * 1200 + "]" * 1200, "nested too deeply"),
+        ("9" * 5000, "5000 digits"),
+        ("2024-13-45", "month must be in 1..12"),
+        ('["a", "x\\ud800"]', r"half of a surrogate pair in 'x\\ud800'"),
+        ("&a [*a]", "Circular reference"),
+    ],
+)
+def test_yaml_that_is_no_recipe(
+    recipe_file: Make, capsys: pytest.CaptureFixture[str], value: str, message: str, tmp_path: Path
+) -> None:
+    """PyYAML reads these, or fails on them with something else than its own error; as a file and as an override."""
+    path = recipe_file()
+    override = tmp_path / "override.yaml"
+    override.write_text(path.read_text() + f"\nlogging: {{wandb_project: {value}}}\n")
+    for command, named in ((["data", str(override)], str(override)), (["data", str(path), f"run.name={value}"], "run.name")):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"rim-dist: {named}: ")
+        assert len(error.splitlines()) == 1
+        assert re.search(message, error), error
+
+
 def test_missing_recipe_and_no_stage(tmp_path: Path, recipe_file: Make) -> None:
     with pytest.raises(ConfigError, match="no such recipe"):
         load_recipe(tmp_path / "none.yaml")
@@ -110,6 +154,22 @@ def test_missing_recipe_and_no_stage(tmp_path: Path, recipe_file: Make) -> None:
 def test_baselines_need_no_blocks(recipe_file: Make) -> None:
     for method in ("direct", "cot"):
         assert load_recipe(recipe_file(method=method, memory={"blocks": 0})).memory.blocks == 0
+
+
+def test_formats_of_targets(recipe_file: Make) -> None:
+    """What stands around an answer, worked out by hand; chains of thought need something before it."""
+    for text_format, around in (
+        ("#### {answer}", ("#### ", "")),
+        ("\\boxed{{{answer}}}", ("\\boxed{", "}")),
+        ("The answer is {answer}.", ("The answer is ", ".")),
+        ("{answer}", ("", "")),
+        ("{{{answer}}} of 7", ("{", "} of 7")),
+    ):
+        assert around_text(text_format, "answer") == around
+        assert load_recipe(recipe_file(data={"answer_format": text_format})).data.answer_format == text_format
+    for method in ("cot", "coconut"):
+        with pytest.raises(ConfigError, match=rf"data\.answer_format: '\{{answer\}}.*not allowed with method {method}.*#### "):
+            load_recipe(recipe_file(method=method, data={"answer_format": "{answer}."}))
 
 
 def test_streams_have_no_epochs(recipe_file: Make) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from rim_dist.data.samples import BadSample, Sample
 from rim_dist.data.sources import read_file, read_source
 from rim_dist.data.synthetic import SyntheticTask, house_map, synthetic_tokenizer, walk
 from rim_dist.errors import ConfigError, DataError
+from rim_dist.evaluation.evaluate import evaluation_samples, unknown_answers_note
 from rim_dist.model.requirements import Requirements
 from rim_dist.recipe import load_recipe
 from rim_dist.tokens import add_memory_tokens, set_chat_template
@@ -92,6 +95,216 @@ def test_bad_rows_carry_line_and_reason(tmp_path: Path) -> None:
         (10, "steps are not a list of texts"),
         (12, "answer is list, not text or number"),
     ]
+
+
+def test_only_groups_of_three_digits_lose_their_commas(tmp_path: Path) -> None:
+    answers = {
+        "1,072": "1072",
+        "-12,345,678.50": "-12345678.50",
+        "3,5": "3,5",
+        "(1, 2)": "(1, 2)",
+        "12,3": "12,3",
+        "1,2,345": "1,2,345",
+        "12,34": "12,34",
+        "1,0000": "1,0000",
+        "0,500": "0,500",
+        "hall, 1,072 doors": "hall, 1072 doors",
+    }
+    texts = {
+        "gsm8k": "\n".join(json.dumps({"question": "q", "answer": f"s\n#### {a}"}) for a in answers),
+        "gsm8k_aug": "\n".join(f"q||<<1+1=2>> #### {a}" for a in answers),
+    }
+    for name, text in texts.items():
+        rows = rows_of(tmp_path, "a", text, name)
+        assert [row.answer for row in rows if isinstance(row, Sample)] == list(answers.values())
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+# What JSON lets through and no tokenizer, no float and no stack takes: as a line in the middle of a file, and its reason.
+HOSTILE = [
+    ('{"question": "a \\ud800 b", "answer": 1}', "half of a surrogate pair in the text (question)"),
+    ('{"question": "q", "steps": ["a", "\\udfff"], "answer": 1}', "half of a surrogate pair in the text (steps)"),
+    ('{"question": "q", "answer": "\\ud83d"}', "half of a surrogate pair in the text (answer)"),
+    (f'{{"question": "q", "answer": {"9" * 400}}}', "non-finite answer"),
+    (f'{{"question": "q", "answer": -{"9" * 5000}}}', "non-finite answer"),
+    (f'{{"question": {"9" * 5000}, "answer": 1}}', "question is float, not text"),
+    (f'{{"question": "q", "steps": [{"9" * 5000}], "answer": 1}}', "steps are not a list of texts"),
+    (f'{{"question": "q", "answer": {DEEP}}}', "not valid JSON (nested too deeply)"),
+    (DEEP, "not valid JSON (nested too deeply)"),
+    ('{"question": [{"role": "user"}], "answer": 1}', "question is list, not text"),
+    ('{"question": "q", "answer": true}', "answer is bool, not text or number"),
+    ('{"question": "q", "answer": 1e400}', "non-finite answer"),
+]
+GOOD = '{"question": "red", "steps": ["hall"], "answer": "hall"}'
+
+
+@pytest.mark.parametrize(("line", "reason"), HOSTILE, ids=[reason for _, reason in HOSTILE])
+def test_hostile_rows_are_bad_samples(
+    line: str, reason: str, recipe_file: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
+    section = {"source": "jsonl", "path": str(data)}
+    assert main(["data", str(recipe_file(data=section))]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"rim-dist: {data}:2: {reason}; correct it")
+    assert len(error.splitlines()) == 1
+    assert main(["data", str(recipe_file(data={**section, "on_bad_sample": "skip"}))]) == 0
+    text = capsys.readouterr().out
+    assert "3 rows, 2 used, 1 left out" in text
+    assert f"left out: 1 x {reason.partition(' (')[0]}; first {data}:2" in text
+    with pytest.raises(DataError, match=f"^{re.escape(f'{data}:2: {reason}')}$"):
+        evaluation_samples(str(data), "auto", 9, ColumnsSection())
+
+
+def test_hostile_rows_of_other_formats(tmp_path: Path) -> None:
+    nines = "9" * 5000
+    hard = f'{{"input": "q", "target": {nines}}}\n{{"input": "\\ud800", "target": 1}}\n{DEEP}'
+    assert [r.reason for r in rows_of(tmp_path, "h.jsonl", hard, "gsm_hard") if isinstance(r, BadSample)] == [
+        "non-finite answer",
+        "half of a surrogate pair in the text",
+        "not valid JSON",
+    ]
+    solved = f'{{"question": "q", "answer": "<<1>>\\ud800 #### 2"}}\n{{"question": "\\ud800", "answer": "#### 2"}}\n{DEEP}'
+    rows = rows_of(tmp_path, "s.jsonl", solved, "gsm8k")
+    assert rows[0] == Sample("q", ("1",), "2", 1)  # the half stands where nothing is read
+    assert [r.line for r in rows if isinstance(r, BadSample)] == [2, 3]
+    prosqa = f'[{{"question": "q", "answer": {nines}}}, {{"question": "\\ud800", "answer": "x"}}, {GOOD}]'
+    rows = rows_of(tmp_path, "p.json", prosqa, "prosqa")
+    assert rows == [
+        BadSample(1, "non-finite answer"),
+        BadSample(2, "half of a surrogate pair in the text", "question"),
+        Sample("red", ("hall",), "hall", 3),
+    ]
+    with pytest.raises(DataError, match=r"not a JSON list of problems \(nested too deeply"):
+        rows_of(tmp_path, "p.json", DEEP, "prosqa")
+    (tmp_path / "r.jsonl").write_text(f'{{"a": {nines}}}')
+    assert recognise(tmp_path / "r.jsonl") == "jsonl"
+    (tmp_path / "r.jsonl").write_text(DEEP)
+    with pytest.raises(DataError, match="format not recognised"):
+        recognise(tmp_path / "r.jsonl")
+
+
+def test_text_that_is_not_utf8_in_parquet(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    raw = pyarrow.array([b"a", b"\xff", b"c"], pyarrow.binary())
+    questions = pyarrow.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2])  # unchecked, as writers leave it
+    pyarrow.parquet.write_table(pyarrow.table({"question": questions, "answer": [1, 2, 3]}), tmp_path / "t.parquet")
+    rows = list(read_file(tmp_path / "t.parquet", "parquet", ColumnsSection()))
+    assert rows == [Sample("a", (), "1", 1), BadSample(2, "not UTF-8"), Sample("c", (), "3", 3)]
+
+
+def test_byte_order_marks_are_read_away(tmp_path: Path, recipe_file: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {
+        "gsm8k": "\n".join(FIXTURE_ROWS),
+        "gsm8k_aug": "q||<<1+1=2>> #### 2\nr||<<1+2=3>> #### 3",
+        "gsm_hard": '{"input": "q", "target": 1}\n{"input": "r", "target": 2}',
+        "jsonl": f"{GOOD}\n{GOOD}",
+        "prosqa": f"[{GOOD}, {GOOD}]",
+    }
+    mark = "\ufeff"
+    for name, text in texts.items():
+        ending = ".json" if name == "prosqa" else ".jsonl"
+        rows = rows_of(tmp_path, f"a{ending}", text, name)
+        assert all(isinstance(row, Sample) for row in rows)
+        assert rows_of(tmp_path, f"a{ending}", mark + text, name) == rows
+        assert recognise(tmp_path / f"a{ending}") == name
+        if name != "prosqa":  # two files joined
+            assert len(rows_of(tmp_path, "a", f"{mark}{text}\n{mark}{text}", name)) == 2 * len(rows)
+            assert not [r for r in rows_of(tmp_path, "a", f"{mark}{text}\n{mark}{text}", name) if isinstance(r, BadSample)]
+    path = recipe_file()
+    recipe = load_recipe(path)
+    path.write_text(mark + path.read_text())
+    assert load_recipe(path) == recipe
+    (tmp_path / "w.jsonl").write_text(GOOD, encoding="utf-16")
+    for command in (["data", str(recipe_file(data={"source": "jsonl", "path": str(tmp_path / "w.jsonl")}))],):
+        assert main(command) == 2
+        assert capsys.readouterr().err == f"rim-dist: {tmp_path / 'w.jsonl'}: the file is UTF-16; convert it to UTF-8\n"
+
+
+def test_columns_that_no_row_has(tmp_path: Path, recipe_file: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "d.jsonl"
+    row = {"Prompt": "red", "reasoning": ["hall"], "response": "hall", "\ud800": 1}
+    data.write_text((json.dumps(row) + "\n") * 3)
+
+    def says(on_bad_sample: str, **columns: str) -> str:
+        section = {"source": "jsonl", "path": str(data), "columns": columns, "on_bad_sample": on_bad_sample}
+        status = main(["data", str(recipe_file(data=section))])
+        captured = capsys.readouterr()
+        assert status == (2 if captured.err else 0)
+        return captured.err or captured.out
+
+    there = r"the columns are Prompt, reasoning, response, \ud800"
+    right = {"question": "Prompt", "answer": "response", "steps": "reasoning"}
+    message = f"rim-dist: {data}:1: missing column (prompt); {there}; did you mean Prompt?; correct it"
+    assert says("refuse", **{**right, "question": "prompt"}).startswith(message)
+    message = f"rim-dist: {data}: no usable sample in the data (3 rows: missing column, first {data}:1 (question); {there})\n"
+    assert says("skip", answer="response") == message
+    for mode in ("refuse", "skip"):
+        message = (
+            f"rim-dist: data.columns.steps: no row of {data} has the column resoning; {there}; did you mean reasoning?; null "
+        )
+        assert says(mode, **{**right, "steps": "resoning"}).startswith(message)
+    assert "warning" not in says("refuse", **right)
+    # Steps of the usual name may be missing, but a method that learns from them says so.
+    message = (
+        "warning: no sample has steps, and method rim learns from them: no row has the column steps (data.columns.steps); "
+    )
+    assert says("refuse", **{**right, "steps": "steps"}).splitlines()[0] == message + there
+    stream = recipe_file(data={"source": "jsonl", "path": str(data), "columns": {**right, "steps": "x"}, "streaming": True})
+    assert main(["data", str(stream)]) == 2
+    assert "has the column x; " in capsys.readouterr().err
+    # One row that has it is enough, wherever it stands.
+    data.write_text(data.read_text() + json.dumps({"Prompt": "red", "step": [], "response": "hall"}) + "\n")
+    assert "data.columns.steps" not in says("refuse", **{**right, "steps": "step"})
+
+
+def test_methods_that_need_no_steps_do_not_ask_for_them(
+    tmp_path: Path, recipe_file: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"question": "red", "answer": "hall"}\n')
+    for method, stage1, asked in (
+        ("direct", 64, 0),
+        ("pause", 64, 0),
+        ("cot", 64, 1),
+        ("coconut", 64, 1),
+        ("rim", 0, 0),
+        ("rim", 64, 1),
+    ):
+        stages = {"stage1": {"samples": stage1, "max_steps": 4}, "stage2": {"samples": 64}}
+        path = recipe_file(method=method, data={"source": "jsonl", "path": str(data)}, curriculum=stages)
+        assert main(["data", str(path)]) == 0
+        assert capsys.readouterr().out.count("warning: no sample has steps") == asked, method
+
+
+def test_targets_of_unknown_text_are_counted(tmp_path: Path, recipe_file: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """The embedded task's tokenizer knows the words of the task and a few letters; no digit, no Greek."""
+    data = tmp_path / "d.jsonl"
+    rows = [("hall", "hall"), ("hall", "7"), ("\u03a9 9", "hall"), ("hall", "hall 7"), ("####", "####"), ("", "12")]
+    data.write_text("".join(json.dumps({"question": "red", "steps": [s], "answer": a}) + "\n" for s, a in rows))
+    path = recipe_file(data={"source": "jsonl", "path": str(data)}, evaluation={"data": str(data)})
+    assert main(["data", str(path)]) == 0
+    note = f"warning: 3 of 6 samples have a target of only unknown text to the tokenizer; first {data}:2"
+    assert note in capsys.readouterr().out.splitlines()
+    prepared, requirements = open_prepared(path, tmp_path / "c")
+    assert prepared.report.notes(load_recipe(path)) == [note]
+    assert open_prepared(path, tmp_path / "c")[0].report.notes(load_recipe(path)) == [note]  # from the cache
+    samples = evaluation_samples(str(data), "auto", 9, ColumnsSection())
+    note = "warning: 2 of 6 answers to evaluate are only unknown text to the tokenizer; first in line 2"
+    assert unknown_answers_note(requirements.tokenizer, samples) == note
+    assert unknown_answers_note(requirements.tokenizer, samples[2:5]) == ""
+
+
+def test_a_stream_from_the_hub_that_breaks(recipe_file: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text(f"{GOOD}\n" + "{" * 10)
+    section = {"source": "hub", "id": str(tmp_path / "set"), "streaming": True}
+    with pytest.raises(DataError, match=r"data\.id: .*cannot be loaded \("):
+        list(read_source(load_recipe(recipe_file(data=section)).data, 0))
 
 
 def test_gsm8k_without_marker(tmp_path: Path) -> None:
@@ -197,7 +410,9 @@ def test_a_new_format_is_one_file(
 
 def test_answers_as_text() -> None:
     assert [answer_text(v) for v in (3, 3.0, -2.5, 9.28e12, " 7 ")] == ["3", "3", "-2.5", "9280000000000", "7"]
-    for value in (True, None, "", float("nan"), float("inf"), "-inf", []):
+    assert [answer_text(Decimal(v)) for v in ("3.00", "-2.50", "9" * 76)] == ["3", "-2.50", "9" * 76]  # of Parquet
+    assert [answer_text(v) for v in (1e-07, 0.1, 3.509e-07)] == ["1e-07", "0.1", "3.509e-07"]
+    for value in (True, None, "", float("nan"), float("inf"), "-inf", [], 10**400, Decimal("nan")):
         with pytest.raises(ValueError, match="answer"):
             answer_text(value)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import numpy
 import pytest
 import scipy.stats
 import torch
+from ranks import run
 from safetensors.torch import load_file
 from tiny_export import BLOCKS, write_model
 
@@ -23,9 +25,9 @@ from rim_dist.config import ColumnsSection
 from rim_dist.data.samples import Sample
 from rim_dist.errors import DataError
 from rim_dist.evaluation.block_budgets import measure_budgets
-from rim_dist.evaluation.comparison import compare_paired, mcnemar, select_by_splits
+from rim_dist.evaluation.comparison import compare_paired, mcnemar, read_answers, select_by_splits
 from rim_dist.evaluation.early_exit import answer_stepwise
-from rim_dist.evaluation.evaluate import block_answers, evaluation_samples, sampled_pass_at_k
+from rim_dist.evaluation.evaluate import block_answers, evaluation_samples, sampled_pass_at_k, score, write_evaluation
 from rim_dist.evaluation.latency import answer_place, measure_latency
 from rim_dist.evaluation.loading import LoadedModel, load_for_evaluation
 from rim_dist.evaluation.probe import Probe, auprc, auroc, chosen_blocks, exit_blocks, fit_probe, halves, judge_probe
@@ -121,6 +123,37 @@ def test_sampled_answers_depend_on_the_seed_alone(export: LoadedModel, samples: 
     assert figures == {"1": accuracy, "2": accuracy, "3": accuracy}
 
 
+def test_answers_are_read_as_the_recipe_wrote_them(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """A model that knows four answers by heart writes `From the hall.`: right in training, `evaluate` and `blocks`."""
+    data = tmp_path / "d.jsonl"
+    rooms = {"red": "kitchen", "blue": "hall", "pink": "attic", "green": "garden"}
+    data.write_text("".join(json.dumps({"question": f"take {q}", "answer": a}) + "\n" for q, a in rooms.items()))
+    stages = {"stage1": {"samples": 16, "max_steps": 4}, "stage2": {"samples": 16 * 30, "learning_rate": 1e-2}}
+    path = recipe_file(
+        data={"source": "jsonl", "path": str(data), "answer_format": "From the {answer}."},
+        curriculum=stages,
+        checkpoint={"every_steps": 0},
+        evaluation={"data": str(data), "max_new_tokens": 8},
+        parallel={"preflight": False},
+    )
+    said = run("fork", 1, ["-m", "rim_dist", "train", str(path)]).stdout
+    assert "warning: no sample has steps, and method rim learns from them: no row has the column steps" in said
+    folder = tmp_path / "runs" / "tiny"
+    for model in (folder / "hf", folder):
+        assert load_for_evaluation(model).answer_format == "From the {answer}."
+    output = str(tmp_path / "out")
+    command = [str(folder / "hf"), str(data), "--samples", "4", "--timed", "1", "--max-new-tokens", "8", "--output", output]
+    assert main(["evaluate", *command, "--sampled", "1", "--temperature", "0.01"]) == main(["blocks", *command]) == 0
+    for written in (folder / "report", tmp_path / "out"):
+        lines = [json.loads(line) for line in (written / "answers.jsonl").read_text().splitlines()]
+        assert [line["text"] for line in lines] == [f"From the {room}." for room in rooms.values()]
+        figures = json.loads((written / "evaluation.json").read_text())
+        assert figures["per_block"] == [1.0, 1.0, 1.0]
+    assert figures["pass_at_k"] == {"1": 1.0}
+    budgets = json.loads((tmp_path / "out" / "blocks.json").read_text())["budgets"]
+    assert [budget["accuracy"] for budget in budgets] == [1.0, 1.0, 1.0]
+
+
 def test_where_an_answer_starts(export: LoadedModel) -> None:
     names = export.tokenizer
     steps = names("kitchen garden", add_special_tokens=False)["input_ids"]
@@ -131,6 +164,9 @@ def test_where_an_answer_starts(export: LoadedModel) -> None:
     assert answer_place(names, answer) == 0
     assert answer_place(names, steps) == len(steps)  # no answer proper
     assert answer_place(names, []) == 0
+    said = names("kitchen garden From the hall.", add_special_tokens=False)["input_ids"]
+    assert names.decode(said[: answer_place(names, said, "From the {answer}.")]) == "kitchen garden"
+    assert answer_place(names, said, "{answer}.") == 0
 
 
 @pytest.mark.parametrize("family", ["GPT-2", "Qwen3", "Gemma 2", "OPT", "Cohere"])
@@ -446,6 +482,32 @@ def test_latency_command(folder: Path, questions_file: Path, tmp_path: Path, cap
     assert "the same one is given twice" in capsys.readouterr().err
     assert main([*arguments, "--timed-batch", "41"]) == 2
     assert "there are 40 questions" in capsys.readouterr().err
+
+
+def test_questions_are_text(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the command line and on standard input; a byte order mark is read away."""
+    command = ["generate", "--max-new-tokens", "3", str(folder)]
+    half = b"red \xff".decode("utf-8", "surrogateescape")  # how Python hands over an argument that is not UTF-8
+    assert main([*command, half]) == 2
+    assert capsys.readouterr().err.endswith("rim-dist: question 1: 'red \\udcff' is not Unicode text\n")
+    assert main([*command, "red"]) == 0
+    answer = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfred\n"), encoding="utf-8"))
+    assert main(command) == 0
+    assert capsys.readouterr().out == answer
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"red\n\xff\n"), encoding="utf-8"))
+    assert main(command) == 2
+    assert capsys.readouterr().err.endswith("rim-dist: question: standard input is not text in utf-8\n")
+
+
+def test_answers_with_other_line_ends_are_read_back(tmp_path: Path) -> None:
+    samples = [Sample("one\u2028two\x85three\x0c", (), "72", 1), Sample("q", (), "hall", 2)]
+    write_evaluation(score(samples, [["#### 72"], ["#### hall"]], "#### {answer}"), tmp_path, {})
+    assert [answer["question"] for answer in read_answers(tmp_path)] == [sample.question for sample in samples]
+    for line in (b"\xff", b"[" * 100_000, b'{"question": ' + b"9" * 5000 + b"}", b"{}"):
+        (tmp_path / "answers.jsonl").write_bytes(line)
+        with pytest.raises(DataError, match=r"answers\.jsonl:1: not an answer of an evaluation"):
+            read_answers(tmp_path)
 
 
 def test_compare_command(folder: Path, questions_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

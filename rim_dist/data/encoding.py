@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from pydantic import BaseModel, Field
 from transformers import PreTrainedTokenizerBase
 
-from rim_dist.config import Recipe
-from rim_dist.data.samples import BadSample, EncodedSample, Sample
+from rim_dist.config import ColumnsSection, Recipe, around_text
+from rim_dist.data.samples import BadSample, EncodedSample, Sample, TokenIds
 from rim_dist.data.sources import source_name
 from rim_dist.errors import DataError, ModelError
 from rim_dist.methods import method_of
@@ -22,10 +23,15 @@ from rim_dist.tokens import MemoryTokens, prompt_ids, text_ids
 ENCODER_VERSION = 1
 
 _CHUNK = 512
+_STEPS = ColumnsSection().steps
 
 
 class DataReport(BaseModel):
-    """How many rows of a source are used and why others are skipped: used + skipped = rows."""
+    """How many rows of a source are used and why others are skipped: used + skipped = rows.
+
+    `steps_column`: whether a row has it; `columns`: those of the first row that has not. `unknown`: used samples with a target
+    of which the tokenizer knows nothing, the first of them `first_unknown`.
+    """
 
     rows: int = 0
     used: int = 0
@@ -33,10 +39,33 @@ class DataReport(BaseModel):
     skipped: Counter[str] = Field(default_factory=Counter)  # by reason
     examples: dict[str, str] = Field(default_factory=dict)  # the first skipped row of each reason
     steps: Counter[int] = Field(default_factory=Counter)  # used samples by their number of steps
+    steps_column: bool = False
+    columns: str = ""
+    unknown: int = 0
+    first_unknown: str = ""
 
     def skip(self, bad: BadSample, name: str) -> None:
         self.skipped[bad.reason] += 1
         self.examples.setdefault(bad.reason, f"{name}:{bad.line}{bad.remark}")
+
+    def reasons(self) -> str:
+        """Why rows are skipped, in a line."""
+        counted = self.skipped.items()
+        return (
+            "; ".join(f"{count} rows: {reason}, first {self.examples[reason]}" for reason, count in counted) or "it has no rows"
+        )
+
+    def notes(self, recipe: Recipe) -> list[str]:
+        """What a user has to know of the data before it is trained on."""
+        notes = []
+        if self.used and self.steps[0] == self.used and method_of(recipe).learns_steps:
+            notes.append(f"warning: no sample has steps, and method {recipe.method} learns from them")
+            if self.columns and not self.steps_column:
+                notes[0] += f": no row has the column {recipe.data.columns.steps} (data.columns.steps); {self.columns}"
+        if self.unknown:
+            count = f"{self.unknown} of {self.used} samples"
+            notes.append(f"warning: {count} have a target of only unknown text to the tokenizer; first {self.first_unknown}")
+        return notes
 
 
 def encode(
@@ -63,6 +92,16 @@ def encode(
             )
         report.skip(bad, name)
 
+    def check_columns() -> None:
+        """Refuse a column of steps that the recipe names and no row has."""
+        column = recipe.data.columns.steps
+        if report.columns and not report.steps_column and column != _STEPS:
+            raise DataError(
+                f"data.columns.steps: no row of {name} has the column {column}; {report.columns}; null if there are no steps"
+            )
+
+    formats = (around_text(recipe.data.step_format, "step"), around_text(recipe.data.answer_format, "answer"))
+    unknown = unknown_text(tokenizer, [part for parts in formats for part in parts if part])
     iterator = iter(rows)
     while chunk := list(itertools.islice(iterator, _CHUNK)):
         report.rows += len(chunk)
@@ -70,11 +109,16 @@ def encode(
         for row in chunk:
             if isinstance(row, BadSample):
                 reject(row)
-            elif stage1.longer == "skip" and len(row.steps) > stage1.max_steps:
+                continue
+            report.steps_column |= not row.lacks_steps
+            report.columns = report.columns or row.lacks_steps
+            if stage1.longer == "skip" and len(row.steps) > stage1.max_steps:
                 report.skip(BadSample(row.line, f"more than curriculum.stage1.max_steps={stage1.max_steps} steps"), name)
             else:
                 good.append(row)
-        for sample in _tokenised(recipe, good, tokenizer):
+        if recipe.data.streaming:
+            check_columns()  # the end of a stream is far away
+        for source, sample in zip(good, _tokenised(recipe, good, tokenizer), strict=True):
             if isinstance(sample, BadSample):
                 reject(sample)
                 continue
@@ -85,7 +129,31 @@ def encode(
                 continue
             report.used += 1
             report.steps[len(kept.steps)] += 1
+            if any(map(unknown, (*source.steps[: stage1.max_steps], source.answer), (*kept.steps, kept.answer))):
+                report.unknown += 1
+                report.first_unknown = report.first_unknown or f"{name}:{kept.line}"
             yield kept
+    check_columns()
+
+
+def unknown_text(tokenizer: PreTrainedTokenizerBase, formats: list[str]) -> Callable[[str, TokenIds], bool]:
+    """Whether the tokenizer knows nothing of a text, given the token ids of the target made from it.
+
+    All of it becomes the token for unknown text, or spaces, or no token at all. `formats`: what targets have around the text.
+    """
+    around = {i for ids in tokenizer(formats, add_special_tokens=False)["input_ids"] for i in ids} if formats else set()
+    around.add(tokenizer.eos_token_id)
+
+    @functools.cache
+    def empty(token: int) -> bool:
+        return token == tokenizer.unk_token_id or not tokenizer.decode([token]).strip()
+
+    def unknown(text: str, target: TokenIds) -> bool:
+        if not all(i in around or empty(i) for i in target):
+            return False
+        return all(map(empty, tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+    return unknown
 
 
 def _tokenised(

@@ -142,7 +142,7 @@ class StreamedData:
                 yield buffer[chosen]
                 buffer[chosen] = sample
             if not count:
-                raise DataError(f"{source_name(self._recipe.data)}: no usable sample in the data")
+                raise DataError(f"{source_name(self._recipe.data)}: no usable sample in the data ({self.report.reasons()})")
             for chosen in generator.permutation(len(buffer)).tolist():
                 yield buffer[chosen]
             epoch += 1
@@ -257,8 +257,7 @@ def _build(recipe: Recipe, samples: Iterable[EncodedSample], report: DataReport,
         first.append(len(ends) - 1)
         lines.append(sample.line)
     if not lines:
-        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in report.skipped.items()) or "it has no rows"
-        raise DataError(f"{source_name(recipe.data)}: no usable sample in the data ({reasons})")
+        raise DataError(f"{source_name(recipe.data)}: no usable sample in the data ({report.reasons()})")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

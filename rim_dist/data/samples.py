@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
@@ -13,26 +13,31 @@ TokenIds = Sequence[int] | numpy.ndarray
 
 @dataclass(frozen=True)
 class Sample:
-    """A question, the true intermediate steps and the final answer, all text."""
+    """A question, the true intermediate steps and the final answer, all text.
+
+    `lacks_steps`: its row has no column of steps, and which it has, as text; empty where steps are not looked for in a column.
+    """
 
     question: str
     steps: tuple[str, ...]
     answer: str
     line: int
+    lacks_steps: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A row that cannot be used: its line (from 1) and why."""
+    """A row that cannot be used: its line (from 1) and why. `hint`: what may help."""
 
     line: int
     reason: str
     detail: str = ""
+    hint: str = field(default="", compare=False)
 
     @property
     def remark(self) -> str:
-        """The detail in brackets, to follow the reason in a message."""
-        return f" ({self.detail})" if self.detail else ""
+        """The detail in brackets and the hint, to follow the reason in a message."""
+        return (f" ({self.detail})" if self.detail else "") + (f"; {self.hint}" if self.hint else "")
 
 
 SourceRow = Sample | BadSample

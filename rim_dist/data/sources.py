@@ -38,10 +38,10 @@ def _hub(data: DataSection) -> Iterator[SourceRow]:
         rows = datasets.load_dataset(
             data.id, data.config_name, split=data.split, revision=data.revision, streaming=data.streaming
         )
-    except Exception as error:
+        for number, row in enumerate(rows, 1):
+            yield _LAYOUTS[data.layout](number, row, data.columns)
+    except Exception as error:  # a stream reads its files as it goes
         raise DataError(f"data.id: {data.id!r} cannot be loaded ({first_line(error)})") from error
-    for number, row in enumerate(rows, 1):
-        yield _LAYOUTS[data.layout](number, row, data.columns)
 
 
 def read_file(path: str | Path, file_format: str, columns: ColumnsSection) -> Iterator[SourceRow]:

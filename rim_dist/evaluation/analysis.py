@@ -43,7 +43,7 @@ def analyse(
 
     states = states_of(loaded)
     answers = block_answers(loaded.model, loaded.tokenizer, questions, loaded.blocks, decoding)
-    scored = score(samples, answers)
+    scored = score(samples, answers, loaded.answer_format)
     axes = principal_axes(states)
     figures: dict[str, Any] = {
         "questions": len(samples),

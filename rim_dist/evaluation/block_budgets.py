@@ -22,7 +22,7 @@ def right_after(loaded: LoadedModel, samples: Sequence[Sample], budgets: Sequenc
     """Whether the answer to every question is right after each of the budgets: boolean `[questions, budgets]`."""
     questions = [sample.question for sample in samples]
     texts = block_answers(loaded.model, loaded.tokenizer, questions, max(budgets), decoding, budgets=budgets)
-    return score(samples, texts).correct
+    return score(samples, texts, loaded.answer_format).correct
 
 
 def learn_probe(

@@ -6,7 +6,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,10 +183,12 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _questions(arguments: argparse.Namespace, loaded: LoadedModel, data: str, count: int) -> list[Sample]:
-    from rim_dist.evaluation.evaluate import evaluation_samples
+    from rim_dist.evaluation.evaluate import evaluation_samples, unknown_answers_note
 
     columns = loaded.columns.model_copy(update=_columns(arguments.column))
     samples = evaluation_samples(data, arguments.format, count, columns, loaded.synthetic_steps)
+    if note := unknown_answers_note(loaded.tokenizer, samples):
+        say(note)
     if (batch := getattr(arguments, "timed_batch", 1)) > len(samples):
         raise ConfigError(f"--timed-batch: {batch} is not allowed; there are {len(samples)} questions")
     return samples
@@ -227,6 +229,7 @@ def _write_json(folder: str | None, name: str, tree: dict[str, Any]) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    from rim_dist.data.formats.base import is_unicode
     from rim_dist.evaluation.evaluate import block_answers
     from rim_dist.model.generation import Decoding, answer_questions
 
@@ -235,11 +238,13 @@ def _generate(arguments: argparse.Namespace) -> int:
     blocks = _blocks(arguments.blocks, loaded.blocks)
     if arguments.every_block and not blocks:
         raise ConfigError("--every-block: this model has no memory blocks")
-    questions = [arguments.question] if arguments.question is not None else (line.strip() for line in sys.stdin)
+    questions = [arguments.question] if arguments.question is not None else _standard_input()
     decoding = Decoding(arguments.max_new_tokens, stop=tuple(arguments.stop))
     answered = 0
     for question in filter(str.strip, questions):
         answered += 1
+        if not is_unicode(question):
+            raise ConfigError(f"question {answered}: {question!a} is not Unicode text")
         if arguments.every_block:
             for k, text in enumerate(block_answers(loaded.model, loaded.tokenizer, [question], blocks, decoding)[0], 1):
                 print(f"block {k}: {text}", flush=True)
@@ -248,6 +253,15 @@ def _generate(arguments: argparse.Namespace) -> int:
     if not answered:
         raise ConfigError("question: there is none; give one, or one a line on standard input")
     return EXIT_DONE
+
+
+def _standard_input() -> Iterator[str]:
+    """Its lines. Raises ConfigError if it is not UTF-8."""
+    try:
+        for line in sys.stdin:
+            yield line.removeprefix("\ufeff").strip()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"question: standard input is not text in {error.encoding}") from None
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -24,11 +24,11 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"{folder}: no {ANSWERS} in it; `rim-dist evaluate ... --output {folder}` writes one")
     answers = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):  # of text they would end at U+2028 too
         try:
             answer = json.loads(line)
             _ = answer["question"], answer["target"], answer["text"], answer["answers"][-1], answer["correct"][-1]
-        except (json.JSONDecodeError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             raise DataError(f"{path}:{number}: not an answer of an evaluation") from None
         answers.append(answer)
     if not answers:

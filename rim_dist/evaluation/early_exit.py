@@ -16,7 +16,7 @@ from rim_dist.evaluation.latency import in_turns, spread, synchronise
 from rim_dist.evaluation.loading import LoadedModel
 from rim_dist.evaluation.prefixes import decode_greedily
 from rim_dist.evaluation.probe import Probe
-from rim_dist.evaluation.scoring import extract_answer, same_answer
+from rim_dist.evaluation.scoring import is_right
 from rim_dist.model.generation import Decoding, answer_texts, check_prompts, end_ids, model_positions
 from rim_dist.tokens import appended_block
 
@@ -92,7 +92,7 @@ def time_early_exit(
     figures: dict[str, Any] = {"questions": len(samples), "confidence": confidence}
     for name, answers in in_turns({"all_blocks": None, "early_exit": probe}, len(samples), run).items():
         texts = answer_texts(loaded.tokenizer, [answer.ids for answer in answers], decoding)
-        right = [same_answer(extract_answer(t, s.answer), s.answer) for t, s in zip(texts, samples, strict=True)]
+        right = [is_right(t, s.answer, loaded.answer_format) for t, s in zip(texts, samples, strict=True)]
         first = [answer.first_token_seconds for answer in answers]
         blocks = statistics.fmean(answer.blocks for answer in answers)
         figures[name] = {

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rim_dist.config import ColumnsSection, Recipe
+from rim_dist.data.encoding import unknown_text
 from rim_dist.data.formats import recognise
 from rim_dist.data.samples import BadSample, Sample
 from rim_dist.data.sources import read_file
@@ -22,7 +23,7 @@ from rim_dist.evaluation.latency import Candidate, time_side_by_side
 from rim_dist.evaluation.loading import LoadedModel
 from rim_dist.evaluation.readouts import readout_ids
 from rim_dist.evaluation.rules import RULES
-from rim_dist.evaluation.scoring import extract_answer, majority_answer, pass_at_k, same_answer
+from rim_dist.evaluation.scoring import extract_answer, is_right, majority_answer, pass_at_k, same_answer
 from rim_dist.model.generation import Decoding, Sampling, answer_questions, answer_texts, generate_ids
 from rim_dist.model.proof import prove_family
 from rim_dist.tokens import appended_block, prompt_ids
@@ -83,6 +84,14 @@ def evaluation_samples(data: str, file_format: str, limit: int, columns: Columns
     return samples
 
 
+def unknown_answers_note(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> str:
+    """A note to the user if there are answers that the tokenizer knows nothing of, which no model can write; else empty."""
+    unknown = unknown_text(tokenizer, [])
+    lines = [sample.line for sample in samples if unknown(sample.answer, [])]
+    count = f"{len(lines)} of {len(samples)} answers to evaluate"
+    return f"warning: {count} are only unknown text to the tokenizer; first in line {lines[0]}" if lines else ""
+
+
 def recipe_samples(recipe: Recipe) -> list[Sample]:
     """The evaluation questions of a recipe; empty if it names none."""
     data = recipe.evaluation.data or ("synthetic" if recipe.data.source == "synthetic" else None)
@@ -128,12 +137,12 @@ def _takes_mask(model: Any) -> bool:
     return getattr(model, _TAKES_MASK)
 
 
-def score(samples: Sequence[Sample], texts: Sequence[Sequence[str]]) -> Evaluation:
-    """Compare answers after every block with the targets."""
+def score(samples: Sequence[Sample], texts: Sequence[Sequence[str]], answer_format: str) -> Evaluation:
+    """Compare answers after every block, written as the model was trained to write them, with the targets."""
     answers: list[dict[str, Any]] = []
     for sample, row in zip(samples, texts, strict=True):
         target = sample.answer
-        given = [extract_answer(text, target) for text in row]
+        given = [extract_answer(text, target, answer_format) for text in row]
         answers.append(
             {
                 "question": sample.question,
@@ -165,9 +174,7 @@ def sampled_pass_at_k(
     ids = generate_ids(loaded.model, loaded.tokenizer, prompts, decoding, sampling)
     texts = iter(answer_texts(loaded.tokenizer, ids, decoding))
     n = sampling.answers
-    right = [
-        sum(same_answer(extract_answer(next(texts), sample.answer), sample.answer) for _ in range(n)) for sample in samples
-    ]
+    right = [sum(is_right(next(texts), sample.answer, loaded.answer_format) for _ in range(n)) for sample in samples]
     budgets = sorted({n, *(1 << i for i in range(n.bit_length()))})
     return {str(k): statistics.fmean(pass_at_k(n, c, k) for c in right) for k in budgets}
 
@@ -186,7 +193,8 @@ def evaluate_model(
     `timed_questions`: the first so many questions are timed in batches of `timed_batch`, after a warm-up.
     """
     questions = [sample.question for sample in samples]
-    result = score(samples, block_answers(loaded.model, loaded.tokenizer, questions, blocks, decoding))
+    texts = block_answers(loaded.model, loaded.tokenizer, questions, blocks, decoding)
+    result = score(samples, texts, loaded.answer_format)
     if sampling is not None:
         result.pass_at_k = sampled_pass_at_k(loaded, samples, blocks, decoding, sampling)
     prompts = loaded.prompts(questions[: max(timed_batch, timed_questions)], blocks or None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +13,12 @@ import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from rim_dist.evaluation.loading import LoadedModel
+from rim_dist.evaluation.scoring import ANSWER_FORMAT, answer_marks, answer_start
 from rim_dist.model.generation import Decoding, generate_ids
 
 Subject = TypeVar("Subject")
 Result = TypeVar("Result")
 WARM_UP = 3
-_ANSWER = re.compile(r"#+[^#]*$")
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class Latency:
     """Seconds from the prompts of one batch to three points in time, prefill included; and the tokens of an answer (mean).
 
     `first_token_seconds`: TTFT, the first new token is known. `answer_start_seconds`: the first token of the answer proper,
-    which begins at the last `#` (a chain of thought writes its steps first), mean over the batch; a text without one counts
-    whole. `answer_seconds`: the last answer of the batch is complete.
+    which begins with what `data.answer_format` puts before it (a chain of thought writes its steps first), mean over the batch;
+    a text without that counts whole. `answer_seconds`: the last answer of the batch is complete.
     """
 
     first_token_seconds: float
@@ -56,7 +55,11 @@ def synchronise() -> None:
 
 
 def measure_latency(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], decoding: Decoding
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    answer_format: str = ANSWER_FORMAT,
 ) -> Latency:
     """Time prompts (token ids) that are answered together, greedily, by transformers' own generation."""
     clock = _Clock()
@@ -66,18 +69,20 @@ def measure_latency(
     answers = generate_ids(model, tokenizer, prompts, together, watch=clock)
     synchronise()
     end = time.perf_counter()
-    starts = [clock.ticks[min(answer_place(tokenizer, ids), len(clock.ticks) - 1)] - start for ids in answers]
+    starts = [clock.ticks[min(answer_place(tokenizer, ids, answer_format), len(clock.ticks) - 1)] - start for ids in answers]
     new_tokens = statistics.fmean(map(len, answers))
     return Latency(clock.ticks[0] - start, statistics.fmean(starts), end - start, new_tokens)
 
 
-def answer_place(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
+def answer_place(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], answer_format: str = ANSWER_FORMAT) -> int:
     """Which token of a generated text is the first of the answer proper; one past the last where there is no answer."""
+    if answer_marks(answer_format)[0] is None:
+        return 0  # nothing stands before the answer
 
     def length(tokens: int) -> int:
         return len(tokenizer.decode(ids[:tokens], skip_special_tokens=True))
 
-    found = _ANSWER.search(tokenizer.decode(ids, skip_special_tokens=True))
+    found = answer_start(tokenizer.decode(ids, skip_special_tokens=True), answer_format)
     if found is None:
         return len(ids)
     # The fewest tokens whose text goes beyond the marker's first character end with the token that is looked for.
@@ -129,7 +134,7 @@ def time_side_by_side(candidates: Mapping[Any, Candidate], batch: int = 1) -> di
 
     def run(c: Candidate, number: int) -> Latency:
         prompts = c.prompts[number * batch : (number + 1) * batch]
-        return measure_latency(c.loaded.model, c.loaded.tokenizer, prompts, c.decoding)
+        return measure_latency(c.loaded.model, c.loaded.tokenizer, prompts, c.decoding, c.loaded.answer_format)
 
     count = min(len(c.prompts) for c in candidates.values()) // batch
     return {name: latency_summary(runs, batch) for name, runs in in_turns(candidates, count, run).items()}

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from rim_dist.checkpoint.hf_export import load_trained_model
 from rim_dist.checkpoint.store import MODEL, find_checkpoint, read_recipe
-from rim_dist.config import ColumnsSection
+from rim_dist.config import ColumnsSection, around_text
 from rim_dist.errors import CheckpointError, ModelError
+from rim_dist.evaluation.scoring import ANSWER_FORMAT
 from rim_dist.messages import say
 from rim_dist.methods import method_names, method_of
 from rim_dist.model.generation import padding_note
@@ -26,7 +27,8 @@ from rim_dist.tokens import add_memory_tokens, appended_block, prepare_template,
 class LoadedModel:
     """A model on its device, ready to answer. Every prompt has `blocks` memory blocks (0: none) of `block_size` tokens.
 
-    `columns`: of the data that it was trained on, as far as that is known, so that questions can come from a similar file.
+    `columns`, `answer_format`: of the data that it was trained on, as far as that is known, so that questions can come from a
+    similar file and answers are read as they were trained.
     """
 
     model: Any
@@ -36,6 +38,7 @@ class LoadedModel:
     method: str = "rim"
     synthetic_steps: int = 5
     columns: ColumnsSection = field(default_factory=ColumnsSection)
+    answer_format: str = ANSWER_FORMAT
 
     def prompts(self, questions: list[str], blocks: int | None = None) -> list[list[int]]:
         """Token ids of the prompts of questions, with the trained number of blocks unless another is given."""
@@ -68,7 +71,9 @@ def load_checkpoint(checkpoint: Path) -> LoadedModel:
     method = method_of(recipe)
     if method.thoughts:
         think_before_answers(model, method.thoughts, add_memory_tokens(tokenizer, recipe.memory).ids)
-    return _ready(model, tokenizer, method.prompt_blocks, recipe.method, recipe.data.synthetic.max_steps, recipe.data.columns)
+    data = recipe.data
+    origin = (recipe.method, data.synthetic.max_steps, data.columns, data.answer_format)
+    return _ready(model, tokenizer, method.prompt_blocks, *origin)
 
 
 def _load_hf(folder: Path) -> LoadedModel:
@@ -79,7 +84,9 @@ def _load_hf(folder: Path) -> LoadedModel:
         method = about.get("method", "direct")
         if method not in method_names():
             raise ValueError(f"its method {method} is not known here")
-        columns = ColumnsSection.model_validate(about.get("recipe", {}).get("data", {}).get("columns", {}))
+        data = about.get("recipe", {}).get("data", {})
+        columns = ColumnsSection.model_validate(data.get("columns", {}))
+        around_text(answer_format := data.get("answer_format", ANSWER_FORMAT), "answer")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     except Exception as error:
@@ -93,11 +100,12 @@ def _load_hf(folder: Path) -> LoadedModel:
         raise CheckpointError(f"{folder}: {error}") from None
     if thoughts := about.get("thoughts", 0):
         think_before_answers(model, thoughts, about["memory_token_ids"])
-    return _ready(model, tokenizer, about.get("blocks", 0), method, about.get("synthetic_steps", 5), columns)
+    origin = (method, about.get("synthetic_steps", 5), columns, answer_format)
+    return _ready(model, tokenizer, about.get("blocks", 0), *origin)
 
 
 def _ready(model: Any, tokenizer: PreTrainedTokenizerBase, blocks: int, *origin: Any) -> LoadedModel:
-    """The model on its device. `origin`: method, synthetic steps and columns, as in LoadedModel."""
+    """The model on its device. `origin`: as in LoadedModel, from `method` on."""
     if note := padding_note(tokenizer):
         say(note)
     if torch.cuda.is_available():

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from rim_dist.evaluation.loading import LoadedModel
 from rim_dist.evaluation.prefixes import decode_greedily
-from rim_dist.evaluation.scoring import extract_answer, same_answer
+from rim_dist.evaluation.scoring import extract_answer, is_right
 from rim_dist.model.generation import Decoding, answer_texts, check_prompts, end_ids, model_positions
 
 Pieces = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values `[prompts, heads, tokens, head_dim]` of every layer
@@ -113,6 +113,11 @@ def exchange_blocks(loaded: LoadedModel, prompts: Sequence[Sequence[int]], decod
     blocks = range(1, loaded.blocks + 1)
     names = [*(f"block {k}" for k in blocks), "all"]
     counts: Counter[tuple[str, str]] = Counter()
+
+    def same(a: str, b: str) -> bool:
+        """Whether two generated texts give the same answer: that of the second is the target."""
+        return is_right(a, extract_answer(b, "", loaded.answer_format), loaded.answer_format)
+
     pairs = 0
     for group in by_length.values():
         for start in range(0, len(group), decoding.batch):
@@ -123,12 +128,12 @@ def exchange_blocks(loaded: LoadedModel, prompts: Sequence[Sequence[int]], decod
             texts = exchanged_answers(loaded, ids, donors, decoding)
             for i, donor in enumerate(donors.tolist()):
                 own, others = texts["own"][i], texts["own"][donor]
-                if _same(own, others):
+                if same(own, others):
                     continue
                 pairs += 1
                 for name in (*names, *(f"without {k}" for k in blocks)):
                     text = texts[name][i]
-                    counts[name, "own" if _same(text, own) else "donor" if _same(text, others) else "other"] += 1
+                    counts[name, "own" if same(text, own) else "donor" if same(text, others) else "other"] += 1
     if not pairs:
         return {"pairs": 0, "exchanged": [], "left_out": []}
     return {
@@ -138,9 +143,3 @@ def exchange_blocks(loaded: LoadedModel, prompts: Sequence[Sequence[int]], decod
         ],
         "left_out": [{"block": k, "own": counts[f"without {k}", "own"] / pairs} for k in blocks],
     }
-
-
-def _same(a: str, b: str) -> bool:
-    """Whether two generated texts give the same answer, each the target of the other."""
-    target = extract_answer(b, b)
-    return same_answer(extract_answer(a, target), target)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rim_dist.config import STAGE_NAMES, Recipe, StageName
+from rim_dist.config import STAGE_NAMES, Recipe, StageName, around_text
 from rim_dist.data.samples import EncodedSample, Readout, Row, TokenIds
 
 
@@ -45,6 +45,20 @@ class Method:
         for name in names:
             if getattr(self.recipe.memory, name) == 0:
                 raise ValueError(f"memory.{name}: 0 is not allowed with method {self.recipe.method}; allowed: 1 or more")
+
+    def need_answer_mark(self) -> None:
+        """Raise ValueError if nothing stands before the answer, which then cannot be told from the steps that it follows."""
+        answer_format = self.recipe.data.answer_format
+        if not around_text(answer_format, "answer")[0].strip():
+            raise ValueError(
+                f"data.answer_format: {answer_format!r} is not allowed with method {self.recipe.method}, where the answer "
+                "follows the steps; put a text before it, as in '#### {answer}'"
+            )
+
+    @property
+    def learns_steps(self) -> bool:
+        """Whether the method learns from the steps of samples."""
+        return False
 
     @property
     def prompt_blocks(self) -> int:

@@ -21,6 +21,7 @@ class Coconut(Method):
 
     def check(self) -> None:
         self.need_memory("tokens_per_block")
+        self.need_answer_mark()
         recipe = self.recipe
         if recipe.model.activation_checkpointing:
             raise ValueError("model.activation_checkpointing: true is not allowed with method coconut, which keeps a cache")
@@ -30,6 +31,10 @@ class Coconut(Method):
             raise ValueError("parallel.sequence: rows of continuous thoughts are not split; with method coconut: 1")
         if recipe.data.streaming and recipe.coconut.epochs_per_stage:
             raise ValueError("coconut.epochs_per_stage: a stream has no known length; leave it out")
+
+    @property
+    def learns_steps(self) -> bool:
+        return True
 
     @property
     def thoughts(self) -> int:

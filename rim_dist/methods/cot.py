@@ -11,6 +11,13 @@ class ChainOfThought(Method):
 
     answer_factor = 16
 
+    def check(self) -> None:
+        self.need_answer_mark()
+
+    @property
+    def learns_steps(self) -> bool:
+        return True
+
     def row(self, sample: EncodedSample, progress: StageProgress) -> Row:  # noqa: ARG002 - the same at every step
         return self.plain_row(sample.question, chain_of(sample.steps, sample.answer))
 

@@ -34,6 +34,10 @@ class ReasoningInMemory(Method):
 
     uses_blocks = True
 
+    @property
+    def learns_steps(self) -> bool:
+        return self.recipe.curriculum.stage1.enabled
+
     def row(self, sample: EncodedSample, progress: StageProgress) -> Row:
         steps: Sequence[TokenIds] = []
         if progress.stage == "stage1":

@@ -65,6 +65,8 @@ def show_data(recipe: Recipe, samples: int, ids: bool = False) -> None:
 
 
 def _print_report(recipe: Recipe, report: DataReport) -> None:
+    for note in report.notes(recipe):
+        print(note)
     print(f"{source_name(recipe.data)}: {report.rows} rows, {report.used} used, {sum(report.skipped.values())} left out")
     for reason, count in report.skipped.most_common():
         print(f"  left out: {count} x {reason}; first {report.examples[reason]}")

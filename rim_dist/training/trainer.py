@@ -31,7 +31,14 @@ from rim_dist.data.rows import Batch
 from rim_dist.data.samples import EncodedSample
 from rim_dist.data.sources import source_name
 from rim_dist.errors import CheckpointError, ConfigError, Stopped, TrainingError
-from rim_dist.evaluation.evaluate import Evaluation, block_answers, recipe_samples, score, write_evaluation
+from rim_dist.evaluation.evaluate import (
+    Evaluation,
+    block_answers,
+    recipe_samples,
+    score,
+    unknown_answers_note,
+    write_evaluation,
+)
 from rim_dist.files import os_errors, write_atomically
 from rim_dist.heartbeat import send_heartbeat
 from rim_dist.messages import say
@@ -111,6 +118,7 @@ class Trainer:
         self._saver = CheckpointSaver(recipe, self._checkpoints, process, self._lease.check)
         self._saved_step = self._evaluated_step = -1
         self._last_loss = 0.0
+        self._told = False
         self._operations = 0.0
 
     # ---- the run -------------------------------------------------------------------------------------
@@ -200,6 +208,7 @@ class Trainer:
         for step in range(state.step - plan.first_step, plan.steps):
             started = time.perf_counter()
             rank_batch = loader.rank_batch(plan, step)
+            self._tell_of_data()
             if step == 0 or loader.phase(plan, step) != loader.phase(plan, step - 1):
                 self._engine.begin_stage(stage.dropout)
             if self._preflight is not None:
@@ -434,7 +443,7 @@ class Trainer:
         send_heartbeat(f"evaluation after step {state.step}")
         if process.is_first:
             samples, answers = zip(*(pair for answered in gathered for pair in answered), strict=True)
-            self._record_evaluation(state, score(samples, answers), report)
+            self._record_evaluation(state, score(samples, answers, recipe.data.answer_format), report)
 
     def _record_evaluation(self, state: TrainingState, result: Evaluation, report: bool) -> None:
         """Note an evaluation's scores for the checkpoint of its step, write the `report`, log it at last (first rank only)."""
@@ -459,6 +468,13 @@ class Trainer:
         done_at_end = step == self._total_steps and self._recipe.evaluation.at_end
         return bool(every) and step % every == 0 and not done_at_end
 
+    def _tell_of_data(self) -> None:
+        """Say once what a user has to know of the data: before the first step, when a stream too has been looked at."""
+        if self._progress is not None and not self._told:
+            self._told = True
+            for note in self._data.report.notes(self._recipe):
+                self._progress.say(note)
+
     def _announce(self, state: TrainingState, resume: Path | None) -> None:
         assert self._progress is not None
         report = self._data.report
@@ -473,6 +489,8 @@ class Trainer:
         )
         padding = padding_note(self._requirements.tokenizer) if self._questions else ""
         for note in filter(None, [*self._requirements.notes, padding]):
+            self._progress.say(note)
+        if note := unknown_answers_note(self._requirements.tokenizer, self._questions):
             self._progress.say(note)
         if resume is not None:
             self._progress.say(f"resumed from {resume} ({state.stage}, step {state.step})")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rim_dist.config import ColumnsSection
 from rim_dist.data.formats.base import Format, from_columns
-from rim_dist.data.samples import SourceRow
-from rim_dist.errors import DataError
+from rim_dist.data.samples import BadSample, SourceRow
+from rim_dist.errors import DataError, first_line
 
 
 class Parquet(Format):
@@ -29,11 +30,19 @@ class Parquet(Format):
             number = 0
             with pyarrow.parquet.ParquetFile(path) as file:
                 for batch in file.iter_batches(batch_size=1024):
-                    for row in batch.to_pylist():
+                    for row in _rows(batch):
                         number += 1
-                        yield from_columns(number, row, columns)
-        except pyarrow.ArrowInvalid as error:
-            raise DataError(f"{path}: not a readable Parquet file ({error})") from None
+                        yield BadSample(number, "not UTF-8") if row is None else from_columns(number, row, columns)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
+
+
+def _rows(batch: Any) -> list[dict[str, Any] | None]:
+    """The rows of a batch; None for one whose text is not UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        return [None] if len(batch) == 1 else [row for i in range(len(batch)) for row in _rows(batch.slice(i, 1))]
 
 
 FORMAT = Parquet()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from rim_dist.config import ColumnsSection
-from rim_dist.data.formats.base import Format, sample_of
+from rim_dist.data.formats.base import Format, parse_json, sample_of
 from rim_dist.data.samples import BadSample, SourceRow
 from rim_dist.errors import DataError
 
@@ -22,8 +21,8 @@ class ProsQa(Format):
 
     def read(self, path: Path, columns: ColumnsSection) -> Iterator[SourceRow]:  # noqa: ARG002 - its own names
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            rows = parse_json(path.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError) as error:
             raise DataError(f"{path}: not a JSON list of problems ({error})") from None
         if not isinstance(rows, list):
             raise DataError(f"{path}: not a JSON list of problems")
