@@ -27,6 +27,8 @@ _STEPS_LOOK = 20
 def show_data(recipe: Recipe, samples: int) -> None:
     """Print counts, step histogram and lengths of a recipe's data, and `samples` samples of each stage row by row."""
     requirements = requirements_of(recipe)
+    for note in requirements.start.notes:
+        print(f"{recipe.model.init_from}: {note}")
     arguments = (recipe, requirements.tokenizer, requirements.tokens, requirements.positions)
     with tempfile.TemporaryDirectory() as scratch:
         data: SampleStream

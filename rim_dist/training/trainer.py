@@ -430,6 +430,8 @@ class Trainer:
             f"{self._process.ranks} rank(s) of {self._process.device.partition(':')[0]}, {self._recipe.model.dtype}; "
             f"attention {self._requirements.attention.kernel} ({self._requirements.attention.reason})"
         )
+        for note in self._requirements.start.notes:
+            self._progress.say(f"{self._recipe.model.init_from}: {note}")
         if self._questions and (note := padding_note(self._requirements.tokenizer)):
             self._progress.say(note)
         if resume is not None:
