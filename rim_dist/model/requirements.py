@@ -117,11 +117,17 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
             config = AutoConfig.from_pretrained(source, revision=section.revision, trust_remote_code=section.trust_remote_code)
         except Exception as error:
             raise ModelError(f"model.init_from: {section.init_from!r} cannot be loaded ({first_line(error)})") from error
-    check_tensor_degree(recipe.parallel.tensor, config)
-    heads, kv_heads = (count // recipe.parallel.tensor for count in head_counts(config))
-    mode = choose_mode(recipe.parallel.sequence_mode, recipe.parallel.sequence, heads, kv_heads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    attention = choose_kernel(section.attention, Demands.of(recipe, config, device, mode, local=True))
+    try:
+        check_tensor_degree(recipe.parallel.tensor, config)
+        heads, kv_heads = (count // recipe.parallel.tensor for count in head_counts(config))
+        mode = choose_mode(recipe.parallel.sequence_mode, recipe.parallel.sequence, heads, kv_heads)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        attention = choose_kernel(section.attention, Demands.of(recipe, config, device, mode, local=True))
+        model_positions(config)
+    except RimError:
+        raise
+    except Exception as error:  # some families have no heads, and some have others in every layer
+        raise ModelError(f"model family {config.model_type}: not supported: {first_line(error)}") from error
     requirements = Requirements(tokenizer, tokens, config, start, attention, mode)
     _check_positions(method, requirements)
     kernel = proof_kernel(attention.kernel)
