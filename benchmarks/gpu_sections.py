@@ -44,7 +44,7 @@ from rim_dist.attention.registration import use_plain_attention, use_rim_attenti
 from rim_dist.data.packing import RowCost, pack_step
 from rim_dist.data.rows import Batch, pack
 from rim_dist.data.samples import Readout, Row
-from rim_dist.model.build import set_dropout
+from rim_dist.model.dropout import set_dropout
 from rim_dist.model.generation import Decoding, generate_ids
 from rim_dist.objective.forward import install_readout_loss, run_batch
 from rim_dist.training.engine import row_cost

@@ -167,7 +167,7 @@ def _prefetch(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     requirements, data = prepare_run(recipe)
     fetch_weights(recipe, requirements)
-    print(f"model: {requirements.source or 'from scratch'}; data: {data.report.used} of {data.report.rows} rows")
+    print(f"model: {requirements.start.source or 'from scratch'}; data: {data.report.used} of {data.report.rows} rows")
     for note in data.report.notes(recipe):
         print(note)
     return EXIT_DONE

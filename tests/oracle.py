@@ -15,9 +15,10 @@ from rim_dist.checkpoint.start import model_of
 from rim_dist.config import Recipe
 from rim_dist.data.loader import BatchLoader, plan_stages
 from rim_dist.data.samples import Readout, Row
-from rim_dist.model.build import bare_model, set_dropout
+from rim_dist.model.dropout import set_dropout
 from rim_dist.training.schedule import learning_rate
 from rim_dist.training.trainer import prepare_run
+from rim_dist.unwrap import bare_model
 
 
 def unrolled_loss(

@@ -37,6 +37,7 @@ from rim_dist.data.rows import Batch, pack
 from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ModelError
 from rim_dist.model.build import recompute_layers
+from rim_dist.model.proof import tiny_config, tiny_model
 from rim_dist.objective.forward import install_readout_loss, run_batch
 
 pytestmark = pytest.mark.untraced
@@ -271,6 +272,62 @@ def test_visibility_by_brute_force() -> None:
 )
 def test_family_that_cannot_take_the_mask_is_refused(family: str, reason: str) -> None:
     assert reason in refusal(REFUSED[family])
+
+
+_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096}
+_LONG = {"hidden_size": 384, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 8192}
+T = transformers
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        # Factors for every channel of a head: a small copy with other heads could not have them.
+        T.Phi3Config(**_LONG, rope_parameters={**_ROPE, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}),
+        T.DeepseekV3Config(n_routed_experts=8, n_group=2, topk_group=1, num_experts_per_tok=2),  # sizes inside its attention
+        # A width for every layer.
+        T.Gemma3nTextConfig(
+            num_hidden_layers=10,
+            intermediate_size=[64 + i for i in range(10)],
+            hidden_size=64,
+            head_dim=16,
+            num_attention_heads=4,
+        ),
+        T.CwmConfig(),  # its special tokens cannot be unset
+        T.SeedOssConfig(),  # a dropout that is no module: not what "in training mode" below means
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_what_belongs_together_in_size_stays_together(config: transformers.PretrainedConfig) -> None:
+    assert refusal(config) == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        # A mask of its own, whose parameters are zeros before they are trained.
+        (T.DogeConfig(), "a packed row differs from its unrolled runs"),
+        (T.OPTConfig(layerdrop=0.3), "in training mode it draws at random"),
+        (T.PhimoeConfig(num_local_experts=4), "in training mode it draws at random"),
+        (T.Gemma4TextConfig(), "per-layer"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_what_only_a_trained_model_shows_is_refused(config: transformers.PretrainedConfig, reason: str) -> None:
+    found = refusal(config)
+    assert config.model_type in found
+    assert reason in found
+
+
+def test_every_parameter_of_a_small_copy_is_drawn() -> None:
+    """No matrix and no vector of zeros or ones, and the same in every process; the random state is left as it was."""
+    before = torch.get_rng_state()
+    for config in (FAMILIES["Gemma 2"], FAMILIES["GPT-2"], T.DogeConfig(), T.Glm4MoeConfig(n_routed_experts=4)):
+        first, again = (tiny_model(tiny_config(config)).state_dict() for _ in range(2))
+        for name, tensor in first.items():
+            assert tensor.float().std() > 1e-3, name
+            assert torch.equal(tensor, again[name])
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_missing_layout_is_refused() -> None:

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from rim_dist.checkpoint.index import CheckpointIndex
+from rim_dist.checkpoint.pretrained import Pretrained, open_pretrained
 from rim_dist.checkpoint.safetensors_files import read_folder_index
-from rim_dist.checkpoint.stored_tensors import LowRank, ModelTensor, as_model_tensors, read_tensor, with_rows
+from rim_dist.checkpoint.stored_tensors import LowRank, ModelTensor, StoredTensor, as_model_tensors, read_tensor, with_rows
 from rim_dist.errors import CheckpointError, first_line
+from rim_dist.messages import say
+from rim_dist.model.skeleton import empty_model
 
 _PREFIX = "base_model.model."
 _ROWS = "token_adapter.trainable_tokens_delta"
-# What peft can do to a layer besides plain LoRA; an adapter with one of these set is not merged here.
-_OTHER_KINDS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layer_replication")
+# Settings of LoRA that leave a merge what it is, weight + scaling x B A: which layers, and by which rank and scale.
+_STREAMED = {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "trainable_token_indices", "fan_in_fan_out", "init_lora_weights", "eva_config"),
+    *("task_type", "peft_type", "peft_version", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping"),
+    *("megatron_config", "megatron_core", "loftq_config", "runtime_config"),
+}
+_HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def adapter_tensors(index: CheckpointIndex, rows: bool) -> dict[str, ModelTensor]:
@@ -67,56 +81,142 @@ def _config(
     }
 
 
-def _empty_model(folder: Path) -> tuple[Any, Any, dict[str, torch.nn.Module]]:
-    """The configuration of an HF folder, its model on the meta device, and the model's layers by name."""
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:
-        raise CheckpointError(f"{folder}: not an HF model folder ({first_line(error)})") from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return config, model, dict(model.named_modules())
-
-
 def _is_conv1d(layer: torch.nn.Module | None) -> bool:
     return type(layer).__name__ == "Conv1D"  # GPT-2 keeps its matrices as [in, out]
 
 
-def merged_tensors(base: Path, adapter: Path) -> tuple[Any, dict[str, ModelTensor]]:
-    """The configuration and the tensors of a base folder with a PEFT adapter merged into it.
+@dataclass(frozen=True)
+class Merged:
+    """A base with an adapter merged into it: its tensors, or the function with which peft makes the whole model in memory."""
 
-    Rows that the adapter trains beyond the base's vocabulary are added. Raises CheckpointError for an adapter that does not
-    fit, or whose kind is more than plain LoRA.
+    config: Any
+    tensors: dict[str, ModelTensor]
+    load: Callable[[], PreTrainedModel] | None = None
+
+
+def merge(base: Path, adapter: Path) -> Merged:
+    """Merge a PEFT adapter into an HF folder: LoRA on linear layers and rows of the embedding tensor by tensor, others by peft.
+
+    Rows that the adapter trains beyond the base's vocabulary are added. Raises CheckpointError or ModelError for an adapter or
+    a base that is not whole, and for an adapter that does not fit or has nothing to merge.
     """
+    import peft
+
     try:
-        settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{adapter}: not a PEFT adapter ({error})") from None
-    if settings.get("peft_type") != "LORA" or (odd := [k for k in _OTHER_KINDS if settings.get(k)]):
-        raise CheckpointError(f"{adapter}: only plain LoRA is merged, not {settings.get('peft_type')} with {odd}")
-    config, _, layers = _empty_model(base)
-    tensors = as_model_tensors(read_folder_index(base))
-    found = read_folder_index(adapter, "adapter_model")
-    scaling = settings["lora_alpha"] / settings["r"]
-    for name in [n for n in found if n.endswith(".lora_A.weight")]:
-        weight = f"{_module_of(name)}.weight"
-        a, b = found.pop(name), found.pop(name.replace(".lora_A.", ".lora_B."))
-        transposed = _is_conv1d(layers.get(_module_of(name)))
-        shape = (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])
-        if weight not in tensors or tensors[weight].shape != shape:
-            raise CheckpointError(f"{adapter}: {name} does not fit the base's {weight}")
-        tensors[weight] = ModelTensor(tensors[weight].stacked, LowRank(a, b, scaling, transposed))
-    for name in [n for n in found if n.endswith(_ROWS)]:
-        weight = f"{_module_of(name)}.weight"
-        ids = settings["trainable_token_indices"][_module_of(name).rpartition(".")[2]]
-        matrix = tensors[weight].stacked[0]
-        if missing := sorted(set(range(matrix.shape[0], max(ids) + 1)) - set(ids)):
-            raise CheckpointError(f"row {missing[0]} is neither in the base ({matrix.shape[0]} rows) nor in the adapter")
-        tensors[weight] = with_rows(matrix, found.pop(name), ids)
-        config.get_text_config().vocab_size = tensors[weight].shape[0]
-    if found:
-        raise CheckpointError(f"{adapter}: {len(found)} tensors unexpected, first {min(found)}")
-    return config, tensors
+        settings = peft.PeftConfig.from_pretrained(str(adapter))
+    except Exception as error:
+        raise CheckpointError(f"{adapter}: not a PEFT adapter ({first_line(error)})") from error
+    if settings.is_prompt_learning:
+        raise CheckpointError(f"{adapter}: {settings.peft_type.value} puts tokens before a prompt; there is nothing to merge")
+    if getattr(settings, "layer_replication", None):
+        raise CheckpointError(f"{adapter}: layer_replication: layers that share their matrices are not written")
+    found = open_pretrained(base)
+    files = read_folder_index(adapter, "adapter_model")
+    vocabulary = _vocabulary(found.config, settings, files)
+    if odd := _beyond_streaming(settings, found, files):
+        say(f"{adapter}: merged by peft, the whole model in memory ({odd})")
+        return Merged(found.config, {}, lambda: _merged_by_peft(found, adapter, vocabulary))
+    config = copy.deepcopy(found.config)
+    config.get_text_config().vocab_size = vocabulary
+    plain = {name: t for name, t in (found.tensors or {}).items() if isinstance(t, StoredTensor)}
+    return Merged(config, _merged_tensors(config, plain, adapter, settings, files))
+
+
+def _vocabulary(config: Any, settings: Any, files: Mapping[str, StoredTensor]) -> int:
+    """Rows of the embedding with those that the adapter adds."""
+    rows = getattr(settings, "trainable_token_indices", None) or {}
+    last = [max(ids) + 1 for ids in (rows.values() if isinstance(rows, dict) else [rows]) if ids]
+    saved = [
+        t.shape[0] for name, t in files.items() if re.search(r"(embed_tokens|wte|embed_in|lm_head|embed_out)\.weight$", name)
+    ]
+    return max(config.get_text_config().vocab_size, *last, *saved, 0)
+
+
+def _beyond_streaming(settings: Any, base: Pretrained, files: Mapping[str, StoredTensor]) -> str:
+    """What an adapter (or its base) has that is not LoRA on matrices or trained rows; empty if that is all."""
+    import peft
+
+    if base.tensors is None or not all(isinstance(t, StoredTensor) for t in base.tensors.values()):
+        return f"{base.config.model_type} is laid out in another way on disk, or not in safetensors"
+    if type(settings) is not peft.LoraConfig:
+        return str(settings.peft_type.value)
+    usual = peft.LoraConfig().to_dict()
+    given = settings.to_dict()
+    odd = [k for k, v in given.items() if k not in _STREAMED and v != usual.get(k) and (v or usual.get(k))]
+    # A tied head, an embedding, or what is no layer.
+    if others := {_module_of(n) for n in files if ".lora_" in n and f"{_module_of(n)}.weight" not in base.tensors}:
+        odd.append(f"on {min(others)}")
+    odd += sorted({f"on {_module_of(name)}" for name in files if ".lora_embedding_" in name})
+    # All other ways to start change the base, and peft does so again when it loads the adapter.
+    if (start := given["init_lora_weights"]) not in _HARMLESS_STARTS:
+        odd.append(f"init_lora_weights: {start}")
+    return ", ".join(odd)
+
+
+def _merged_tensors(
+    config: Any, base: dict[str, StoredTensor], adapter: Path, settings: Any, files: Mapping[str, StoredTensor]
+) -> dict[str, ModelTensor]:
+    """The base's tensors with an adapter on them, as peft's own layers say what belongs where, and by which scale."""
+    import peft
+
+    settings = copy.deepcopy(settings)
+    settings.init_lora_weights = False  # on the meta device nothing can be computed
+    try:
+        with torch.device("meta"):
+            module: Any = peft.get_peft_model(empty_model(config), settings)
+    except ValueError as error:
+        raise CheckpointError(f"{adapter}: does not fit the base ({first_line(error)})") from error
+    expected = peft.get_peft_model_state_dict(module, save_embedding_layers=False)
+    for what, names in (("missing", expected.keys() - files.keys()), ("unexpected", files.keys() - expected.keys())):
+        if names:
+            raise CheckpointError(f"{adapter}: {len(names)} tensors {what}, first {min(names)}")
+    tensors = as_model_tensors(base)
+    for path, layer in module.named_modules():
+        name = f"{path.removeprefix(_PREFIX)}.weight"
+        if "default" in getattr(layer, "lora_A", {}):
+            a, b = (files[f"{path}.lora_{x}.weight"] for x in "AB")
+            transposed = bool(layer.fan_in_fan_out)
+            shape = (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])
+            if name not in base or base[name].shape != shape or a.shape[0] != b.shape[1]:
+                raise CheckpointError(f"{adapter}: {path}.lora_A.weight does not fit the base's {name}")
+            tensors[name] = ModelTensor((base[name],), LowRank(a, b, float(layer.scaling["default"]), transposed))
+        elif path.endswith(".token_adapter") and f"{path}.trainable_tokens_delta" in files:  # a tied head has none of its own
+            name = f"{path.removeprefix(_PREFIX).removesuffix('.token_adapter')}.weight"
+            ids, matrix = layer.token_indices["default"], base[name]
+            if missing := sorted(set(range(matrix.shape[0], max(ids) + 1)) - set(ids)):
+                raise CheckpointError(f"row {missing[0]} is neither in the base ({matrix.shape[0]} rows) nor in the adapter")
+            tensors[name] = with_rows(matrix, files[f"{path}.trainable_tokens_delta"], ids)
+    return tensors
+
+
+def _merged_by_peft(base: Pretrained, adapter: Path, vocabulary: int) -> PreTrainedModel:
+    import peft
+
+    model: Any = base.load(torch.float32)
+    try:
+        if vocabulary > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = peft.PeftModel.from_pretrained(model, str(adapter))
+            report = adapted.load_adapter(str(adapter), "default")  # again, for what `from_pretrained` only warns of
+            merged = adapted.merge_and_unload(safe_merge=True)
+    except Exception as error:
+        raise CheckpointError(f"{adapter}: peft does not merge it ({first_line(error)})") from error
+    for what, names in (("missing", report.missing_keys), ("unexpected", report.unexpected_keys)):
+        if names:
+            raise CheckpointError(f"{adapter}: {len(names)} tensors {what}, first {min(names)}")
+    tied = merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+    merged.config.tie_word_embeddings = tied
+    return merged.to(base.config.dtype or torch.float32)
+
+
+def _tensors_of(found: Pretrained) -> dict[str, StoredTensor]:
+    if found.tensors is None or not all(isinstance(t, StoredTensor) for t in found.tensors.values()):
+        raise CheckpointError(
+            f"{found.source}: not in safetensors, or {found.config.model_type} is laid out in another way there"
+        )
+    return {name: t for name, t in found.tensors.items() if isinstance(t, StoredTensor)}
 
 
 def extract_lora(base: Path, tuned: Path, out: Path, rank: int) -> dict[str, float]:
@@ -127,8 +227,9 @@ def extract_lora(base: Path, tuned: Path, out: Path, rank: int) -> dict[str, flo
     """
     from safetensors.torch import save_file
 
-    _, model, layers = _empty_model(tuned)
-    before, after = read_folder_index(base), read_folder_index(tuned)
+    before, after = (_tensors_of(open_pretrained(folder)) for folder in (base, tuned))
+    model = empty_model(open_pretrained(tuned).config)
+    layers = dict(model.named_modules())
     if set(before) != set(after):
         raise CheckpointError(f"{tuned}: other tensors than {base}, first {min(set(before) ^ set(after))}")
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())

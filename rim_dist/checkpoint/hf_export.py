@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from rim_dist.checkpoint import store
-from rim_dist.checkpoint.adapters import adapter_config, adapter_tensors, extract_lora, merged_tensors
+from rim_dist.checkpoint.adapters import adapter_config, adapter_tensors, extract_lora, merge
 from rim_dist.checkpoint.index import CheckpointIndex, index_checkpoint
 from rim_dist.checkpoint.model_card import EXPORT_INFO, export_info, model_card, read_export_info
+from rim_dist.checkpoint.pretrained import open_pretrained
 from rim_dist.checkpoint.safetensors_files import OutputFile, plan_files, read_folder_index, write_folder, write_index
 from rim_dist.checkpoint.store import find_checkpoint
 from rim_dist.checkpoint.stored_tensors import ModelTensor, StoredTensor, read_tensor, rows_of
@@ -240,23 +241,36 @@ def _copy_others(source: Path, target: Path) -> None:
 
 
 def merge_adapter(adapter: Path, base: Path, out: Path, dtype: str | None, shard_bytes: int, workers: Workers) -> None:
-    """Write base + adapter as a plain folder. The adapter's tokenizer goes before the base's. Raises CheckpointError."""
+    """Write base + adapter as a plain folder. The adapter's tokenizer goes before the base's.
+
+    Raises CheckpointError or ModelError, also if what was written is not a whole model.
+    """
     workers.on_first(lambda: check_export_target(out))
-    config, tensors = merged_tensors(base, adapter)
-    files = plan_files(tensors, DTYPES[dtype] if dtype else None, shard_bytes)
+    merged = merge(base, adapter)
+    files = plan_files(merged.tensors, DTYPES[dtype] if dtype else None, shard_bytes) if merged.tensors else []
 
     def write_rest(folder: Path) -> None:
+        config = merged.config
         _copy_others(base, folder)
         if (adapter / "tokenizer_config.json").is_file():
             _copy_others(adapter, folder)
-        write_index(folder, files)
+        if merged.load is not None:
+            model = merged.load()
+            model.to(DTYPES[dtype] if dtype else model.dtype).save_pretrained(folder, max_shard_size=shard_bytes)
+            config = model.config
+        else:
+            write_index(folder, files)
         if dtype:
             config.dtype = DTYPES[dtype]
         config.save_pretrained(folder)
         info = read_export_info(adapter) or read_export_info(base)
         _write_json(folder / EXPORT_INFO, {**info, **({"dtype": dtype} if dtype else {}), "merged": [str(base), str(adapter)]})
 
-    write_folder(out, files, write_rest, workers)
+    def finish(folder: Path, records: dict[str, FileRecord]) -> None:
+        open_pretrained(folder)
+        write_manifest(folder, records)
+
+    write_folder(out, files, write_rest, workers, finish)
 
 
 def extract_adapter(tuned: Path, base: Path, out: Path, rank: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,18 @@ from rim_dist.checkpoint.hf_export import check_intact
 from rim_dist.checkpoint.index import index_checkpoint, match_tensors
 from rim_dist.checkpoint.model_card import recipe_of_export
 from rim_dist.checkpoint.portable import starts_fresh, write_run
+from rim_dist.checkpoint.pretrained import open_pretrained
 from rim_dist.checkpoint.safetensors_files import read_folder_index
 from rim_dist.checkpoint.start import model_of, requirements_of
 from rim_dist.checkpoint.store import INPUTS, MODEL, TrainingState
+from rim_dist.checkpoint.stored_tensors import StoredTensor
 from rim_dist.checkpoint.workers import Workers
 from rim_dist.checkpoint.zero_shards import MOMENTS
 from rim_dist.config import Recipe
 from rim_dist.data.loader import plan_stages
 from rim_dist.errors import ConfigError
 from rim_dist.files import os_errors
+from rim_dist.messages import say
 from rim_dist.model.requirements import Requirements
 from rim_dist.model.skeleton import empty_module
 from rim_dist.parallel.degrees import check_tensor_degree, choose_mode, head_counts
@@ -84,7 +88,8 @@ def reshape(source: Path, run: Path, degrees: Degrees, workers: Workers) -> Path
 def from_hf(folder: Path, run: Path, recipe_path: Path | None, stage: int | None, degrees: Degrees, workers: Workers) -> Path:
     """An HF folder as the start of a run: its weights with memory rows, a fresh optimizer, the beginning of a stage."""
     recipe = load_recipe(recipe_path) if recipe_path else recipe_of_export(folder)
-    check_degrees(recipe, degrees, AutoConfig.from_pretrained(folder))
+    found = open_pretrained(folder)
+    check_degrees(recipe, degrees, found.config)
     recipe = _recipe_for(recipe, run, degrees, init_from=str(folder.resolve()), config=None, tokenizer=None)
     first = recipe.curriculum.stage1 if recipe.curriculum.stage1.enabled else recipe.curriculum.stage2
     if stage == 2 and first is recipe.curriculum.stage1 and not first.samples:
@@ -97,10 +102,15 @@ def from_hf(folder: Path, run: Path, recipe_path: Path | None, stage: int | None
     plan = plans[0]
     state = TrainingState(plan.name, 0, plan.first_step, plan.first_sample, 0.0, degrees.ranks)
     requirements = requirements_of(recipe)
-    config = AutoConfig.from_pretrained(folder)
+    if workers.is_first:
+        for note in found.notes:
+            say(f"{folder}: {note}")
+    config = copy.deepcopy(requirements.config)
     text_config, last_token = config.get_text_config(), max(requirements.tokens.ids)
     # A plain model: memory rows are made as training would make them.
     makes_rows = bool(requirements.tokens.added) or last_token >= text_config.vocab_size or recipe.memory.initialise == "mean"
+    ready = {name: t for name, t in (found.tensors or {}).items() if isinstance(t, StoredTensor)}
+    makes_rows = makes_rows or not ready  # the tensors are not in the files as they are in the model
     text_config.vocab_size = max(text_config.vocab_size, last_token + 1)
     scratch = run.with_name(run.name + ".rows")
 
@@ -113,7 +123,7 @@ def from_hf(folder: Path, run: Path, recipe_path: Path | None, stage: int | None
     try:
         if makes_rows:
             workers.on_first(lambda: _build(recipe, requirements, scratch))
-        stored = read_folder_index(scratch if makes_rows else folder)
+        stored = read_folder_index(scratch) if makes_rows else ready
         match_tensors(folder, stored, empty_module(recipe, config, None))
         tensors = {f"weight/{name}": tensor for name, tensor in stored.items()}
         return write_run(run, recipe, state, tensors, {"names": "model", "steps": {}}, write_model, workers)

@@ -34,6 +34,12 @@ _NAME_OF_DTYPE = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
 }
 _DTYPE_OF_NAME = {name: dtype for dtype, name in _NAME_OF_DTYPE.items()}
 
@@ -53,6 +59,8 @@ def read_safetensors_index(file: Path) -> dict[str, StoredTensor]:
         tensors = {}
         for name, entry in entries.items():
             start, end = entry["data_offsets"]
+            if entry["dtype"] not in _DTYPE_OF_NAME:
+                raise CheckpointError(f"{file}: {name} is {entry['dtype']}, which is not read here")
             ranges = (ByteRange(str(file), header + start, end - start),)
             tensors[name] = StoredTensor(tuple(entry["shape"]), _DTYPE_OF_NAME[entry["dtype"]], ranges)
             if tensors[name].nbytes != end - start or header + end > file.stat().st_size:
@@ -63,14 +71,14 @@ def read_safetensors_index(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_folder_index(folder: Path, stem: str = "model") -> dict[str, StoredTensor]:
-    """The tensors of `stem.safetensors`, or of the files of `stem.safetensors.index.json`, by name.
+    """The tensors of `stem.safetensors` or, without it (as transformers does), of the files of its index, by name.
 
     Raises CheckpointError if a tensor of the index is not in its file, or a file has one that the index does not have there.
     """
     close_files()
     index = folder / f"{stem}.safetensors.index.json"
-    if not index.is_file():
-        return read_safetensors_index(folder / f"{stem}.safetensors")
+    if (single := folder / f"{stem}.safetensors").is_file() or not index.is_file():
+        return read_safetensors_index(single)
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError) as error:

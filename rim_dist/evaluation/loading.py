@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rim_dist.checkpoint.hf_export import load_trained_model
+from rim_dist.checkpoint.pretrained import open_pretrained, refuse_adapter
 from rim_dist.checkpoint.store import MODEL, find_checkpoint, read_recipe
 from rim_dist.config import ColumnsSection, around_text
-from rim_dist.errors import CheckpointError, ModelError
+from rim_dist.errors import CheckpointError, ModelError, first_line
 from rim_dist.evaluation.scoring import ANSWER_FORMAT
 from rim_dist.messages import say
 from rim_dist.methods import method_names, method_of
@@ -48,13 +49,15 @@ class LoadedModel:
 def load_for_evaluation(folder: str | Path) -> LoadedModel:
     """Load an exported folder, any HF causal LM folder, a checkpoint, or a run's newest checkpoint.
 
-    Raises CheckpointError if it is none of them, cannot be loaded, or has blocks that only training can run.
+    Raises CheckpointError or ModelError if it is none of them, cannot be loaded, has other tensors than its model, or has
+    blocks that only training can run.
     """
     folder = Path(folder)
     if (folder / "config.json").is_file():
         return _load_hf(folder)
     if (folder / "checkpoints").is_dir() or (folder / "state.json").is_file():
         return load_checkpoint(find_checkpoint(folder))
+    refuse_adapter(folder)
     raise CheckpointError(f"{folder}: not an HF model folder (no config.json); `rim-dist export` makes one")
 
 
@@ -88,9 +91,12 @@ def _load_hf(folder: Path) -> LoadedModel:
         columns = ColumnsSection.model_validate(data.get("columns", {}))
         around_text(answer_format := data.get("answer_format", ANSWER_FORMAT), "answer")
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     except Exception as error:
-        raise CheckpointError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise CheckpointError(f"{folder}: cannot be loaded ({first_line(error)})") from error
+    found = open_pretrained(folder)
+    for note in found.notes:
+        say(f"{folder}: {note}")
+    model = found.load("auto").eval()
     if not tokenizer.chat_template:
         raise CheckpointError(f"{folder}: its tokenizer has no chat template, so it is not known how to ask it a question")
     try:

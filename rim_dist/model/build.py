@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from rim_dist.attention.registration import use_rim_attention
 from rim_dist.config import Recipe
 from rim_dist.methods import method_of
+from rim_dist.model.dropout import set_dropout
 from rim_dist.model.requirements import Requirements
 from rim_dist.model.skeleton import DTYPES, skeleton
 from rim_dist.model.thinking import think_before_answers
@@ -88,13 +89,3 @@ def _offloaded_checkpoint(layer: Any, hidden: torch.Tensor, *arguments: Any, **k
         return layer(kept.to(device, non_blocking=True), *arguments, **keywords)
 
     return recompute(run, hidden.cpu(), use_reentrant=False)
-
-
-def set_dropout(model: torch.nn.Module, probability: float) -> None:
-    """Set every dropout of a model: `nn.Dropout` modules, and attention dropouts, which are attributes."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = probability
-        for name in ("attention_dropout", "attn_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, probability)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +20,25 @@ from rim_dist.methods.base import Method
 from rim_dist.model.generation import ends_of_folder, generation_config, model_positions
 from rim_dist.model.proof import prove_family, prove_thoughts
 from rim_dist.model.skeleton import skeleton
+from rim_dist.model.weights import WeightSource
 from rim_dist.parallel.degrees import Mode, check_tensor_degree, choose_mode, head_counts
 from rim_dist.parallel.tensor import TensorRank, split_model
 from rim_dist.tokens import MemoryTokens, add_memory_tokens, set_chat_template
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run's weights come from: an HF folder or hub id (None: from scratch), or a checkpoint's model folder.
+
+    `checkpoint`: the rim_dist checkpoint that has the weights, instead of an HF folder. `config`: that of an HF folder, as its
+    files need it. `weights`: finds the values. `notes`: what the user should know of how they are read.
+    """
+
+    source: Path | str | None = None
+    checkpoint: Path | None = None
+    config: PretrainedConfig | None = None
+    weights: Callable[[], WeightSource] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -31,8 +48,7 @@ class Requirements:
     tokenizer: PreTrainedTokenizerBase
     tokens: MemoryTokens
     config: PretrainedConfig
-    source: Path | str | None  # see `Start`
-    checkpoint: Path | None
+    start: Start
     attention: KernelChoice
     sequence_mode: Mode  # how ranks of a sequence group share a row
     ends: list[int] = field(default_factory=list)  # tokens that end an answer; targets end with the first, end-of-text
@@ -75,22 +91,14 @@ def _scratch_config(recipe: Recipe, vocabulary: int) -> PretrainedConfig:
     try:
         if unknown := sorted(set(fields) - set(AutoConfig.for_model(model_type).to_dict())):
             raise ConfigError(f"model.config: {model_type} has no field {', '.join(unknown)}")
-        return AutoConfig.for_model(model_type, **{"vocab_size": vocabulary, **fields})
+        config = AutoConfig.for_model(model_type, **{"vocab_size": vocabulary, **fields})
+        if (text := config.get_text_config(decoder=True)) is not config:
+            raise ConfigError(f"model.config: {model_type} is a model of more than text; give model_type: {text.model_type}")
+        return config
     except RimError:
         raise
     except Exception as error:
         raise ConfigError(f"model.config: {first_line(error)}") from error
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run's weights come from: an HF folder or hub id (None: from scratch), or a checkpoint's model folder.
-
-    `checkpoint`: the rim_dist checkpoint that has the weights, instead of an HF folder.
-    """
-
-    source: Path | str | None = None
-    checkpoint: Path | None = None
 
 
 def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
@@ -112,18 +120,27 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
         raise ModelError(f"model.tokenizer: {error}\n(correct its chat_template.jinja, or name another tokenizer)") from None
     if source is None:
         config = _scratch_config(recipe, len(tokenizer))
+    elif start.config is not None:
+        config = start.config
     else:
         try:
             config = AutoConfig.from_pretrained(source, revision=section.revision, trust_remote_code=section.trust_remote_code)
         except Exception as error:
             raise ModelError(f"model.init_from: {section.init_from!r} cannot be loaded ({first_line(error)})") from error
     ends, end_notes = _ends(recipe, source, tokenizer, config)
-    check_tensor_degree(recipe.parallel.tensor, config)
-    heads, kv_heads = (count // recipe.parallel.tensor for count in head_counts(config))
-    mode = choose_mode(recipe.parallel.sequence_mode, recipe.parallel.sequence, heads, kv_heads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    attention = choose_kernel(section.attention, Demands.of(recipe, config, device, mode, local=True))
-    requirements = Requirements(tokenizer, tokens, config, source, start.checkpoint, attention, mode, ends, notes + end_notes)
+    try:
+        check_tensor_degree(recipe.parallel.tensor, config)
+        heads, kv_heads = (count // recipe.parallel.tensor for count in head_counts(config))
+        mode = choose_mode(recipe.parallel.sequence_mode, recipe.parallel.sequence, heads, kv_heads)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        attention = choose_kernel(section.attention, Demands.of(recipe, config, device, mode, local=True))
+        model_positions(config)
+    except RimError:
+        raise
+    except Exception as error:  # some families have no heads, and some have others in every layer
+        raise ModelError(f"model family {config.model_type}: not supported: {first_line(error)}") from error
+    notes = [*(f"{section.init_from}: {note}" for note in start.notes), *notes, *end_notes]
+    requirements = Requirements(tokenizer, tokens, config, start, attention, mode, ends, notes)
     _check_positions(method, requirements)
     kernel = proof_kernel(attention.kernel)
     prove_family(config, section.trust_remote_code, kernel)
@@ -163,13 +180,12 @@ def _check_positions(method: Method, requirements: Requirements) -> None:
 
 def fetch_weights(recipe: Recipe, requirements: Requirements) -> None:
     """Download the model's weights if they are on the hub. Does nothing for a folder or a model from scratch."""
-    if requirements.source is None or Path(requirements.source).exists():
+    source = requirements.start.source
+    if source is None or Path(source).exists():
         return
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot_download(
-            str(requirements.source), revision=recipe.model.revision, ignore_patterns=["*.pth", "*.bin", "*.gguf", "*.onnx"]
-        )
+        snapshot_download(str(source), revision=recipe.model.revision, ignore_patterns=["*.pth", "*.bin", "*.gguf", "*.onnx"])
     except Exception as error:
-        raise ModelError(f"model.init_from: {requirements.source} cannot be fetched ({first_line(error)})") from error
+        raise ModelError(f"model.init_from: {source} cannot be fetched ({first_line(error)})") from error

@@ -17,13 +17,25 @@ from rim_dist.tokens import MemoryTokens
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> Any:
+    """A family's model on the meta device, also what the family draws while it is built, whatever the device."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
+    empty: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and not p.is_meta:
+                module._parameters[name] = empty.setdefault(
+                    id(p), nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+                )
+    return model
+
+
 def empty_module(recipe: Recipe, config: PretrainedConfig, tokens: MemoryTokens | None) -> Any:
     """The model of a recipe on the meta device. It gets the recipe's adapters if `tokens` are given."""
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=recipe.model.trust_remote_code, dtype=torch.float32
-        )
-        if recipe.model.lora is not None and tokens is not None:
+    model = empty_model(config, recipe.model.trust_remote_code)
+    if recipe.model.lora is not None and tokens is not None:
+        with torch.device("meta"):
             return add_adapters(model, recipe, tokens)
     return model
 

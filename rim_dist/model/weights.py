@@ -130,7 +130,7 @@ class _Filler:
         for module in unit.modules():
             for name, skeleton in module._parameters.items():
                 if skeleton is not None and skeleton.is_meta and plain_name(f"{self._names[id(module)]}{name}") is not None:
-                    whole = nn.Parameter(torch.empty(full_shape(skeleton)), requires_grad=skeleton.requires_grad)
+                    whole = nn.Parameter(torch.full(full_shape(skeleton), math.nan), requires_grad=skeleton.requires_grad)
                     skeletons[id(whole)] = skeleton
                     self._replace(skeleton, whole)
             self._empty_buffers(module)

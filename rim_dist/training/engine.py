@@ -20,7 +20,7 @@ from rim_dist.config import OptimizerSection, Recipe
 from rim_dist.data.packing import RowCost
 from rim_dist.data.rows import Batch
 from rim_dist.errors import CheckpointError
-from rim_dist.model.build import set_dropout
+from rim_dist.model.dropout import set_dropout
 from rim_dist.model.skeleton import parameter_groups
 from rim_dist.objective.forward import run_batch
 from rim_dist.objective.loss import ReadoutLoss

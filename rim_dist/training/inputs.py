@@ -45,11 +45,12 @@ def gather_inputs(
 
 def _weights(requirements: Requirements) -> str:
     """A hash of the weights that the run starts from: of a checkpoint's checksums, or of samples of an HF folder's files."""
-    if requirements.checkpoint is not None:
-        return sampled_hash([requirements.checkpoint / MANIFEST])
-    if requirements.source is None:
+    start = requirements.start
+    if start.checkpoint is not None:
+        return sampled_hash([start.checkpoint / MANIFEST])
+    if start.source is None:
         return "from scratch"
-    if not (folder := Path(requirements.source)).is_dir():
+    if not (folder := Path(start.source)).is_dir():
         return str(folder)
     files = (path for ending in ("safetensors", "bin", "gguf") for path in folder.glob(f"*.{ending}"))
     return sampled_hash(sorted(files))
