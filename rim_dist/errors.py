@@ -57,5 +57,6 @@ class PeerLost(RimError):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error of a library says; its kind if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of a library's error, with the next one if it only leads to that; its kind if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -140,7 +140,8 @@ def prepare_template(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     tokenizer.chat_template = own = _own_template(tokenizer)
     if problem := _problem(tokenizer):
         tokenizer.chat_template = _TEXT_TO_PARTS + own
-        if _problem(tokenizer):
+        # A template that fails on texts may show a list as Python does, brackets and all.
+        if _problem(tokenizer) or "'type': 'text'" in prompt_texts(tokenizer, _PROBES[:1])[0]:
             raise ModelError(problem)
         notes.append("note: the chat template reads contents as lists of parts; a text is given to it as one part")
     if len({prompt_texts(tokenizer, _PROBES[:1])[0] for _ in range(_RENDERINGS)}) > 1:

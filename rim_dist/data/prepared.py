@@ -6,6 +6,7 @@ the number of ranks.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import itertools
@@ -31,7 +32,7 @@ from rim_dist.data.formats import format_names, format_of
 from rim_dist.data.samples import EncodedSample
 from rim_dist.data.sources import read_source, source_name
 from rim_dist.data.synthetic import FORMAT
-from rim_dist.errors import DataError
+from rim_dist.errors import DataError, RimError
 from rim_dist.files import sampled_hash
 from rim_dist.methods import method_class
 from rim_dist.tokens import MemoryTokens, prompt_texts
@@ -226,6 +227,7 @@ def prepare(
     """
     target = folder / fingerprint(recipe, tokenizer, positions, ends)
     if not _is_whole(target):
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / "lock"):
@@ -233,6 +235,13 @@ def prepare(
                     rows = read_source(recipe.data, recipe.run.seed)
                     report = DataReport()
                     _build(recipe, encode(recipe, rows, tokenizer, tokens, positions, report, ends), report, target)
+        except RimError:
+            if made:  # bad data leaves nothing behind
+                (folder / "lock").unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    for path in made:
+                        path.rmdir()
+            raise
         except OSError as error:
             raise DataError(f"{folder}: tokenised data cannot be written ({error.strerror or error})") from None
     return PreparedData(target, recipe.run.seed)

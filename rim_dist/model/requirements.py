@@ -114,10 +114,6 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
         raise ModelError("model.tokenizer: the tokenizer has no end-of-text token, so no answer could ever end")
     tokens = add_memory_tokens(tokenizer, recipe.memory)
     method = method_of(recipe)
-    try:
-        notes = set_chat_template(tokenizer, recipe.memory, method.prompt_blocks)
-    except ModelError as error:
-        raise ModelError(f"model.tokenizer: {error}\n(correct its chat_template.jinja, or name another tokenizer)") from None
     if source is None:
         config = _scratch_config(recipe, len(tokenizer))
     elif start.config is not None:
@@ -134,14 +130,18 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
         mode = choose_mode(recipe.parallel.sequence_mode, recipe.parallel.sequence, heads, kv_heads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         attention = choose_kernel(section.attention, Demands.of(recipe, config, device, mode, local=True))
-        model_positions(config)
+        positions = model_positions(config)
     except RimError:
         raise
     except Exception as error:  # some families have no heads, and some have others in every layer
         raise ModelError(f"model family {config.model_type}: not supported: {first_line(error)}") from error
+    _check_positions(method, tokens, positions)
+    try:
+        notes = set_chat_template(tokenizer, recipe.memory, method.prompt_blocks)
+    except ModelError as error:
+        raise ModelError(f"model.tokenizer: {error}\n(correct its chat_template.jinja, or name another tokenizer)") from None
     notes = [*(f"{section.init_from}: {note}" for note in start.notes), *notes, *end_notes]
     requirements = Requirements(tokenizer, tokens, config, start, attention, mode, ends, notes)
-    _check_positions(method, requirements)
     kernel = proof_kernel(attention.kernel)
     prove_family(config, section.trust_remote_code, kernel)
     if method.thoughts:
@@ -168,13 +168,12 @@ def _ends(
     return [*ends, *(end for end in others if end in known)], notes
 
 
-def _check_positions(method: Method, requirements: Requirements) -> None:
-    size = len(requirements.tokens.block)
-    blocks = method.prompt_blocks
-    if blocks * size >= requirements.positions:
+def _check_positions(method: Method, tokens: MemoryTokens, positions: int) -> None:
+    size, blocks = len(tokens.block), method.prompt_blocks
+    if blocks * size >= positions:
         raise ConfigError(
             f"memory.blocks: {blocks} blocks of {size} tokens need {blocks * size} positions; the model has "
-            f"{requirements.positions}, so at most {(requirements.positions - 1) // size} blocks fit"
+            f"{positions}, so at most {(positions - 1) // size} blocks fit"
         )
 
 
