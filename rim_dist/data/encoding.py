@@ -65,6 +65,7 @@ def encode(
 
     iterator = iter(rows)
     while chunk := list(itertools.islice(iterator, _CHUNK)):
+        first = not report.rows
         report.rows += len(chunk)
         good: list[Sample] = []
         for row in chunk:
@@ -74,7 +75,10 @@ def encode(
                 report.skip(BadSample(row.line, f"more than curriculum.stage1.max_steps={stage1.max_steps} steps"), name)
             else:
                 good.append(row)
-        for sample in _tokenised(recipe, good, tokenizer):
+        encoded = _tokenised(recipe, good, tokenizer)
+        if first and len({s.question for s in good}) > 1 and len(set(map(_prompt, encoded))) == 1:
+            raise DataError(f"{name}: the tokenizer makes the same prompt of every question")
+        for sample in encoded:
             if isinstance(sample, BadSample):
                 reject(sample)
                 continue
@@ -102,13 +106,16 @@ def _tokenised(
         if len(samples) > 1:  # one of them
             return [one for sample in samples for one in _tokenised(recipe, [sample], tokenizer)]
         return [BadSample(samples[0].line, "it cannot be tokenised", str(error))]
-    if len(set(asked)) > 1 and len(set(map(tuple, questions))) == 1:
-        raise DataError(f"{source_name(recipe.data)}: the tokenizer makes the same prompt of every question")
     ends = [tokenizer.eos_token_id]
     return [
         EncodedSample(question, [next(encoded) + ends for _ in sample.steps], next(encoded) + ends, sample.line)
         for sample, question in zip(samples, questions, strict=True)
     ]
+
+
+def _prompt(sample: EncodedSample | BadSample) -> tuple[int, ...]:
+    """The prompt's token ids; a bad sample's are its line, unlike any other's."""
+    return (-sample.line,) if isinstance(sample, BadSample) else tuple(sample.question)
 
 
 def _unusable(
