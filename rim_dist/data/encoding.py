@@ -104,6 +104,7 @@ def encode(
     unknown = unknown_text(tokenizer, [part for parts in formats for part in parts if part])
     iterator = iter(rows)
     while chunk := list(itertools.islice(iterator, _CHUNK)):
+        first = not report.rows
         report.rows += len(chunk)
         good: list[Sample] = []
         for row in chunk:
@@ -118,7 +119,10 @@ def encode(
                 good.append(row)
         if recipe.data.streaming:
             check_columns()  # the end of a stream is far away
-        for source, sample in zip(good, _tokenised(recipe, good, tokenizer), strict=True):
+        encoded = _tokenised(recipe, good, tokenizer)
+        if first and len({s.question for s in good}) > 1 and len(set(map(_prompt, encoded))) == 1:
+            raise DataError(f"{name}: the tokenizer makes the same prompt of every question")
+        for source, sample in zip(good, encoded, strict=True):
             if isinstance(sample, BadSample):
                 reject(sample)
                 continue
@@ -170,13 +174,16 @@ def _tokenised(
         if len(samples) > 1:  # one of them
             return [one for sample in samples for one in _tokenised(recipe, [sample], tokenizer)]
         return [BadSample(samples[0].line, "it cannot be tokenised", str(error))]
-    if len(set(asked)) > 1 and len(set(map(tuple, questions))) == 1:
-        raise DataError(f"{source_name(recipe.data)}: the tokenizer makes the same prompt of every question")
     ends = [tokenizer.eos_token_id]
     return [
         EncodedSample(question, [next(encoded) + ends for _ in sample.steps], next(encoded) + ends, sample.line)
         for sample, question in zip(samples, questions, strict=True)
     ]
+
+
+def _prompt(sample: EncodedSample | BadSample) -> tuple[int, ...]:
+    """The prompt's token ids; a bad sample's are its line, unlike any other's."""
+    return (-sample.line,) if isinstance(sample, BadSample) else tuple(sample.question)
 
 
 def _unusable(

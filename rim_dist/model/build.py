@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint as recompute
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from rim_dist.attention.registration import use_rim_attention
 from rim_dist.config import Recipe
@@ -52,7 +52,7 @@ def build_model(
     bare = bare_model(model)
     if mesh.degrees.tensor > 1:
         split_model(model, TensorRank(mesh.coordinates.tensor, mesh.degrees.tensor, mesh.tensor_group))
-    bare.generation_config = requirements.generation
+    bare.generation_config = GenerationConfig(eos_token_id=requirements.ends or None)
     use_rim_attention(bare, requirements.attention.kernel)
     dtype = DTYPES[section.dtype] if partition is not None else torch.float32
     memory = MemoryRows(requirements.tokens, weights.memory_rows, recipe.run.seed)
