@@ -107,7 +107,7 @@ def _parse(text: str) -> Any:
             raise ValueError(f"half of a surrogate pair in {half[0]!a}")
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
-    except ValueError as error:  # a date that is none, a number of 5,000 digits
+    except (ValueError, LookupError, AttributeError) as error:  # a date that is none, a number of 5,000 digits, a false tag
         raise yaml.YAMLError(first_line(error)) from None
     return tree
 
@@ -122,6 +122,8 @@ def _assign(tree: dict[str, Any], override: str) -> None:
         value = _parse(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}: {text[:80]!r} is not a YAML value ({first_line(error)})") from error
+    if text.lstrip().startswith("#"):
+        raise ConfigError(f"{key}: YAML reads {text!r} as a comment; with quotes of its own: '{key}=\"{text}\"'")
     *parents, leaf = key.split(".")
     node = tree
     for parent in parents:

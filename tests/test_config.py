@@ -72,7 +72,7 @@ def test_overrides_are_typed(recipe_file: Make) -> None:
         ("data.answer_format='{answer:d}'", "cannot be filled in .*format code 'd'"),
         ("data.answer_format='{answer.unit}'", "cannot be filled in .*no attribute 'unit'"),
         ("data.answer_format={answer}", "data.answer_format: {'answer': None} is not allowed"),  # YAML reads a mapping
-        ("data.answer_format=#### {answer}", "data.answer_format: None is not allowed"),  # and a comment
+        ("data.answer_format=#### {answer}", r"as a comment; with quotes of its own: 'data.answer_format=\"#### \{answer\}\"'"),
         ("curriculum.stage1.epochs=1", "samples or epochs, not both"),
         ("parallel.offload=true", "offload needs zero_stage 3"),
         ("parallel.tensor=2", "1 ranks cannot be divided: parallel.tensor 2 x parallel.sequence 1 takes 2"),
@@ -127,6 +127,8 @@ def test_broken_recipes(tmp_path: Path, text: str, message: str) -> None:
         ("2024-13-45", "month must be in 1..12"),
         ('["a", "x\\ud800"]', r"half of a surrogate pair in 'x\\ud800'"),
         ("&a [*a]", "Circular reference"),
+        ("!!bool maybe", "maybe"),
+        ("!!timestamp x", "groupdict"),
     ],
 )
 def test_yaml_that_is_no_recipe(

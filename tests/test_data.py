@@ -261,6 +261,20 @@ def test_columns_that_no_row_has(tmp_path: Path, recipe_file: Make, capsys: pyte
     assert "data.columns.steps" not in says("refuse", **{**right, "steps": "step"})
 
 
+def test_columns_of_formats_with_names_of_their_own(tmp_path: Path) -> None:
+    for name, text, missing, there in (
+        ("gsm8k", '{"Question": "q", "answer": "#### 1"}', "question", "Question, answer; did you mean Question?"),
+        ("gsm8k", '{"question": "q", "output": "#### 1"}', "answer", "question, output"),
+        ("gsm_hard", '{"input": "q", "targets": 1}', "target", "input, targets; did you mean targets?"),
+        ("prosqa", '[{"query": "q", "answer": "x"}]', "question", "query, answer"),
+    ):
+        (row,) = rows_of(tmp_path, "a.jsonl", text, name)
+        assert isinstance(row, BadSample)
+        assert f"{row.reason}{row.remark}" == f"missing column ({missing}); the columns are {there}"
+    (row,) = rows_of(tmp_path, "a.jsonl", '{"question": "q", "answer": 3}', "gsm8k")
+    assert row == BadSample(1, "answer is int, not text")
+
+
 def test_methods_that_need_no_steps_do_not_ask_for_them(
     tmp_path: Path, recipe_file: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:

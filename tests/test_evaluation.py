@@ -26,7 +26,7 @@ from rim_dist.data.samples import Sample
 from rim_dist.errors import DataError
 from rim_dist.evaluation.block_budgets import measure_budgets
 from rim_dist.evaluation.comparison import compare_paired, mcnemar, read_answers, select_by_splits
-from rim_dist.evaluation.early_exit import answer_stepwise
+from rim_dist.evaluation.early_exit import answer_stepwise, time_early_exit
 from rim_dist.evaluation.evaluate import block_answers, evaluation_samples, sampled_pass_at_k, score, write_evaluation
 from rim_dist.evaluation.latency import answer_place, measure_latency
 from rim_dist.evaluation.loading import LoadedModel, load_for_evaluation
@@ -152,6 +152,11 @@ def test_answers_are_read_as_the_recipe_wrote_them(recipe_file: Callable[..., Pa
     assert figures["pass_at_k"] == {"1": 1.0}
     budgets = json.loads((tmp_path / "out" / "blocks.json").read_text())["budgets"]
     assert [budget["accuracy"] for budget in budgets] == [1.0, 1.0, 1.0]
+    loaded = load_for_evaluation(folder / "hf")
+    hidden = loaded.model.config.hidden_size
+    probe = Probe(torch.zeros(hidden), torch.ones(hidden), torch.zeros(hidden).double(), 0.0, 1.0)
+    stepped = time_early_exit(loaded, evaluation_samples(str(data), "auto", 4, ColumnsSection()), probe, 0.9, Decoding(8))
+    assert stepped["all_blocks"]["accuracy"] == stepped["early_exit"]["accuracy"] == 1.0
 
 
 def test_where_an_answer_starts(export: LoadedModel) -> None:
@@ -498,6 +503,14 @@ def test_questions_are_text(folder: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"red\n\xff\n"), encoding="utf-8"))
     assert main(command) == 2
     assert capsys.readouterr().err.endswith("rim-dist: question: standard input is not text in utf-8\n")
+
+
+def test_answers_that_no_model_can_write_are_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tokenizer of the embedded task knows no digits."""
+    (tmp_path / "q.jsonl").write_text('{"question": "red", "answer": "hall"}\n{"question": "red", "answer": 7}\n')
+    assert main(["evaluate", str(folder), str(tmp_path / "q.jsonl"), "--timed", "1", "--max-new-tokens", "3"]) == 0
+    note = "warning: 1 of 2 answers to evaluate are only unknown text to the tokenizer; first in line 2\n"
+    assert note in capsys.readouterr().err
 
 
 def test_answers_with_other_line_ends_are_read_back(tmp_path: Path) -> None:

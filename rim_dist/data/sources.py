@@ -12,15 +12,20 @@ from typing import Any
 
 from rim_dist.config import ColumnsSection, DataSection
 from rim_dist.data.formats import format_of, gsm8k, gsm8k_aug
-from rim_dist.data.formats.base import from_columns
+from rim_dist.data.formats.base import from_columns, missing_column
 from rim_dist.data.samples import BadSample, SourceRow
 from rim_dist.data.synthetic import SyntheticTask
 from rim_dist.errors import DataError, first_line
 
 
 def _from_text(line: int, row: dict[str, Any], columns: ColumnsSection) -> SourceRow:
-    text = row.get("text")
-    return gsm8k_aug.FORMAT.parse(line, text, columns) if isinstance(text, str) else BadSample(line, "missing column", "text")
+    filled = {name: value for name, value in row.items() if value is not None}  # every row has the columns of all rows
+    if (bad := missing_column(line, filled, "text")) is not None:
+        return bad
+    text = row["text"]
+    if not isinstance(text, str):
+        return BadSample(line, f"text is {type(text).__name__}, not text")
+    return gsm8k_aug.FORMAT.parse(line, text, columns)
 
 
 # How a row of a hub data set is read (`data.layout`).

@@ -195,14 +195,19 @@ def from_gsm8k(line: int, question: Any, solution: str) -> SourceRow:
 
 def from_columns(line: int, row: dict[str, Any], columns: ColumnsSection) -> SourceRow:
     """A sample from named columns."""
-    for name in (columns.question, columns.answer):
-        if name not in row:
-            return BadSample(line, "missing column", name, present_columns(tuple(row), name))
+    if (bad := missing_column(line, row, columns.question, columns.answer)) is not None:
+        return bad
     steps = row.get(columns.steps) if columns.steps else None
     sample = sample_of(line, row[columns.question], steps, row[columns.answer])
     if isinstance(sample, Sample) and columns.steps and columns.steps not in row:
         return replace(sample, lacks_steps=present_columns(tuple(row), columns.steps))
     return sample
+
+
+def missing_column(line: int, row: dict[str, Any], *names: str) -> BadSample | None:
+    """What is wrong with a row that lacks one of the columns; None if it has them."""
+    name = next((name for name in names if name not in row), None)
+    return None if name is None else BadSample(line, "missing column", name, present_columns(tuple(row), name))
 
 
 @functools.lru_cache

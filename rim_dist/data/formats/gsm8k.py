@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rim_dist.config import ColumnsSection
-from rim_dist.data.formats.base import JsonFormat, from_gsm8k
+from rim_dist.data.formats.base import JsonFormat, from_gsm8k, missing_column
 from rim_dist.data.samples import BadSample, SourceRow
 
 
@@ -18,10 +18,12 @@ class Gsm8k(JsonFormat):
         return "####" in str(row.get("answer", ""))
 
     def convert(self, line: int, row: dict[str, Any], columns: ColumnsSection) -> SourceRow:  # noqa: ARG002 - its own names
-        solution = row.get("answer")
+        if (bad := missing_column(line, row, "question", "answer")) is not None:
+            return bad
+        solution = row["answer"]
         if not isinstance(solution, str):
-            return BadSample(line, "missing column", "answer")
-        return from_gsm8k(line, row.get("question"), solution)
+            return BadSample(line, "no answer" if solution is None else f"answer is {type(solution).__name__}, not text")
+        return from_gsm8k(line, row["question"], solution)
 
 
 FORMAT = Gsm8k()

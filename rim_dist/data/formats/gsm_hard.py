@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rim_dist.config import ColumnsSection
-from rim_dist.data.formats.base import JsonFormat, sample_of
+from rim_dist.data.formats.base import JsonFormat, missing_column, sample_of
 from rim_dist.data.samples import SourceRow
 
 
@@ -18,7 +18,7 @@ class GsmHard(JsonFormat):
         return "input" in row and "target" in row
 
     def convert(self, line: int, row: dict[str, Any], columns: ColumnsSection) -> SourceRow:  # noqa: ARG002 - its own names
-        return sample_of(line, row.get("input"), [], row.get("target"))
+        return missing_column(line, row, "input", "target") or sample_of(line, row["input"], [], row["target"])
 
 
 FORMAT = GsmHard()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rim_dist.config import ColumnsSection
-from rim_dist.data.formats.base import Format, parse_json, sample_of
+from rim_dist.data.formats.base import Format, missing_column, parse_json, sample_of
 from rim_dist.data.samples import BadSample, SourceRow
 from rim_dist.errors import DataError
 
@@ -28,7 +28,8 @@ class ProsQa(Format):
             raise DataError(f"{path}: not a JSON list of problems")
         for number, row in enumerate(rows, 1):
             if isinstance(row, dict):
-                yield sample_of(number, row.get("question"), row.get("steps"), row.get("answer"))
+                sample = sample_of(number, row.get("question"), row.get("steps"), row.get("answer"))
+                yield missing_column(number, row, "question", "answer") or sample
             else:
                 yield BadSample(number, "not a JSON object")
 
