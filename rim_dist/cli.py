@@ -256,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that ended with its rank is worth a line, not a stack
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")  # peft calls it
     arguments = build_parser().parse_args(_without_local_rank(sys.argv[1:] if argv is None else argv))
     try:
         return arguments.run(arguments)

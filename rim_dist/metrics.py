@@ -247,11 +247,14 @@ def numbers(line: MetricLine) -> dict[str, float]:
 
 
 def progress_texts(line: MetricLine) -> list[str]:
-    """What the progress line says of a line."""
-    shown = [(metric, metric.numbers(line)) for metric in METRICS if metric.progress]
-    return [
-        metric.progress.format(" ".join(metric.text(number) for number in found.values())) for metric, found in shown if found
-    ]
+    """What the progress line says of a line. A block without a value, since its steps have faded out, is a dash."""
+    texts = []
+    for metric in METRICS:
+        if metric.progress and (found := metric.numbers(line)):
+            blocks = range(1, max(found) + 1) if max(found) else found
+            shown = (metric.text(found[block]) if block in found else "-" for block in blocks)
+            texts.append(metric.progress.format(" ".join(shown)))
+    return texts
 
 
 def read_metrics(path: Path) -> list[MetricLine]:

@@ -262,8 +262,6 @@ def test_ends_go_through_training_into_the_export(recipe_file: Any, tmp_path: Pa
     said = run("fork", 1, ["-m", "rim_dist", "train", str(path)]).stdout
     assert "note: eos_token_id 40 of the model is no special token" in said
     trained = tmp_path / "runs" / "tiny"
-    (prepared,) = (trained / "data").glob("*/meta.json")
-    assert json.loads((trained / "plan.json").read_text())["data"] == json.loads(prepared.read_text())["content"]
     for folder in (trained / "hf", trained / "checkpoints" / "step-00000002" / "model"):
         assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [1, eot]
     for place in (trained / "hf", trained):

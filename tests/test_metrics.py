@@ -99,7 +99,7 @@ def test_line_of_a_step() -> None:
     json.dumps(line)
     assert progress_texts(line) == [
         "loss 1.2500",
-        "blocks 2.00 1.50",
+        "blocks 2.00 - 1.50",
         "lr 1.00e-03",
         "grad 0.500",
         "8 samples/s",

@@ -113,11 +113,17 @@ def test_submit_writes_nothing_and_says_what_does_not_fit(
     assert {"--no-requeue", "--mem=8G"} <= set(counted)
     assert "--requeue" not in counted
     assert "export RIM_REQUEUE=0" in chain
+    ranks, _ = options_of(dry_run(recipe, capsys, "--nodes", "1", "--gpus-per-node", "4"))
+    assert {"--ntasks-per-node=4", "--gpus-per-node=4"} <= set(ranks)
     assert not (tmp_path / "runs").exists()
     for flags, message in (
         (["--nodes", "3"], "optimizer.global_batch: 16 samples cannot be spread over 24 data ranks"),
         (["--nodes", "none"], "--nodes: 'none' is not allowed"),
         (["--chain", "0"], "--chain: 0 is not allowed"),
+        (
+            ["--ranks-per-node", "8", "--gpus-per-node", "4"],
+            "--ntasks-per-node: 8 ranks do not fit --gpus-per-node 4: one a GPU",
+        ),
         (["--site", "no.env"], "no.env: no such file"),
     ):
         assert main(["submit", str(recipe), "--dry-run", *flags]) == 2

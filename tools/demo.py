@@ -161,9 +161,8 @@ def show_results(results: dict[str, Any], folder: Path) -> None:
     print(f"RiM's final block is {margin:+.1f} points against direct answering at equal samples.")
     if "compute" in results:
         print(f"At equal compute: {100 * (blocks[-1] - results['compute']['accuracy']):+.1f} points.")
-    print(
-        f'Ask it: .venv/bin/rim-dist generate {folder.relative_to(ROOT)}/hf "From the attic take red blue pink." --every-block'
-    )
+    question = "From the attic take red blue pink green white."
+    print(f'Ask it: .venv/bin/rim-dist generate {folder.relative_to(ROOT)}/hf "{question}" --every-block')
 
 
 if __name__ == "__main__":

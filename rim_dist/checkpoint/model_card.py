@@ -112,7 +112,7 @@ model = AutoModelForCausalLM.from_pretrained(".")
 prompt = tokenizer.apply_chat_template(
     [{{"role": "user", "content": "..."}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
 )
-print(tokenizer.decode(model.generate(**prompt)[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
 ## Resolved recipe

@@ -71,11 +71,18 @@ def _options(recipe: Recipe, request: Request) -> tuple[dict[str, str], int, int
     options, _ = _template()
     options["--job-name"] = f"rim-{recipe.run.name}"
     options["--output"] = f"{recipe.folder.resolve()}/logs/slurm-%j.out"
-    options.update(_site_options(request.site))
-    options.update(request.options)
+    given = {**_site_options(request.site), **request.options}
+    if given.get("--gpus-per-node", "0").isdigit() and int(given.get("--gpus-per-node", 0)):
+        options["--ntasks-per-node"] = given["--gpus-per-node"]  # a rank a GPU
+    options.update(given)
     for name in ("--nodes", "--ntasks-per-node"):
         if not options[name].isdigit() or int(options[name]) < 1:
             raise ConfigError(f"{name}: {options[name]!r} is not allowed; allowed: 1 or more")
+    gpus = options.get("--gpus-per-node", "")
+    if gpus.isdigit() and 0 < int(gpus) < int(options["--ntasks-per-node"]):
+        raise ConfigError(
+            f"--ntasks-per-node: {options['--ntasks-per-node']} ranks do not fit --gpus-per-node {gpus}: one a GPU"
+        )
     return options, int(options["--nodes"]), int(options["--ntasks-per-node"])
 
 

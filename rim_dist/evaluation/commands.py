@@ -68,7 +68,7 @@ def add_evaluation_commands(command: Command) -> None:
         "generate",
         _generate,
         "Answer questions with an exported folder; without a question, one a line from standard input.",
-        'rim-dist generate runs/demo/hf "From the attic take red blue pink."',
+        'rim-dist generate runs/demo/hf "From the attic take red blue pink green white."',
         "rim-dist generate runs/demo/hf --every-block < questions.txt",
     )
     _add(generate, "model")

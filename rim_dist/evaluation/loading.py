@@ -58,6 +58,8 @@ def load_for_evaluation(folder: str | Path) -> LoadedModel:
     if (folder / "checkpoints").is_dir() or (folder / "state.json").is_file():
         return load_checkpoint(find_checkpoint(folder))
     refuse_adapter(folder)
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: no such folder")
     raise CheckpointError(f"{folder}: not an HF model folder (no config.json); `rim-dist export` makes one")
 
 

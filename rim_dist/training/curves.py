@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -16,12 +17,15 @@ def curve_metrics() -> list[Metric]:
 
 
 def _points(metric: Metric, over: str, lines: Sequence[MetricLine]) -> dict[int, list[tuple[float, float]]]:
-    """Points (x, y) of a run by block; of a metric that is not by block as block 0."""
+    """Points (x, y) of a run by block, NaN where a block has no value; of a metric that is not by block as block 0."""
     points = defaultdict(list)
     for line in lines:
         if line["kind"] in metric.kinds and over in line:
-            for block, number in metric.numbers(line).items():
+            numbers = metric.numbers(line)
+            for block, number in numbers.items():
                 points[block].append((line[over], metric.scale * number))
+            for block in points.keys() - numbers.keys():
+                points[block].append((line[over], math.nan))
     return points
 
 
