@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,12 +17,14 @@ from pathlib import Path
 import pytest
 from slurm_cluster import Cluster, missing
 from slurm_jobs import (
+    JOB_ENVIRONMENT,
     complete,
     job_output,
     last_step,
     lost_steps,
     rank_processes,
     same_parameters,
+    shape,
     steps_recipe,
     train_job,
     until,
@@ -159,6 +162,52 @@ def test_slurmd_killed_on_the_batch_host(cluster: Cluster, undisturbed_long: Pat
     assert attempts_of(run)[1].record["nodes"] == "n[2-3]"
     first = (attempts_of(run)[0].folder / "rank-00000.log").read_text()
     assert "has taken over" in first or "ended with 75" in first
+
+
+@long
+@pytest.mark.parametrize("when", ["before the first step", "in the middle"])
+def test_second_job_of_a_run_leaves_it_alone(when: str, cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
+    """The same sbatch twice, in any phase of the first: the second ends with 2, and the first is not disturbed."""
+    recipe, run = steps_recipe(tmp_path, "run"), tmp_path / "run"
+    first = train_job(cluster, recipe)
+    if when == "in the middle":
+        wait_for_step(cluster, first, run, 50)
+    else:
+        until(lambda: len(attempts_of(run)) == 1, 60, "the first start")
+    second = train_job(cluster, recipe, "--nodes=1")
+    cluster.wait(second, "FAILED", 60)
+    assert cluster.job(second)["ExitCode"] == "2:0"
+    assert f"job {first} (RUNNING) runs it; cancel that one (scancel {first})" in job_output(run)
+    complete(cluster, first, run, 240)
+    assert len(attempts_of(run)) == 1
+    same_parameters(run, undisturbed)
+
+
+@long
+def test_second_step_of_a_job_leaves_the_first_alone(cluster: Cluster, undisturbed: Path, tmp_path: Path) -> None:
+    """Two srun in one allocation: the second takes another port, sees the owner and ends with 2."""
+    recipe, run = steps_recipe(tmp_path, "run"), tmp_path / "run"
+    train = f"srun --overlap --nodes=1 --ntasks=1 {sys.executable} -m rim_dist train {recipe}"
+    wrap = f"--wrap={train} & sleep 15; {train}; echo second ended with $?; wait"
+    job = cluster.sbatch(*shape(1, 2), f"--output={tmp_path}/slurm-%j.out", wrap, **JOB_ENVIRONMENT)
+    complete(cluster, job, run, 240)
+    said = job_output(run)
+    assert "runs it; stop that one, or choose another run.name" in said
+    assert "second ended with 2" in said
+    assert (run / "hf" / "config.json").is_file()
+
+
+@long
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [(["--nodes=2", "--ntasks=3", "--ntasks-per-node=2"], 3), (["--nodes=1", "--ntasks=2", "--ntasks-per-node=8"], 2)],
+)
+def test_as_many_ranks_as_slurm_counts(flags: list[str], ranks: int, cluster: Cluster, tmp_path: Path) -> None:
+    """Uneven nodes, and fewer tasks than the template's for a node."""
+    recipe, run = steps_recipe(tmp_path, "run", steps=10), tmp_path / "run"
+    job = train_job(cluster, recipe, *flags)
+    complete(cluster, job, run, 240)
+    assert read_state(find_checkpoint(run)).ranks == ranks
 
 
 @long
