@@ -218,6 +218,29 @@ def test_of_two_sets_of_files_the_one_of_transformers(plain: Path, tmp_path: Pat
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_masks_in_old_files(tmp_path: Path) -> None:
+    """GPT-2's files had the causal mask of every layer, and the number for what is masked; nothing else is let through."""
+    model = saved(FAMILIES["GPT-2"], tmp_path / "model")
+    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 9, 9), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+    old = changed(tmp_path / "model", tmp_path / "old", lambda tensors: {**tensors, **mask})
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(open_pretrained(old).load(torch.float32)(ids).logits, model(ids).logits)
+    more = {"transformer.h.0.attn.extra": torch.ones(1, 1, 9, 8)}
+    with pytest.raises(ModelError, match=r"1 unexpected \(transformer\.h\.0\.attn\.extra\)"):
+        open_pretrained(changed(tmp_path / "model", tmp_path / "more", lambda tensors: {**tensors, **more}))
+
+
+def test_files_that_are_none(plain: Path, tmp_path: Path) -> None:
+    folder = changed(plain, tmp_path / "model")
+    data = (folder / WEIGHTS).read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for content, message in ((data[:-9], "shorter than its shape"), (b"", "not a safetensors"), (pointer, "git lfs pull")):
+        (folder / WEIGHTS).write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            open_pretrained(folder)
+
+
 def test_an_adapter_is_no_model(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """transformers would load the adapter's base instead of what is beside it."""
     beside = changed(plain, tmp_path / "beside")
