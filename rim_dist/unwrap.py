@@ -17,3 +17,10 @@ def base_layer(module: nn.Module) -> Any:
     """The layer inside peft's wrappers around it."""
     module = getattr(module, "token_adapter", module)
     return getattr(module, "base_layer", module)
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The model without its head; some families (Llama 4) keep it under another name than they say."""
+    if model.base_model is not model:
+        return model.base_model
+    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)

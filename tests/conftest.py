@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,3 +132,16 @@ def gsm8k(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     path.write_text("\n".join(FIXTURE_ROWS * 5) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def plain_logits_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What verification asks of a new process is computed in this one; `--verify` elsewhere starts the new one."""
+    from rim_dist.evaluation import plain_logits, verify
+
+    def run_here(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        plain_logits.main(*command[-3:])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(plain_logits, "sys", SimpleNamespace(modules={}))
+    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run_here))

@@ -13,7 +13,6 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ from rim_dist.checkpoint.store import find_checkpoint
 from rim_dist.checkpoint.workers import Workers
 from rim_dist.cli import main
 from rim_dist.errors import CheckpointError
-from rim_dist.evaluation import plain_logits, verify
+from rim_dist.evaluation import verify
 from rim_dist.files import damage_of, read_manifest, record_of, write_manifest
 from rim_dist.recipe import load_recipe
 from rim_dist.tokens import prompt_ids
@@ -73,18 +72,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paths = [str(write_recipe(folder / f"{kind}.yaml", recipe_of(folder, kind))) for kind in FULL + LORA]
     run("fork", 2, ["tests/workers/train_many.py", *paths], timeout=500)
     return folder
-
-
-@pytest.fixture
-def plain_logits_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What verification asks of a new process is computed in this one; `--verify` elsewhere here starts the new one."""
-
-    def run_here(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        plain_logits.main(*command[-3:])
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(plain_logits, "sys", SimpleNamespace(modules={}))
-    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run_here))
 
 
 def zero_to_fp32(checkpoint: Path) -> dict[str, torch.Tensor]:

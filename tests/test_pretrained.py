@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -20,8 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rim_dist.attention.registration import use_plain_attention
 from rim_dist.checkpoint.pretrained import open_pretrained
 from rim_dist.checkpoint.start import model_of, requirements_of
+from rim_dist.checkpoint.store import find_checkpoint
 from rim_dist.cli import main
 from rim_dist.errors import CheckpointError, ModelError
+from rim_dist.evaluation.verify import verify_export
+from rim_dist.methods import method_names
 from rim_dist.recipe import load_recipe
 from rim_dist.unwrap import bare_model
 
@@ -212,6 +216,29 @@ def test_of_two_sets_of_files_the_one_of_transformers(plain: Path, tmp_path: Pat
     expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     found = start_of(folder, tmp_path)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_masks_in_old_files(tmp_path: Path) -> None:
+    """GPT-2's files had the causal mask of every layer, and the number for what is masked; nothing else is let through."""
+    model = saved(FAMILIES["GPT-2"], tmp_path / "model")
+    mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 9, 9), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+    old = changed(tmp_path / "model", tmp_path / "old", lambda tensors: {**tensors, **mask})
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert torch.equal(open_pretrained(old).load(torch.float32)(ids).logits, model(ids).logits)
+    more = {"transformer.h.0.attn.extra": torch.ones(1, 1, 9, 8)}
+    with pytest.raises(ModelError, match=r"1 unexpected \(transformer\.h\.0\.attn\.extra\)"):
+        open_pretrained(changed(tmp_path / "model", tmp_path / "more", lambda tensors: {**tensors, **more}))
+
+
+def test_files_that_are_none(plain: Path, tmp_path: Path) -> None:
+    folder = changed(plain, tmp_path / "model")
+    data = (folder / WEIGHTS).read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for content, message in ((data[:-9], "shorter than its shape"), (b"", "not a safetensors"), (pointer, "git lfs pull")):
+        (folder / WEIGHTS).write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            open_pretrained(folder)
 
 
 def test_an_adapter_is_no_model(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -445,14 +472,100 @@ def test_models_of_more_than_text(tmp_path: Path, family: str) -> None:
         open_pretrained(tmp_path / "lost")
 
 
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl"])
+def test_a_new_model_of_more_than_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], model_type: str) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_recipe(tmp_path / "runs", model={"config": {"model_type": model_type}}))
+    assert main(["train", str(recipe)]) == 2
+    assert (
+        f"model.config: {model_type} is a model of more than text; give model_type: {model_type}_text"
+        in capsys.readouterr().err
+    )
+
+
+def test_an_encoder_and_a_decoder_are_refused(tmp_path: Path) -> None:
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))}
+    saved(T.BartConfig(vocab_size=97, d_model=16, **sizes), tmp_path / "bart", T.AutoModelForSeq2SeqLM)
+    with pytest.raises(ModelError, match="bart is an encoder and a decoder; only decoder models are trained"):
+        open_pretrained(tmp_path / "bart")
+
+
+# ---- what becomes of them ---------------------------------------------------------------------------------------
+
+
+def verified_export(folder: Path, out: Path, **sections: object) -> Path:
+    """The export, verified, of a run that starts from a folder and has not learned yet."""
+    recipe = recipe_from(folder, out, **sections)
+    assert main(["convert", "from-hf", str(folder), str(out / "run"), "--recipe", str(recipe)]) == 0
+    assert main(["export", str(out / "run"), str(out / "hf"), "--verify"]) == 0
+    return out / "hf"
+
+
+def logits_of(folder: Path, auto: type = AutoModelForCausalLM) -> torch.Tensor:
+    ids = torch.randint(0, 90, (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return auto.from_pretrained(folder).float().eval()(input_ids=ids).logits[..., :128]  # without rows of memory tokens
+
+
+@pytest.mark.usefixtures("plain_logits_here")
+@pytest.mark.parametrize("method", method_names())
+def test_exports_of_every_method_are_verified(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    """At every budget of blocks, or after its thoughts; and a change that only they see is found."""
+    out = verified_export(plain, tmp_path, method=method)
+    said = capsys.readouterr().out
+    assert "largest difference of a logit 0.00e+00" in said
+    assert ("after 6 thoughts" if method == "coconut" else "by number of blocks") in said
+    assert torch.equal(logits_of(out), logits_of(plain))
+    weights = load_file(out / WEIGHTS)
+    row = 128 if method in ("rim", "pause", "coconut") else 9  # the token that begins a block; a word of the template
+    weights[EMBEDDING][row:] *= 1.5
+    save_file(weights, out / WEIGHTS, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="its logits are not the checkpoint's"):
+        verify_export(find_checkpoint(tmp_path / "run"), out)
+
+
+def wide(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
+    """With a row for every token of the tokenizer."""
+    config = copy.deepcopy(config)
+    config.get_text_config().vocab_size = 131
+    return config
+
+
+UNUSUAL: dict[str, Callable[[Path, Path], object]] = {
+    "wrapped": lambda plain, out: changed(plain, out, named("module._orig_mod.")),
+    "tied, with a head": lambda plain, out: tied(plain, out, separate=True),
+    "leftover of quantisation": lambda plain, out: changed(plain, out, quantization_config={"quant_method": "fp8"}),
+    "experts": lambda _, out: saved(wide(FAMILIES["Mixtral"]), out),
+    "GPT-2": lambda _, out: saved(wide(FAMILIES["GPT-2"]), out),
+}
+
+
+@pytest.mark.usefixtures("plain_logits_here")
+@pytest.mark.parametrize("kind", [*UNUSUAL, *(f for f in COMPOSITES if "qwen" not in f and f != "llama4")])
+def test_exports_of_unusual_folders_are_verified(plain: Path, tmp_path: Path, kind: str) -> None:
+    """Their logits are those of the folder in plain transformers, and no field of theirs says what no longer holds."""
+    folder, auto = tmp_path / "model", AutoModelForCausalLM
+    if kind in UNUSUAL:
+        UNUSUAL[kind](plain, folder)
+    else:
+        auto = T.AutoModelForImageTextToText
+        saved(wide(COMPOSITES[kind]()), folder, auto)
+    AutoTokenizer.from_pretrained(plain).save_pretrained(folder)
+    expected = logits_of(plain) if kind in ("wrapped", "leftover of quantisation") else logits_of(folder, auto)
+    out = verified_export(folder, tmp_path)
+    torch.testing.assert_close(logits_of(out), expected, atol=1e-5, rtol=1e-5)
+    config = json.loads((out / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["architectures"] == [type(AutoModelForCausalLM.from_pretrained(out)).__name__]
+
+
 @pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_runs_from_unusual_folders(plain: Path, tmp_path: Path) -> None:
     """Whole runs that learn next to nothing: their exports are the folders that they started from, in plain transformers."""
     tokenizer = AutoTokenizer.from_pretrained(plain)
-    config = COMPOSITES["gemma3"]()
-    config.text_config.vocab_size = len(tokenizer)
-    saved(config, tmp_path / "gemma3", T.AutoModelForImageTextToText)
+    saved(wide(COMPOSITES["gemma3"]()), tmp_path / "gemma3", T.AutoModelForImageTextToText)
     tokenizer.save_pretrained(tmp_path / "gemma3")
     tied(plain, tmp_path / "tied", separate=True)
     stages = {stage: {"samples": 16, "learning_rate": 1e-12, "dropout": 0.0} for stage in ("stage1", "stage2")}
@@ -480,20 +593,3 @@ def test_runs_from_unusual_folders(plain: Path, tmp_path: Path) -> None:
             expected = auto.from_pretrained(tmp_path / name)(input_ids=ids).logits
             assert torch.allclose(AutoModelForCausalLM.from_pretrained(out)(ids).logits, expected, atol=1e-4)
         assert main(["export", str(tmp_path / "runs" / name), str(tmp_path / f"{name}-out"), "--verify"]) == 0
-
-
-@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl"])
-def test_a_new_model_of_more_than_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], model_type: str) -> None:
-    recipe = write_recipe(tmp_path / "r.yaml", tiny_recipe(tmp_path / "runs", model={"config": {"model_type": model_type}}))
-    assert main(["train", str(recipe)]) == 2
-    assert (
-        f"model.config: {model_type} is a model of more than text; give model_type: {model_type}_text"
-        in capsys.readouterr().err
-    )
-
-
-def test_an_encoder_and_a_decoder_are_refused(tmp_path: Path) -> None:
-    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))}
-    saved(T.BartConfig(vocab_size=97, d_model=16, **sizes), tmp_path / "bart", T.AutoModelForSeq2SeqLM)
-    with pytest.raises(ModelError, match="bart is an encoder and a decoder; only decoder models are trained"):
-        open_pretrained(tmp_path / "bart")

@@ -79,7 +79,8 @@ class Pretrained:
     `config`: of the model that is trained: of text, not quantised, tied as its files are. `tensors`: every tensor by its first
     name in the model; None where transformers has to make them, or where they are not on this machine yet. `loading`: what
     `from_pretrained` needs for it. `renamed`: the files' tensors by other names than they have there. `notes`: what a user
-    should know of how the folder is read. `here`: whether the files are on this machine.
+    should know of how the folder is read. `masks`: causal masks in old files, which no model has any more. `here`: whether the
+    files are on this machine.
     """
 
     source: Path | str
@@ -88,6 +89,7 @@ class Pretrained:
     loading: dict[str, Any] = field(default_factory=dict)
     renamed: dict[str, Stored] | None = None
     notes: tuple[str, ...] = ()
+    masks: frozenset[str] = frozenset()
     here: bool = True
 
     def load(self, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -107,7 +109,7 @@ class Pretrained:
         except Exception as error:
             raise ModelError(f"{self.source}: cannot be loaded ({first_line(error)})") from error
         integers = {name for name, parameter in model.named_parameters() if not parameter.is_floating_point()}
-        _Account(report["missing_keys"], report["unexpected_keys"], {}, integers).check(self.source)
+        _Account(report["missing_keys"], report["unexpected_keys"] - self.masks, {}, integers).check(self.source)
         return model
 
     def weights(self) -> WeightSource:
@@ -245,6 +247,7 @@ class _Account:
     integers: set[str]
     tensors: dict[str, Stored] = field(default_factory=dict)
     computed: bool = False
+    masks: frozenset[str] = frozenset()
 
     def problems(self) -> list[str]:
         found = [
@@ -299,8 +302,8 @@ def _account(model: Any, stored: Mapping[str, Stored], quantizer: HfQuantizer | 
     wrong = {name: f"has shape {tuple(a)}, the model's is {tuple(b)}" for name, a, b in report.mismatched_keys}
     wrong |= dict.fromkeys(report.conversion_errors, "cannot be brought into the model's layout")
     integers = {name for name, s in tensors.items() if own[name].is_floating_point() and not s.dtype.is_floating_point}
-    unexpected = {name for name in report.unexpected_keys if not _is_mask(stored.get(name))}
-    return _Account(missing | report.missing_keys, unexpected, wrong, integers, tensors, computed)
+    masks = frozenset(name for name in report.unexpected_keys if _is_mask(stored.get(name)))
+    return _Account(missing | report.missing_keys, report.unexpected_keys - masks, wrong, integers, tensors, computed, masks)
 
 
 def _is_mask(stored: Stored | None) -> bool:
@@ -362,7 +365,7 @@ def _compared(found: Pretrained, files: dict[str, Stored]) -> Pretrained:
         if here is not None:
             tensors = {name: t for name, t in tensors.items() if name not in others} | {first: tensors[here]}
     renamed = None if stored == files else stored
-    return Pretrained(source, plain, None if account.computed else tensors, found.loading, renamed, tuple(notes))
+    return Pretrained(source, plain, None if account.computed else tensors, found.loading, renamed, tuple(notes), account.masks)
 
 
 def _equal(a: Stored, b: Stored) -> bool:

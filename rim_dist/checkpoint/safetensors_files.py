@@ -41,6 +41,7 @@ _NAME_OF_DTYPE = {
     torch.uint32: "U32",
     torch.uint64: "U64",
 }
+_LFS = b"version https://git-lfs"
 _DTYPE_OF_NAME = {name: dtype for dtype, name in _NAME_OF_DTYPE.items()}
 
 
@@ -52,6 +53,10 @@ def read_safetensors_index(file: Path) -> dict[str, StoredTensor]:
     try:
         with file.open("rb") as stream:
             header = 8 + int.from_bytes(stream.read(8), "little")
+            stream.seek(0)
+            if stream.read(len(_LFS)) == _LFS:
+                raise ValueError("a Git LFS pointer stands in for it: fetch it with `git lfs pull`")
+            stream.seek(8)
             if header > file.stat().st_size:
                 raise ValueError("its header is longer than the file")
             entries = json.loads(stream.read(header - 8))

@@ -2,15 +2,30 @@
 
     python plain_logits.py HF_DIR TASK.json OUT.safetensors
 
-TASK.json: {"questions": [...], "blocks": [...]}; the result has `ids/I/K` and `logits/I/K`.
+TASK.json: {"questions": [...], "blocks": [...], "adapter": FOLDER or null, "thoughts": N, "markers": [begin, end]}; the result
+has `ids/I/K` and `logits/I/K`, with N continuous thoughts between the markers after the prompt if there are any.
 """
 
 import json
 import sys
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def logits_after(model: Any, ids: torch.Tensor, thoughts: int, markers: list[int]) -> torch.Tensor:
+    """Logits of a row of ids; with `thoughts`: with so many hidden states of its last layer fed back between the markers."""
+    if not thoughts:
+        return model(ids).logits[0].float()
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # the model inside peft's wrapper
+    embed = inner.get_input_embeddings()
+    begin, end = (embed(torch.tensor([[marker]])) for marker in markers)
+    states = torch.cat([embed(ids), begin], dim=1)
+    for _ in range(thoughts):
+        states = torch.cat([states, inner.base_model(inputs_embeds=states, use_cache=False)[0][:, -1:]], dim=1)
+    return inner(inputs_embeds=torch.cat([states, end], dim=1)).logits[0].float()
 
 
 def main(folder: str, task_file: str, out: str) -> None:
@@ -33,7 +48,7 @@ def main(folder: str, task_file: str, out: str) -> None:
                 **({} if blocks is None else {"rim_blocks": blocks}),
             )["input_ids"]
             with torch.no_grad():
-                results[f"logits/{i}/{blocks}"] = model(ids).logits[0].float().contiguous()
+                results[f"logits/{i}/{blocks}"] = logits_after(model, ids, task["thoughts"], task["markers"]).contiguous()
             results[f"ids/{i}/{blocks}"] = ids[0].contiguous()
     assert "rim_dist" not in sys.modules
     save_file(results, out)

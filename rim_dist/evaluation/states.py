@@ -9,6 +9,7 @@ import torch
 
 from rim_dist.evaluation.loading import LoadedModel
 from rim_dist.evaluation.prefixes import prefix_batches
+from rim_dist.unwrap import backbone
 
 
 def block_states(loaded: LoadedModel, prompts: Sequence[Sequence[int]], batch: int = 64) -> torch.Tensor:
@@ -23,7 +24,7 @@ def block_states(loaded: LoadedModel, prompts: Sequence[Sequence[int]], batch: i
     for arguments, coordinates in batches:
         ends = coordinates.block.shape[1] - 1 - torch.arange(loaded.blocks - 1, -1, -1) * loaded.block_size
         with torch.no_grad():
-            hidden = loaded.model.base_model(**arguments, use_cache=False)[0]
+            hidden = backbone(loaded.model)(**arguments, use_cache=False)[0]
         states.append(hidden[:, ends.to(hidden.device)].float().cpu())
     return torch.cat(states)
 

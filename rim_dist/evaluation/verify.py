@@ -18,6 +18,7 @@ from rim_dist.checkpoint.index import index_checkpoint
 from rim_dist.checkpoint.model_card import read_export_info
 from rim_dist.errors import CheckpointError, RimError
 from rim_dist.evaluation.evaluate import recipe_samples
+from rim_dist.evaluation.plain_logits import logits_after
 from rim_dist.methods import method_of
 from rim_dist.model.generation import model_positions
 from rim_dist.tokens import prompt_ids
@@ -30,19 +31,21 @@ _COUNT = 4
 
 @dataclass(frozen=True)
 class Verification:
-    """The largest difference of a logit after each number of blocks, and the largest logit."""
+    """The largest difference of a logit after each number of blocks (or after continuous thoughts), and the largest logit."""
 
     by_blocks: dict[int, float]
     largest_logit: float
     dtype: str
     questions: int
+    thoughts: int = 0
 
     def text(self) -> str:
         worst = max(self.by_blocks.values())
         blocks = ", ".join(f"{k}: {v:.1e}" for k, v in self.by_blocks.items())
+        after = f"after {self.thoughts} thoughts" if self.thoughts else f"by number of blocks {blocks}"
         return (
             f"verified in plain transformers, {self.questions} questions: largest difference of a logit {worst:.2e} "
-            f"(largest logit {self.largest_logit:.1f}, {self.dtype}; by number of blocks {blocks})"
+            f"(largest logit {self.largest_logit:.1f}, {self.dtype}; {after})"
         )
 
 
@@ -54,11 +57,14 @@ def verify_export(checkpoint: Path, out: Path) -> Verification:
         questions = [sample.question for sample in recipe_samples(recipe)][:_COUNT] or _QUESTIONS
     except RimError:  # the evaluation file of the run is not on this machine
         questions = _QUESTIONS
-    with_blocks = method_of(recipe).prompt_blocks
+    method = method_of(recipe)
+    with_blocks, thoughts = method.prompt_blocks, method.thoughts
+    markers = [index.tokens.begin, index.tokens.end]
     blocks = list(range(1, with_blocks + 1)) or [0]
     positions = model_positions(index.config)
+    added = thoughts + len(markers) if thoughts else 0
     longest = prompt_ids(index.tokenizer, questions, blocks[-1] or None)
-    questions = [question for question, prompt in zip(questions, longest, strict=True) if len(prompt) <= positions]
+    questions = [question for question, prompt in zip(questions, longest, strict=True) if len(prompt) + added <= positions]
     if not questions:
         raise CheckpointError(
             f"{out}: not verified: no question with {blocks[-1]} blocks fits the model's {positions} positions"
@@ -70,6 +76,8 @@ def verify_export(checkpoint: Path, out: Path) -> Verification:
             "questions": questions,
             "blocks": blocks if with_blocks else [None],
             "adapter": str(adapter) if adapter else None,
+            "thoughts": thoughts,
+            "markers": markers,
         }
         task_file.write_text(json.dumps(task), encoding="utf-8")
         # -P and the file's own path: what runs there cannot import rim_dist by accident of the working folder.
@@ -89,14 +97,14 @@ def verify_export(checkpoint: Path, out: Path) -> Verification:
             if found[f"ids/{key}"].tolist() != prompt:
                 raise CheckpointError(f"{out}: its chat template renders question {i + 1} with {k} blocks to other tokens")
             with torch.no_grad():
-                expected = module(torch.tensor([prompt])).logits[0].float()
+                expected = logits_after(module, torch.tensor([prompt]), thoughts, markers)
             logits = found[f"logits/{key}"][:, : expected.shape[-1]]  # what is left are padding rows of the export
             difference = float((expected - logits).abs().max())
             # max() would pass over a NaN.
             differences[k] = max(differences.get(k, 0.0), difference if math.isfinite(difference) else math.inf)
             largest = max(largest, float(expected.abs().max()))
     dtype = str(read_export_info(out)["dtype"])
-    result = Verification(differences, largest, dtype, len(questions))
+    result = Verification(differences, largest, dtype, len(questions), thoughts)
     if not max(differences.values()) <= _TOLERANCE[dtype] * largest:
         raise CheckpointError(f"{out}: its logits are not the checkpoint's: {result.text()}")
     return result

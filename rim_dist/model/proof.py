@@ -19,6 +19,7 @@ from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ModelError, first_line
 from rim_dist.model.dropout import set_dropout
 from rim_dist.objective.forward import install_readout_loss, run_batch
+from rim_dist.unwrap import backbone
 
 _TOLERANCE = 1e-3
 _LAYERS = 8  # most layers of a small copy whose layers are of different kinds
@@ -29,6 +30,8 @@ _TINY = {
     "vocab_size_per_layer_input": 64,
     "num_kv_shared_layers": 0,
     "first_k_dense_replace": 1,  # the second layer has experts
+    "sliding_window": 4,  # shorter than the row of the proof
+    "attention_chunk_size": 4,
 }
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _WIDTHS = re.compile(r"(^|_)(intermediate_size|ffn_dim)(_mlp)?$")
@@ -227,7 +230,7 @@ def _slow_losses(model: PreTrainedModel, row: Row) -> torch.Tensor:
     embed = model.get_input_embeddings()
     states = embed(torch.tensor([[*row.question, 60]]))
     for _ in range(row.thoughts):
-        last = model.base_model(inputs_embeds=states, use_cache=False)[0][:, -1:]
+        last = backbone(model)(inputs_embeds=states, use_cache=False)[0][:, -1:]
         states = torch.cat([states, last], dim=1)
     target = row.readouts[0].target
     states = torch.cat([states, embed(torch.tensor([[62, *target[:-1]]]))], dim=1)

@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from rim_dist.model.generation import ADDED_TOKENS
+from rim_dist.unwrap import backbone
 
 _PLAIN = "_rim_dist_plain_generate"
 
@@ -85,7 +86,7 @@ def thought_cache(
 
     def run(start: int, stop: int, **inputs: Any) -> torch.Tensor:
         inputs |= {"attention_mask": mask[:, :stop], "position_ids": position[:, start:stop]}
-        return model.base_model(**inputs, past_key_values=cache, use_cache=True)[0][:, -1:]
+        return backbone(model)(**inputs, past_key_values=cache, use_cache=True)[0][:, -1:]
 
     prompt = ids.shape[1] - thoughts - 1
     with torch.no_grad():

@@ -17,7 +17,7 @@ from rim_dist.data.rows import Batch, Targets
 from rim_dist.objective.latent import thought_states
 from rim_dist.objective.loss import HeadWeights, LogitRule, full_logits, plain_cross_entropy, weighted_cross_entropy
 from rim_dist.parallel.tensor import vocabulary_of
-from rim_dist.unwrap import base_layer
+from rim_dist.unwrap import backbone, base_layer
 
 
 def head_weights(head: nn.Module) -> HeadWeights | None:
@@ -81,7 +81,7 @@ def install_readout_loss(model: PreTrainedModel) -> None:
         if thoughts := keywords.get("rim_thoughts"):
             states = thought_states(model, wanted["input_ids"], wanted["rim_layout"], rim_targets.column, thoughts)
         else:
-            states = model.base_model(**wanted, use_cache=False)[0][0].index_select(0, rim_targets.column)
+            states = backbone(model)(**wanted, use_cache=False)[0][0].index_select(0, rim_targets.column)
         return head(states, rim_targets=rim_targets, gradient_scale=gradient_scale)
 
     head.forward, model.forward = head_forward, forward

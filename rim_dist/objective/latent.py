@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rim_dist.attention.visibility import PADDING_SEGMENT, QUESTION, RowLayout, TokenCoordinates
 from rim_dist.data.samples import Span
+from rim_dist.unwrap import backbone
 
 
 def _text(segment: torch.Tensor, position: torch.Tensor) -> TokenCoordinates:
@@ -57,7 +58,7 @@ class _Rows:
         coordinates = _text(row.unsqueeze(0), position.unsqueeze(0))
         spans = tuple(Span(s, count, 0, 0, ()) for s, count in zip(first.flatten().tolist(), counts, strict=True))
         packed = DynamicCache()
-        hidden = self._model.base_model(
+        hidden = backbone(self._model)(
             input_ids=self._ids[self.start[row, 0] + position].unsqueeze(0),
             position_ids=coordinates.position,
             past_key_values=packed,
@@ -77,7 +78,7 @@ class _Rows:
         """Last hidden states of `inputs` `[rows, seq, hidden]`, run at `position` `[rows, seq]` (negative: padding)."""
         queries = _padded_text(position)
         self._keys = TokenCoordinates(*(torch.cat(pair, dim=1) for pair in zip(self._keys, queries, strict=True)))
-        return self._model.base_model(
+        return backbone(self._model)(
             inputs_embeds=inputs,
             position_ids=queries.position,
             past_key_values=self._cache,
