@@ -560,7 +560,7 @@ def test_compare_command(folder: Path, questions_file: Path, tmp_path: Path, cap
         (["evaluate", "MODEL", "DATA", "--sampled", "0"], "--sampled: 0 is not allowed"),
         (["evaluate", "MODEL", "DATA", "--temperature", "0"], "--temperature: 0 is not allowed"),
         (["evaluate", "MODEL", "DATA", "--output", "/proc/none/x"], "--output: /proc/none/x cannot be written"),
-        (["evaluate", "NONE", "DATA"], "not an HF model folder"),
+        (["evaluate", "NONE", "DATA"], "no such folder"),
         (["evaluate", "BARE", "DATA"], "its tokenizer has no chat template"),
         (["blocks", "MODEL", "DATA", "--output", "OUT", "--budgets", "1,x"], "--budgets: '1,x' is not allowed"),
         (["blocks", "MODEL", "DATA", "--output", "OUT", "--budgets", "0"], "--budgets: '0' is not allowed"),
