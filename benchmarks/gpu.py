@@ -162,7 +162,7 @@ class CommandLine:
         recipe.write_text(yaml.safe_dump(self._recipe()))
         path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
         for name, (zero, dtype, more) in self._runs.items():
             tag = name.replace(" ", "-")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def free_port() -> int:
@@ -38,8 +39,7 @@ def command(launcher: str, ranks: int, target: Sequence[str]) -> list[str]:
 
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment without another launcher's variables and without coverage, which makes ranks half as fast."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    clean = {k: v for k, v in os.environ.items() if k not in names and not k.startswith("COVERAGE_")}
+    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and not k.startswith("COVERAGE_")}
     path = f"{BIN}{os.pathsep}{clean.get('PATH', '')}"
     return {**clean, "PATH": path, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "DS_ACCELERATOR": "cpu", **extra}
 

@@ -23,6 +23,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ranks import LAUNCHER_VARIABLES
+
 PREFIX = "rimtest"  # of network namespaces
 BRIDGE = "rimtest0"
 SUBNET = "10.177.23"
@@ -273,7 +275,7 @@ PartitionName=high Nodes={every} MaxTime=24:00:00 PriorityTier=100 PreemptMode=O
     def environment(self, **extra: str) -> dict[str, str]:
         """Without what another launcher or another SLURM left in ours."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "RIM_", "PMI", "OMPI_"))}
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        for name in LAUNCHER_VARIABLES:
             kept.pop(name, None)
         return {**kept, "SLURM_CONF": str(self.conf), **extra}
 

@@ -294,7 +294,7 @@ def test_thoughts_leave_room_for_the_answer() -> None:
     think_before_answers(model, 3, BLOCK)
     long = [[1 + i % 90 for i in range(120)]]
     assert len(generate_ids(model, tokenizer(EOS), long, Decoding(50))[0]) <= 128 - 125
-    with pytest.raises(DataError, match="with its continuous thoughts 130 tokens; the model has 128 positions"):
+    with pytest.raises(DataError, match="130 tokens with its continuous thoughts; the model has 128 positions"):
         generate_ids(model, tokenizer(EOS), [long[0] + [1] * 5], Decoding(5))
     prompts = torch.tensor([[7, 3], [4, 5]])
     torch.manual_seed(0)

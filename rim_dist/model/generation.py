@@ -139,7 +139,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], positions: int, added: int =
     for number, prompt in enumerate(prompts, 1):
         if (length := len(prompt) + added) >= positions:
             what = "continuous thoughts" if added else "memory blocks"
-            raise DataError(f"question {number}: with its {what} {length} tokens; the model has {positions} positions")
+            raise DataError(f"question {number}: {length} tokens with its {what}; the model has {positions} positions")
 
 
 @contextlib.contextmanager
