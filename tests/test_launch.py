@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from forked import run_each
-from ranks import ROOT, environment, free_port, run
+from ranks import LAUNCHER_VARIABLES, ROOT, environment, free_port, run
 
 from rim_dist.cli import main
 from rim_dist.errors import ConfigError
@@ -155,6 +155,8 @@ def test_interactive_shell_of_several_tasks_is_no_launcher() -> None:
 def test_mpi_without_mpi4py_is_refused(
     recipe_file: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name in LAUNCHER_VARIABLES:  # a run in this process leaves its own
+        monkeypatch.delenv(name, raising=False)
     for name, value in HYDRA.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setitem(sys.modules, "mpi4py", None)
