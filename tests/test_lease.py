@@ -81,6 +81,23 @@ def test_superseded_owner_notices_and_touches_nothing(tmp_path: Path) -> None:
     assert (tmp_path / OWNER).read_bytes() == before
 
 
+def test_two_that_take_over_at_once_leave_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one whose file is replaced is told so, and lets go of nothing that is the other's."""
+    (tmp_path / OWNER).write_text("")
+    first, second = Lease(tmp_path, 0.2), Lease(tmp_path, 0.2)
+    take_over = first._take_over
+
+    def beaten() -> None:
+        take_over()
+        second._take_over()
+
+    monkeypatch.setattr(first, "_take_over", beaten)
+    with pytest.raises(ConfigError, match="another start has become its owner at the same moment"):
+        first.acquire()
+    first.release()
+    second.check()
+
+
 def test_folder_that_is_gone_is_not_written_again(tmp_path: Path) -> None:
     owner = Lease(tmp_path / "run")
     owner.acquire()

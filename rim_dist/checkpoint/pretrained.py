@@ -182,7 +182,7 @@ def _read_cached(name: str, revision: str | None) -> dict[str, Stored] | None:
 
     try:
         return _read_files(Path(snapshot_download(name, revision=revision, local_files_only=True)))
-    except Exception:
+    except (OSError, ValueError, RimError):
         return None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from rim_dist.config import Recipe
 from rim_dist.errors import ConfigError
 from rim_dist.recipe import load_recipe
+from rim_dist.training.lease import OWNER
 
 # Fields that may change when a run is resumed: they do not change what is trained.
 _FREE_FIELDS = (
@@ -55,5 +56,5 @@ def check_run_folder(recipe: Recipe) -> None:
                 f"{folder} holds a run with another recipe ({'; '.join(sorted(differences)[:5])}); "
                 "choose another run.name, or remove the folder to start over"
             )
-    elif folder.is_dir() and any(p.name not in ("data", "logs", "owner.json") for p in folder.iterdir()):
+    elif folder.is_dir() and any(p.name not in ("data", "logs", OWNER) for p in folder.iterdir()):
         raise ConfigError(f"{folder}: not empty and not a run of rim_dist; choose another run.name")

@@ -54,6 +54,8 @@ class Lease:
             raise ConfigError(f"{self._run}: cannot be written ({error.strerror or error})") from None
         time.sleep(_LOOK_SECONDS / 5)
         if not self._is_own():
+            os.close(self._file)
+            self._file = None
             raise ConfigError(f"{self._run}: another start has become its owner at the same moment; this one ends")
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
