@@ -123,14 +123,17 @@ class Plan:
         return (run.base is None or self.exported(run.base)) and all(map(self.finished, run.after))
 
     def fingerprint(self, name: str) -> str:
-        """Of all that a run's recipe says. Folders, which differ from machine to machine, do not count."""
-        from rim_dist.recipe import load_recipe
+        """Of what a run's recipe sets other than the defaults, so that a key that comes later does not make it another run's.
+
+        Folders, which differ from machine to machine, count by their names only. Figures also tell the commit, for the defaults.
+        """
+        from rim_dist.recipe import flatten, load_recipe
 
         run = self.runs[name]
-        said = load_recipe(ROOT / run.recipe, run.overrides()).model_dump(mode="json")
-        del said["run"]["output_dir"], said["run"]["name"]
-        for section, key in (("model", "init_from"), ("data", "path"), ("evaluation", "data")):
-            said[section][key] = Path(said[section][key] or "").name
+        said = flatten(load_recipe(ROOT / run.recipe, run.overrides()).model_dump(mode="json", exclude_defaults=True))
+        for key in ("run.output_dir", "run.name", "run.accept_changes"):
+            said.pop(key, None)
+        said |= {key: Path(said[key]).name for key in ("model.init_from", "data.path", "evaluation.data") if said.get(key)}
         if run.base:
             said["base"] = self.fingerprint(run.base)
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
