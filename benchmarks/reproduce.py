@@ -125,7 +125,7 @@ class Plan:
     def fingerprint(self, name: str) -> str:
         """Of what a run's recipe sets other than the defaults, so that a key that comes later does not make it another run's.
 
-        Folders, which differ from machine to machine, count by their names only. Figures also tell the commit, for the defaults.
+        Folders, which differ from machine to machine, count by their names only. Figures tell the commit, for the defaults.
         """
         from rim_dist.recipe import flatten, load_recipe
 
