@@ -18,6 +18,7 @@ from rim_dist.cli import main
 from rim_dist.errors import ConfigError
 from rim_dist.parallel.environment import RankInfo, read_rank_info
 from rim_dist.parallel.launch import choose_gpu
+from rim_dist.parallel.rendezvous import meeting
 
 Make = Callable[..., Path]
 
@@ -128,6 +129,58 @@ def test_ranks_that_cannot_meet_say_so(recipe_file: Make) -> None:
     assert done.returncode == 75
     assert "rank 0: 2 ranks did not meet at 127.0.0.1:" in done.stdout
     assert "Traceback" not in done.stdout
+
+
+def test_rank_of_another_start_is_refused(recipe_file: Make, tmp_path: Path) -> None:
+    """Two starts that meet at one port, of which neither can see the other's variables: the first one's ranks train."""
+    port, outputs = str(free_port()), {name: tmp_path / name for name in ("first", "stranger", "double", "size", "second")}
+    head = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "SLURM_STEP_NUM_NODES": "1"}
+    target = ["-m", "rim_dist", "train", str(recipe_file(parallel={"zero_stage": 1, "timeout_seconds": 60}))]
+
+    def step(number: str, rank: str, ranks: str = "2") -> dict[str, str]:
+        own = {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": ranks, "SLURM_JOB_ID": "7", "SLURM_STEP_ID": number}
+        return environment(**head, **own)
+
+    ranks = {
+        "first": step("0", "0"),
+        "stranger": step("1", "1"),
+        "size": step("0", "2", "3"),
+        "second": step("0", "1"),
+        "double": step("0", "1"),
+    }
+    statuses = dict(zip(ranks, run_each([(target, ranks[name], str(outputs[name])) for name in ranks], 200), strict=True))
+    said = {name: output.read_text() for name, output in outputs.items()}
+    twice = "double" if statuses["double"] else "second"  # whichever came later
+    assert [name for name, status in statuses.items() if status] == ["stranger", "size", twice], said
+    assert set(statuses.values()) == {0, 2}, said
+    assert f"at 127.0.0.1:{port} is the first rank of another start (SLURM job 7 step 0 restart 0 on " in said["stranger"]
+    assert "not of this one (SLURM job 7 step 1 restart 0); export MASTER_PORT" in said["stranger"]
+    assert "WORLD_SIZE=3, but 2 on the first rank" in said["size"]
+    assert "RANK=1 (" in said[twice]
+    assert "another process has come to" in said[twice]
+    assert "Traceback" not in "".join(said.values())
+    assert (tmp_path / "runs" / "tiny" / "hf" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(("variables", "status"), [({}, 2), ({"RIM_ATTEMPT": "/runs/tiny/logs/1"}, 75)])
+def test_taken_port_ends_a_job_only_where_nobody_takes_another(
+    variables: dict[str, str], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job script's next attempt looks for a free one."""
+    from torch.distributed import init_process_group
+
+    monkeypatch.delenv("RIM_ATTEMPT", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        head = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in {**head, **variables}.items():
+            monkeypatch.setenv(name, value)
+        with (
+            pytest.raises(ConfigError, match="is taken by another process") as raised,
+            meeting(RankInfo(0, 1, 0, 1, "none"), 5, "") as url,
+        ):
+            init_process_group("gloo", init_method=url)
+    assert raised.value.exit_status == status
 
 
 def test_interactive_shell_of_several_tasks_is_no_launcher() -> None:

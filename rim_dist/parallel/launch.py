@@ -10,14 +10,15 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rim_dist.errors import ConfigError, PeerLost, first_line
+from rim_dist.errors import ConfigError, first_line
 from rim_dist.parallel import liveness
 from rim_dist.parallel.environment import MPI_RANKS, RankInfo, host_name, read_rank_info
 from rim_dist.parallel.ops import skip_shared_memory_op
+from rim_dist.parallel.rendezvous import meeting, start_of
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # options of mallopt(3)
 
@@ -82,8 +83,11 @@ def _set_environment_from_slurm(info: RankInfo) -> None:
     environment.setdefault("MASTER_PORT", str(20000 + (job + 101 * step) % 12000))
 
 
-def _set_environment_from_mpi() -> None:
-    """Take the ranks from MPI. DeepSpeed's own discovery takes any address of the head node and always the same port."""
+def _set_environment_from_mpi() -> str:
+    """Take the ranks from MPI; returns what names this start on all of them.
+
+    DeepSpeed's own discovery takes any address of the head node and always the same port.
+    """
     environment = os.environ
     variable = next(name for name in MPI_RANKS if name in environment)
     try:
@@ -107,6 +111,7 @@ def _set_environment_from_mpi() -> None:
     environment["MASTER_ADDR"], environment["MASTER_PORT"] = world.bcast(head)
     environment.update(RANK=str(world.rank), LOCAL_RANK=str(node.rank), WORLD_SIZE=str(world.size))
     environment["LOCAL_SIZE"] = str(node.size)
+    return str(world.bcast(f"MPI ranks of {socket.gethostname()}, process {os.getpid()}"))
 
 
 def _started_by_mpi() -> bool:
@@ -148,8 +153,9 @@ def join(timeout_seconds: float) -> Process:
     environment = os.environ
     cuda = torch.cuda.is_available()
     environment.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    shared = None
     if "RANK" not in environment and "WORLD_SIZE" not in environment and _started_by_mpi():
-        _set_environment_from_mpi()
+        shared = _set_environment_from_mpi()
     info = read_rank_info(environment)
     if info.launcher == "slurm":
         _set_environment_from_slurm(info)
@@ -168,12 +174,13 @@ def join(timeout_seconds: float) -> Process:
     import deepspeed
 
     skip_shared_memory_op()
-    with _meeting(info, timeout_seconds):
+    with meeting(info, timeout_seconds, start_of(info, environment) if shared is None else shared) as init_method:
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo",
             auto_mpi_discovery=False,
             timeout=datetime.timedelta(seconds=timeout_seconds),
             verbose=False,
+            init_method=init_method,
         )
     if not cuda:
         # DeepSpeed runs a program to count cores at every reduction without it.
@@ -184,23 +191,6 @@ def join(timeout_seconds: float) -> Process:
         keep_freed_memory()
     monitor = liveness.start_monitor(info.rank, info.ranks, timeout_seconds) if info.ranks > 1 else None
     return Process(info.rank, info.ranks, f"cuda:{device}" if cuda else "cpu", monitor)
-
-
-@contextlib.contextmanager
-def _meeting(info: RankInfo, seconds: float) -> Iterator[None]:
-    """Raise what goes wrong while the ranks meet: ConfigError for a port that is taken, PeerLost for ranks that do not come."""
-    from torch.distributed import DistError
-
-    head = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    try:
-        yield
-    except DistError as error:
-        if "EADDRINUSE" in str(error):
-            raise ConfigError(f"MASTER_PORT: {head} is taken by another process; export MASTER_PORT with a free port") from None
-        raise PeerLost(
-            f"rank {info.rank}: {info.ranks} ranks did not meet at {head} in {seconds:g} s ({first_line(error)}); "
-            "start the same command again"
-        ) from error
 
 
 def keep_freed_memory() -> None:
