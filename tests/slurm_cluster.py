@@ -256,19 +256,24 @@ PartitionName=high Nodes={every} MaxTime=24:00:00 PriorityTier=100 PreemptMode=O
     def mend_link(self, node: str) -> None:
         _ip("link", "set", f"{PREFIX}v{node[1:]}", "up")
 
-    def heal(self) -> None:
-        """Every node back to idle, whatever was done to it."""
+    def mend(self) -> None:
+        """Undo what was done to nodes, as far as SLURM has noticed it."""
         for node in self.nodes:
             self.mend_link(node)
             if node not in self._daemons:
                 self.start_slurmd(node)
-        self._wait(self._healthy, 90, "idle nodes")
-
-    def _healthy(self) -> bool:
         for node, state in self.node_states().items():
             if state.startswith(("down", "drain")) and "*" not in state:
                 self.client("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
-        return set(self.node_states().values()) == {"idle"}
+
+    def heal(self) -> None:
+        """Every node back to idle, whatever was done to it."""
+
+        def healthy() -> bool:
+            self.mend()
+            return set(self.node_states().values()) == {"idle"}
+
+        self._wait(healthy, 90, "idle nodes")
 
     # ---- talking to it -------------------------------------------------------------------------------
 
