@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -19,6 +19,14 @@ from pydantic import (
 
 StageName = Literal["stage1", "stage2"]
 STAGE_NAMES: tuple[StageName, StageName] = ("stage1", "stage2")
+
+
+class Dropouts(NamedTuple):
+    """Probabilities of dropout by place: attention weights, hidden states, inputs of adapters."""
+
+    attention: float = 0.0
+    residual: float = 0.0
+    lora: float = 0.0
 
 
 class Section(BaseModel):
@@ -67,6 +75,9 @@ class LoraSection(Section):
 
     rank: StrictInt = Field(128, ge=1, description="Rank of the adapters.")
     alpha: float = Field(256.0, gt=0, description="Scale: updates are multiplied by alpha / rank.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout of the adapters' inputs, in every stage that does not set `lora_dropout`."
+    )
     target_modules: str | list[str] = Field(
         "all-linear", description="Module names that get adapters, or `all-linear` (every linear layer but the head)."
     )
@@ -251,8 +262,17 @@ class StageSection(Section):
         "constant", description="Learning rate after warm-up: constant, or down to 0 by a cosine or a line."
     )
     warmup_fraction: float = Field(0.04, ge=0, lt=1, description="Fraction of the stage's steps in which the rate rises.")
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="Every dropout of the model (attention, residual, embedding, LoRA) in this stage."
+    lora_dropout: float | None = Field(
+        None, ge=0, lt=1, description="Dropout of the adapters' inputs in this stage. Null: `model.lora.dropout`."
+    )
+    attention_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout of attention weights in this stage. FlexAttention has none (`model.attention`)."
+    )
+    residual_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout of hidden states in this stage, wherever the family has one (embedding, residual, MLP).",
     )
 
     @model_validator(mode="after")
@@ -481,6 +501,22 @@ class Recipe(Section):
                 if self.curriculum.stage(name).epochs:
                     raise ValueError(f"curriculum.{name}.epochs: a stream has no known length; give samples")
         return self
+
+    @property
+    def trained_stages(self) -> list[StageName]:
+        """The stages that are not left out, in order."""
+        return [name for name in STAGE_NAMES if self.curriculum.stage(name).enabled]
+
+    def dropouts(self, name: StageName) -> Dropouts:
+        """The dropout of a stage by place."""
+        stage, lora = self.curriculum.stage(name), self.model.lora
+        adapters = 0.0 if lora is None else lora.dropout if stage.lora_dropout is None else stage.lora_dropout
+        return Dropouts(stage.attention_dropout, stage.residual_dropout, adapters)
+
+    @property
+    def largest_dropouts(self) -> Dropouts:
+        """The largest dropout, by place, of the stages that are trained."""
+        return Dropouts(*map(max, zip(*map(self.dropouts, self.trained_stages), strict=True)))
 
     @property
     def exportable(self) -> bool:

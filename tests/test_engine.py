@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from conftest import TINY_MODEL
+from families import FAMILIES
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import AutoModelForCausalLM
 
 from rim_dist.checkpoint.start import model_of
+from rim_dist.config import Dropouts
 from rim_dist.data.loader import BatchLoader, plan_stages
+from rim_dist.model.dropout import set_dropout
+from rim_dist.model.proof import dropout_kinds
 from rim_dist.parallel.launch import Process, join, leave
 from rim_dist.parallel.zero import compose, keep_no_gathered_weights
 from rim_dist.recipe import load_recipe
@@ -60,7 +67,7 @@ def test_stage_switch_is_a_fresh_optimizer(process: Process, recipe_file: Make, 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(middle[name])
-    first.begin_stage(0.0)
+    first.begin_stage(Dropouts())
     steps(first, loader, plans, 1, 3)
     second = Engine(recipe, model, config, process)
     steps(second, loader, plans, 1, 3)
@@ -87,7 +94,8 @@ def test_accumulation_does_not_change_the_step(process: Process, recipe_file: Ma
 
 def test_dropout_of_a_stage_reaches_every_kind(process: Process, recipe_file: Make) -> None:
     gpt2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
-    for config in (gpt2, dict(TINY_MODEL)):
+    places = [Dropouts(attention=0.3), Dropouts(residual=0.3)]
+    for config, dropping in ((gpt2, places), (dict(TINY_MODEL), places[:1])):
         recipe = load_recipe(recipe_file(model={"config": config}))
         requirements, data = prepare_run(recipe)
         engine = Engine(recipe, model_of(recipe, requirements), compose(recipe, 32), process)
@@ -101,11 +109,52 @@ def test_dropout_of_a_stage_reaches_every_kind(process: Process, recipe_file: Ma
             torch.manual_seed(seed)
             return float(engine.forward_backward(batch, 1.0, last=True).weighted_sum.detach())  # type: ignore[arg-type]
 
-        engine.begin_stage(0.0)
+        engine.begin_stage(Dropouts())
         assert loss(0) == loss(1)
-        engine.begin_stage(0.3)
-        assert loss(0) == loss(0)
-        assert loss(0) != loss(1)
+        for dropouts in dropping:
+            engine.begin_stage(dropouts)
+            assert loss(0) == loss(0)
+            assert loss(0) != loss(1)
+
+
+def probabilities(model: torch.nn.Module) -> dict[str, float]:
+    """Every dropout of a model."""
+    found = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    for path, module in model.named_modules():
+        found |= {f"{path}.{name}": v for name, v in vars(module).items() if "drop" in name and isinstance(v, float)}
+    return found
+
+
+# A family, and the fields of its configuration for dropout of attention weights and of hidden states.
+DROPOUT_FIELDS = {
+    "GPT-2": (["attn_pdrop"], ["embd_pdrop", "resid_pdrop"]),
+    "GPT-NeoX": (["attention_dropout"], ["hidden_dropout"]),
+    "Llama": (["attention_dropout"], []),
+    "OPT": (["attention_dropout"], ["dropout"]),
+    "Phi": (["attention_dropout"], ["embd_pdrop", "resid_pdrop"]),
+    "Starcoder2": (["attention_dropout"], ["embedding_dropout", "residual_dropout"]),
+}
+
+
+@pytest.mark.parametrize("family", DROPOUT_FIELDS)
+def test_dropout_by_place_is_the_familys_own(family: str) -> None:
+    """Each place gets what transformers gives it by the fields of the family's configuration, adapters theirs by peft."""
+    attention, residual = DROPOUT_FIELDS[family]
+    model = AutoModelForCausalLM.from_config(FAMILIES[family])
+    own = probabilities(model)
+    assert own
+    for dropouts in (Dropouts(attention=0.25), Dropouts(residual=0.125), Dropouts(0.25, 0.125, 0.5)):
+        config = copy.deepcopy(FAMILIES[family])
+        for fields, value in ((attention, dropouts.attention), (residual, dropouts.residual)):
+            for field in fields:
+                setattr(config, field, value)
+        set_dropout(model, dropouts, dropout_kinds(FAMILIES[family])[0])
+        assert probabilities(model) == probabilities(AutoModelForCausalLM.from_config(config))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_dropout=0.1, target_modules="all-linear"))
+    set_dropout(wrapped, Dropouts(lora=0.5), dropout_kinds(FAMILIES[family])[0])
+    found = probabilities(wrapped)
+    assert {name for name, p in found.items() if p} == {name for name in found if ".lora_dropout." in name} != set()
+    assert set(found.values()) == {0.0, 0.5}
 
 
 class _Evil:

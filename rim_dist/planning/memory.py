@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rim_dist.attention.kernels import kernel_of
-from rim_dist.config import LoraSection
+from rim_dist.config import Dropouts, LoraSection
 from rim_dist.limits import LOGITS_ENTRIES
 from rim_dist.planning.shape import Linear, ModelShape, adapted
 from rim_dist.planning.workload import Workload
@@ -73,7 +73,7 @@ class Setup:
     activation_offload: bool = False
     micro_batch_tokens: int = 0
     attention: str = "flex"
-    dropout: float = 0.0
+    dropouts: Dropouts = field(default_factory=Dropouts)
     device: Literal["cuda", "cpu"] = "cuda"
 
     @property
@@ -192,9 +192,9 @@ def layer_activations(shape: ModelShape, setup: Setup, tokens: int, row_tokens: 
     for linear in shape.linears:
         if lora is not None and adapted(linear, lora, shape.layers):
             total += b * tokens * lora.rank
-            if setup.dropout:  # each adapter drops entries of its own input and keeps the result and the mask
+            if setup.dropouts.lora:  # each adapter drops entries of its own input and keeps the result and the mask
                 total += tokens * (linear.inputs // (setup.tensor if linear.split == "row" else 1)) * (b + mask)
-    if setup.dropout and not shape.family.rotary:  # GPT-2's dropouts after attention and MLP
+    if setup.dropouts.residual and not shape.family.rotary:  # GPT-2's dropouts after attention and MLP
         total += 2 * tokens * shape.hidden * mask
     return total
 
@@ -249,7 +249,7 @@ def layer_input(shape: ModelShape, setup: Setup, tokens: int) -> int:
 def attention_masks(setup: Setup, load: Workload) -> int:
     """Masks that the attention kernel builds once per micro-batch for all layers."""
     gathered = setup.sequence if setup.sequence_mode == "allgather_kv" else 1
-    return kernel_of(setup.attention).mask_bytes(load, setup.entry, setup.device, setup.dropout, gathered)
+    return kernel_of(setup.attention).mask_bytes(load, setup.entry, setup.device, setup.dropouts.attention, gathered)
 
 
 def estimate(shape: ModelShape, setup: Setup, load: Workload) -> MemoryEstimate:

@@ -176,7 +176,7 @@ class Planner:
             lora=recipe.model.lora,
             micro_batch_tokens=micro_batch_tokens,
             attention=self._kernel(mode if sequence > 1 else None, micro_batch_tokens),
-            dropout=self._demands.dropout,
+            dropouts=recipe.largest_dropouts,
             **decided,
         )
 

@@ -16,11 +16,12 @@ from rim_dist.checkpoint.portable import is_portable
 from rim_dist.checkpoint.restore import restore_optimizer
 from rim_dist.checkpoint.snapshot import Capture
 from rim_dist.checkpoint.store import ENGINE
-from rim_dist.config import OptimizerSection, Recipe
+from rim_dist.config import Dropouts, OptimizerSection, Recipe
 from rim_dist.data.packing import RowCost
 from rim_dist.data.rows import Batch
 from rim_dist.errors import CheckpointError
 from rim_dist.model.dropout import set_dropout
+from rim_dist.model.proof import dropout_kinds
 from rim_dist.model.skeleton import parameter_groups
 from rim_dist.objective.forward import run_batch
 from rim_dist.objective.loss import ReadoutLoss
@@ -97,6 +98,7 @@ class Engine:
         )
         self._zero_stage = ds_config["zero_optimization"]["stage"]
         self._fp16 = recipe.model.dtype == "fp16"
+        self._trust_remote_code = recipe.model.trust_remote_code
         self.operations = 0.0
 
     @property
@@ -142,18 +144,21 @@ class Engine:
             optimizer = optimizer.optimizer
         return optimizer
 
-    def begin_stage(self, dropout: float) -> None:
-        """Clear the optimizer's moments and step count, and set the stage's dropout."""
+    def begin_stage(self, dropouts: Dropouts) -> None:
+        """Clear the optimizer's moments and step count, and set the stage's dropouts."""
         for state in self._inner_optimizer().state.values():
             for name, value in state.items():
                 if torch.is_tensor(value):
                     value.zero_()
                 elif isinstance(value, int | float):
                     state[name] = 0
-        self.set_dropout(dropout)
+        self.set_dropout(dropouts)
 
-    def set_dropout(self, dropout: float) -> None:
-        set_dropout(self.module, dropout)
+    def set_dropout(self, dropouts: Dropouts) -> None:
+        """Set the dropouts of a stage."""
+        together = dropouts.attention == dropouts.residual
+        config, trusted = bare_model(self.module).config, self._trust_remote_code
+        set_dropout(self.module, dropouts, frozenset() if together else dropout_kinds(config, trusted)[0])
 
     def capture(self, folder: Path) -> dict[str, Any]:
         """This rank's shards, by the file names that DeepSpeed would write in `folder`. Writes nothing. Collective.

@@ -199,18 +199,20 @@ class Trainer:
 
     def _run_stage(self, plan: StagePlan, state: TrainingState) -> TrainingState:
         """Run what is left of a stage. Raises Stopped after a signal."""
-        stage = self._recipe.curriculum.stage(plan.name)
         mesh = self._mesh
         loader = BatchLoader(
             self._recipe, self._data, self._requirements.tokens, mesh.coordinates.data, mesh.degrees.data, self._engine.row_cost
         )
-        self._engine.set_dropout(stage.dropout)
+        dropouts = self._recipe.dropouts(plan.name)
+        self._engine.set_dropout(dropouts)
+        kernel = self._requirements.attention[plan.name].kernel
+        use_rim_attention(bare_model(self._engine.module), kernel)
         for step in range(state.step - plan.first_step, plan.steps):
             started = time.perf_counter()
             rank_batch = loader.rank_batch(plan, step)
             self._tell_of_data()
             if step == 0 or loader.phase(plan, step) != loader.phase(plan, step - 1):
-                self._engine.begin_stage(stage.dropout)
+                self._engine.begin_stage(dropouts)
             if self._preflight is not None:
                 started += self._dry_batch(self._preflight, rank_batch)
                 self._preflight = None
@@ -437,7 +439,7 @@ class Trainer:
         bidirectional = recipe.memory.inside_block == "bidirectional"
         questions = [s.question for s in padded]
         texts = block_answers(model, self._requirements.tokenizer, questions, method.prompt_blocks, decoding, bidirectional)
-        use_rim_attention(bare_model(model), self._requirements.attention.kernel)
+        use_rim_attention(bare_model(model), self._requirements.attention[state.stage].kernel)
         gathered: list[Any] = [None] * process.ranks
         dist.all_gather_object(gathered, list(zip(mine, texts, strict=False)) if mesh.counts else [])
         send_heartbeat(f"evaluation after step {state.step}")
@@ -485,7 +487,7 @@ class Trainer:
         self._progress.say(
             f"{self._recipe.run.name}: method {self._recipe.method}, {stages}; ZeRO-{self._recipe.parallel.zero_stage} on "
             f"{self._process.ranks} rank(s) of {self._process.device.partition(':')[0]}, {self._recipe.model.dtype}; "
-            f"attention {self._requirements.attention.kernel} ({self._requirements.attention.reason})"
+            f"attention {self._requirements.attention_in_words}"
         )
         padding = padding_note(self._requirements.tokenizer) if self._questions else ""
         for note in filter(None, [*self._requirements.notes, padding]):
