@@ -45,6 +45,7 @@ from rim_dist.config import Dropouts
 from rim_dist.data.packing import RowCost, pack_step
 from rim_dist.data.rows import Batch, pack
 from rim_dist.data.samples import Readout, Row
+from rim_dist.model.build import recompute_layers
 from rim_dist.model.dropout import set_dropout
 from rim_dist.model.generation import Decoding, generate_ids
 from rim_dist.objective.forward import install_readout_loss, run_batch
@@ -471,11 +472,7 @@ def long_memory(cx: Context, entry: dict[str, Any]) -> None:
 def long_row(cx: Context, shape: str, blocks: int, memory: int) -> dict[str, Any]:
     """Forward and backward pass of one sample with very large memory blocks, layers recomputed."""
     model = llama(cx, shape).train()
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    if enable is not None:
-        enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:  # transformers 5.17 has it by its older name
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_layers(model, offload=False)
     install_readout_loss(model)
     use_rim_attention(model, "flex")
     vocabulary = shape_of(cx, shape)["vocab_size"]

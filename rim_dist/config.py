@@ -367,6 +367,11 @@ class OptimizerSection(Section):
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay (matrices only, not norms and biases).")
     gradient_clipping: float = Field(1.0, ge=0, description="Largest gradient norm; 0 switches clipping off.")
+    grad_accum_dtype: Literal["auto", "fp32", "model"] = Field(
+        "auto",
+        description="Precision in which gradients of micro-batches are added up: `fp32`, or the `model`'s own. `auto` is fp32, "
+        "but the model's under ZeRO-0, where DeepSpeed has no other.",
+    )
 
 
 class ParallelSection(Section):
@@ -500,7 +505,22 @@ class Recipe(Section):
             for name in STAGE_NAMES:
                 if self.curriculum.stage(name).epochs:
                     raise ValueError(f"curriculum.{name}.epochs: a stream has no known length; give samples")
+        if self.accumulates_in_fp32 and self.parallel.zero_stage == 0:
+            raise ValueError(
+                f"optimizer.grad_accum_dtype: fp32 needs parallel.zero_stage 1, 2 or 3 with model.dtype {self.model.dtype}: "
+                "DeepSpeed has it only there"
+            )
         return self
+
+    @property
+    def accumulates_in_fp32(self) -> bool:
+        """Whether gradients of a 16-bit model are added up in fp32."""
+        return self.accumulates_in_fp32_under(self.parallel.zero_stage)
+
+    def accumulates_in_fp32_under(self, zero_stage: int) -> bool:
+        """The same under a ZeRO stage."""
+        half, wanted = self.model.dtype != "fp32", self.optimizer.grad_accum_dtype
+        return half and (wanted == "fp32" or (wanted == "auto" and zero_stage > 0))
 
     @property
     def trained_stages(self) -> list[StageName]:

@@ -25,7 +25,7 @@ from rim_dist.errors import ConfigError, first_line
 from rim_dist.methods import method_names, method_of
 
 # `format` of the recipes that rim_dist itself writes, into runs, checkpoints and exports.
-FORMAT = 3
+FORMAT = 4
 
 
 # Fields whose values are the names of files in a folder of rim_dist, besides some fixed ones.
@@ -55,8 +55,18 @@ def _dropout_by_place(tree: dict[str, Any]) -> None:
             tree["curriculum"] = curriculum = {**curriculum, name: stage}
 
 
+def _gradients_of_the_model(tree: dict[str, Any]) -> None:
+    """3 -> 4: gradients of a 16-bit model were added up in its precision."""
+    if (tree.get("model") or {}).get("dtype", "fp32") != "fp32":
+        tree["optimizer"] = {"grad_accum_dtype": "model", **(tree.get("optimizer") or {})}
+
+
 # By N below FORMAT: changes a written recipe of format N to format N + 1.
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {1: _walks_of_rooms, 2: _dropout_by_place}
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {
+    1: _walks_of_rooms,
+    2: _dropout_by_place,
+    3: _gradients_of_the_model,
+}
 
 # Former fields, and what stands in their place.
 _MOVED = {

@@ -203,6 +203,12 @@ def test_formats_of_written_recipes(recipe_file: Make, tmp_path: Path) -> None:
         validate_recipe({**dropping, "format": FORMAT}, "a user's")
     with pytest.raises(ConfigError, match=moved):
         load_recipe(recipe_file(), ["curriculum.stage2.dropout=0.1"])
+    # Format 3 added gradients up in the precision of the model.
+    for dtype, accumulated in (("bf16", "model"), ("fp32", "auto")):
+        half = yaml.safe_load(dump_recipe(load_recipe(recipe_file(model={"dtype": dtype}))))
+        del half["optimizer"]["grad_accum_dtype"]
+        assert validate_recipe({**half, "format": 3}, "old", written=True).optimizer.grad_accum_dtype == accumulated
+        assert validate_recipe(half, "now", written=True).optimizer.grad_accum_dtype == "auto"
     for version, message in (
         (FORMAT + 1, f"new: format: {FORMAT + 1} is of a newer rim_dist; this one reads recipes up to format {FORMAT}; update"),
         (0, "new: format: 0 is not allowed; allowed: 1 to"),
@@ -217,6 +223,24 @@ def test_formats_of_written_recipes(recipe_file: Make, tmp_path: Path) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(ConfigError, match=r"data\.synthetic\.step_text: 'room' there, 'equation' here"):
         check_run_folder(recipe)
+
+
+def test_precision_of_added_gradients(recipe_file: Make) -> None:
+    """fp32 where DeepSpeed has it; a configuration of the same key is the recipe's, and fp32 models have one precision."""
+    for dtype, zero, wanted, expected in (
+        ("bf16", 1, "auto", "fp32"),
+        ("fp16", 3, "fp32", "fp32"),
+        ("bf16", 2, "model", None),
+        ("bf16", 0, "auto", None),
+        ("fp32", 1, "fp32", None),
+    ):
+        recipe = load_recipe(
+            recipe_file(model={"dtype": dtype}, parallel={"zero_stage": zero}, optimizer={"grad_accum_dtype": wanted})
+        )
+        assert compose(recipe, 32).get("data_types", {}).get("grad_accum_dtype") == expected
+    wrong = ["model.dtype=bf16", "parallel.zero_stage=0", "optimizer.grad_accum_dtype=fp32"]
+    with pytest.raises(ConfigError, match=r"optimizer\.grad_accum_dtype: fp32 needs parallel\.zero_stage 1, 2 or 3 with"):
+        load_recipe(recipe_file(), wrong)
 
 
 def test_dropout_by_place(recipe_file: Make) -> None:

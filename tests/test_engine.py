@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from conftest import TINY_MODEL
+from deepspeed.utils import safe_get_full_optimizer_state
 from families import FAMILIES
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
@@ -22,6 +23,7 @@ from rim_dist.config import Dropouts
 from rim_dist.data.loader import BatchLoader, plan_stages
 from rim_dist.model.dropout import set_dropout
 from rim_dist.model.proof import dropout_kinds
+from rim_dist.objective.forward import run_batch
 from rim_dist.parallel.launch import Process, join, leave
 from rim_dist.parallel.zero import compose, keep_no_gathered_weights
 from rim_dist.recipe import load_recipe
@@ -90,6 +92,64 @@ def test_accumulation_does_not_change_the_step(process: Process, recipe_file: Ma
         norms.append(engine.step(1e-3))
     assert norms[0] == pytest.approx(norms[2], rel=1e-5)
     assert norms[1] == pytest.approx(norms[2], rel=1e-5)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_gradients_of_a_16_bit_model_are_added_up_in_fp32(process: Process, recipe_file: Make, zero: int) -> None:
+    """AdamW gets, bit for bit, the fp32 sum of the bf16 gradients of all micro-batches; asked for, their bf16 sum."""
+    given = {"micro_batch_tokens": 70, "gradient_clipping": 0, "beta1": 0.0}  # the first moment is the gradient
+    path = recipe_file(model={"dtype": "bf16"}, parallel={"zero_stage": zero}, optimizer=given)
+    for accumulated in (torch.float32, torch.bfloat16):
+        half = accumulated == torch.bfloat16
+        recipe = load_recipe(path, ["optimizer.grad_accum_dtype=model"] if half else [])
+        requirements, data = prepare_run(recipe)
+        engine = Engine(recipe, model_of(recipe, requirements), compose(recipe, 32), process)
+        plain = model_of(recipe, requirements)
+        for parameter in plain.parameters():  # rotary frequencies stay fp32
+            parameter.data = parameter.data.to(torch.bfloat16)
+        rank_batch = BatchLoader(recipe, data, requirements.tokens, 0, 1).rank_batch(plan_stages(recipe, len(data))[0], 0)
+        assert len(rank_batch.micro_batches) > 3
+        sums: dict[str, torch.Tensor] = {}
+        losses = []
+        for i, batch in enumerate(rank_batch.micro_batches):
+            scale = 1.0 / rank_batch.weight
+            loss, _ = run_batch(plain, batch, gradient_scale=scale)
+            (loss * scale).backward()
+            for name, parameter in plain.named_parameters():
+                gradient = parameter.grad.to(accumulated)
+                sums[name] = sums[name] + gradient if name in sums else gradient
+                parameter.grad = None
+            last = i == len(rank_batch.micro_batches) - 1
+            losses.append((engine.forward_backward(batch, scale, last=last).weighted_sum, loss.detach()))
+        norm = engine.step(1e-3)
+        assert all(torch.equal(*pair) for pair in losses)
+        for name, parameter in engine.module.named_parameters():
+            found = safe_get_full_optimizer_state(parameter, "exp_avg").view_as(sums[name])
+            assert torch.equal(found, sums[name].float()), name
+        assert norm == pytest.approx(float(torch.cat([s.float().flatten() for s in sums.values()]).norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_fp16_has_the_scale_of_the_gradient(process: Process, recipe_file: Make, zero: int) -> None:
+    """A gradient too small for fp16 without the loss scale: the norm, and what AdamW gets, are those of fp32."""
+    small, found = 1e-6, {}
+    for dtype in ("fp32", "fp16"):
+        recipe = load_recipe(
+            recipe_file(
+                model={"dtype": dtype, "config": {**TINY_MODEL, "tie_word_embeddings": False}},
+                parallel={"zero_stage": zero},
+                optimizer={"gradient_clipping": 0, "micro_batch_tokens": 8192, "beta1": 0.0},
+            )
+        )
+        requirements, data = prepare_run(recipe)
+        engine = Engine(recipe, model_of(recipe, requirements), compose(recipe, 32), process)
+        rank_batch = BatchLoader(recipe, data, requirements.tokens, 0, 1).rank_batch(plan_stages(recipe, len(data))[0], 0)
+        engine.forward_backward(rank_batch.micro_batches[0], small / rank_batch.weight, last=True)
+        norm = engine.step(1e-3)
+        moments = [state["exp_avg"].flatten() for state in engine._inner_optimizer().state.values()]
+        found[dtype] = norm, float(torch.cat(moments).float().norm())
+    assert found["fp32"][0] == pytest.approx(found["fp32"][1], rel=1e-5)
+    assert found["fp16"] == pytest.approx(found["fp32"], rel=1e-2)
 
 
 def test_dropout_of_a_stage_reaches_every_kind(process: Process, recipe_file: Make) -> None:

@@ -76,7 +76,9 @@ def build_model(
 
 def recompute_layers(model: PreTrainedModel, offload: bool) -> None:
     """Activation checkpointing: keep only each layer's input (`offload`: in CPU memory), recompute the layer in backward."""
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # The name of later transformers first: there the earlier one warns.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     if offload:
         model._set_gradient_checkpointing(True, _offloaded_checkpoint)
 

@@ -75,6 +75,12 @@ class Setup:
     attention: str = "flex"
     dropouts: Dropouts = field(default_factory=Dropouts)
     device: Literal["cuda", "cpu"] = "cuda"
+    fp32_gradients: bool = False  # `Recipe.accumulates_in_fp32`
+
+    @property
+    def gradient_entry(self) -> int:
+        """Bytes of an entry of the gradients that are added up."""
+        return 4 if self.fp32_gradients else self.entry
 
     @property
     def ranks(self) -> int:
@@ -157,7 +163,7 @@ def states(weights: Weights, setup: Setup) -> Parts:
     }
     if not setup.offload:
         found["parameters"] += b * weights.all // d
-        found["gradients"] = b * weights.trained // d
+        found["gradients"] = setup.gradient_entry * weights.trained // d
         found["optimizer"] = 12 * weights.trained // d
     return found
 
@@ -297,9 +303,11 @@ def _during(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) -
     }
     if load.rounds > 1 and setup.zero_stage < 3:
         # Of earlier micro-batches: whole gradients, or a shard under ZeRO-2. ZeRO-3's shard is one of the states.
-        found["gradients"] = b * weights.trained // (d if setup.zero_stage == 2 else 1)
+        found["gradients"] = setup.gradient_entry * weights.trained // (d if setup.zero_stage == 2 else 1)
     if setup.zero_stage == 1 and load.rounds > 1:
-        found["communication buckets"] = b * setup.buckets.reduce  # made by the first backward pass, unused until the last
+        found["communication buckets"] = (
+            setup.gradient_entry * setup.buckets.reduce
+        )  # made by the first backward pass, unused until the last
     if setup.zero_stage == 3 and (d > 1 or setup.offload):
         sharded = weights.all - weights.persistent
         if setup.lora is not None and not shape.tied:
@@ -343,7 +351,7 @@ def _at_backward(shape: ModelShape, setup: Setup, load: Workload, weights: Weigh
         # Two buckets in turn. When the first is reduced, the buffer for all gradients of this rank is made. The activations of
         # the layers whose gradients fill a bucket are free by then; the gradient of a head of its own fills it at once.
         found["communication buckets"] = 2 * b * setup.buckets.reduce
-        own = b * weights.trained // setup.shards
+        own = setup.gradient_entry * weights.trained // setup.shards
         done = 0
         if setup.lora is not None or shape.tied:
             each = layer_input(shape, setup, tokens) if setup.activation_checkpointing else layer
@@ -360,13 +368,13 @@ def _at_backward(shape: ModelShape, setup: Setup, load: Workload, weights: Weigh
 
 def _at_reduction(setup: Setup, load: Workload, weights: Weights) -> Parts:
     """The end of the last backward pass: activations are freed, all gradients are being reduced to their owners."""
-    b, d, reduce = setup.entry, setup.shards, setup.buckets.reduce
-    trained = b * weights.trained
+    b, g, d, reduce = setup.entry, setup.gradient_entry, setup.shards, setup.buckets.reduce
+    trained = g * weights.trained
     if setup.zero_stage == 0:
         flat = b * min(weights.trained, ALL_REDUCE_BUCKET) if d > 1 else 0
         return {"gradients": trained, "communication buckets": flat}
     if setup.zero_stage == 1:
-        return {"gradients": trained + trained // d, "communication buckets": b * reduce}
+        return {"gradients": trained + trained // d, "communication buckets": g * reduce}
     if setup.zero_stage == 2:
         shards = trained // d * (2 if load.rounds > 1 else 1)
         return {"gradients": shards, "communication buckets": b * (2 * reduce + weights.largest)}
@@ -385,7 +393,7 @@ def _at_update(setup: Setup, weights: Weights) -> Parts:
         return {"gradients": b * weights.trained, "working memory": 4 * weights.trained if b == 2 else 0}
     shard = weights.trained // d
     if setup.zero_stage < 3:
-        return {"gradients": (b + 4) * shard}
+        return {"gradients": (4 if setup.fp32_gradients else b + 4) * shard}
     whole = b * weights.persistent if d > 1 else 0  # small parameters are updated in shards
     return {"gradients": 4 * min(shard, SUB_GROUP), "parameters": -whole}
 

@@ -177,6 +177,7 @@ class Planner:
             micro_batch_tokens=micro_batch_tokens,
             attention=self._kernel(mode if sequence > 1 else None, micro_batch_tokens),
             dropouts=recipe.largest_dropouts,
+            fp32_gradients=recipe.accumulates_in_fp32_under(decided["zero_stage"]),
             **decided,
         )
 
