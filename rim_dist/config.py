@@ -101,8 +101,17 @@ class ModelSection(Section):
     )
     revision: str | None = Field(None, description="Hub revision of `init_from`.")
     trust_remote_code: StrictBool = Field(False, description="Run Python code that comes with the model.")
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="Precision of forward and backward; the optimizer always keeps fp32 weights."
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="Precision of forward and backward; the optimizer always keeps fp32 weights. `auto` is bf16 on GPUs that "
+        "have it, fp32 elsewhere; a run keeps what it was at its first start.",
+    )
+    tf32: StrictBool = Field(
+        False, description="On a GPU, multiply fp32 matrices with TF32's 10 bits: faster, and no longer exact to fp32 rounding."
+    )
+    cudnn_attention: StrictBool = Field(
+        False,
+        description="Let PyTorch take cuDNN's attention on a GPU. It plans anew for every shape, and packed rows have many.",
     )
     attention: str = Field(
         "auto",
@@ -512,6 +521,12 @@ class Recipe(Section):
             )
         return self
 
+    def with_dtype(self, dtype: Literal["fp32", "bf16"]) -> Recipe:
+        """The recipe with a precision in the place of `model.dtype: auto`."""
+        if self.model.dtype != "auto":
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
+
     @property
     def accumulates_in_fp32(self) -> bool:
         """Whether gradients of a 16-bit model are added up in fp32."""
@@ -519,7 +534,7 @@ class Recipe(Section):
 
     def accumulates_in_fp32_under(self, zero_stage: int) -> bool:
         """The same under a ZeRO stage."""
-        half, wanted = self.model.dtype != "fp32", self.optimizer.grad_accum_dtype
+        half, wanted = self.model.dtype in ("bf16", "fp16"), self.optimizer.grad_accum_dtype
         return half and (wanted == "fp32" or (wanted == "auto" and zero_stage > 0))
 
     @property

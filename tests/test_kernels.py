@@ -32,6 +32,7 @@ from rim_dist.training.trainer import prepare_run
 
 DEMANDS = Demands("llama", 64, None, None, "cuda", "bf16", 0.0, False, None, 8192)
 DROPOUT = "it has no dropout, and attention_dropout is 0.1"
+FP32 = "it computes in bf16, fp16, and model.dtype is fp32"
 CPU = "it has no backward pass on cpu"
 SMALL_HEADS = "its kernels need heads of at least 16 channels, llama has 12 here"
 # Device, channels of a head, attention dropout: why flex cannot be used, and empty where it can.
@@ -62,8 +63,7 @@ def choice(wanted: str, **demands: Any) -> tuple[str, str]:
 @pytest.mark.parametrize(("device", "head_dim", "dropout"), FLEX_IS_OUT)
 def test_choices(device: str, head_dim: int, dropout: float) -> None:
     """Every dtype, window, softcap, sequence mode and kind of block gets the same kernel."""
-    reason = FLEX_IS_OUT[device, head_dim, dropout]
-    large = ("split", f"flex is out: {reason}") if reason else ("flex", "one kernel for the whole row on cuda")
+    half = FLEX_IS_OUT[device, head_dim, dropout]
     for more in (
         *({"dtype": dtype} for dtype in ("fp32", "bf16", "fp16")),
         *({"sequence_mode": mode} for mode in ("ulysses", "allgather_kv")),
@@ -71,6 +71,8 @@ def test_choices(device: str, head_dim: int, dropout: float) -> None:
         {"softcap": 50.0},
         {"bidirectional": True},
     ):
+        reason = FP32 if more.get("dtype") == "fp32" and half in ("", SMALL_HEADS) else half  # the first reason is told
+        large = ("split", f"flex is out: {reason}") if reason else ("flex", "one kernel for the whole row on cuda")
         given = {"device": device, "head_dim": head_dim, "dropout": dropout, **more}
         for tokens in (1, 256):
             expected = ("dense", "micro-batches of at most 256 tokens")
@@ -112,9 +114,7 @@ def test_demands_of_a_recipe(recipe_file: Callable[..., Path]) -> None:
         whole, transformers.Qwen2Config(sliding_window=9, use_sliding_window=False), "cuda", "ulysses", local=True
     )
     assert (qwen.sliding_window, qwen.softcap, qwen.sequence_mode, qwen.local) == (None, None, None, True)
-    assert (
-        choose_kernel("auto", Demands.of(whole, FAMILIES["Llama"], "cuda", "ulysses")).reason == f"flex is out: {SMALL_HEADS}"
-    )
+    assert choose_kernel("auto", Demands.of(whole, FAMILIES["Llama"], "cuda", "ulysses")).reason == f"flex is out: {FP32}"
 
 
 def test_a_gpu_has_its_kernel_in_every_stage_that_drops_no_attention(
@@ -123,9 +123,10 @@ def test_a_gpu_has_its_kernel_in_every_stage_that_drops_no_attention(
     """Dropout of adapters and hidden states is no matter of the attention; that of one stage is none of the other's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(type(kernel_of("flex")), "packages", ())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     wide = {**TINY_MODEL, "hidden_size": 64}
     stages = {"stage1": {"samples": 9, "learning_rate": 1e-3, "residual_dropout": 0.1}, "stage2": {"samples": 9}}
-    path = recipe_file(model={"config": wide}, curriculum=stages, parallel={"zero_stage": 0})
+    path = recipe_file(model={"config": wide, "dtype": "auto"}, curriculum=stages, parallel={"zero_stage": 0})
     assert prepare_run(load_recipe(path))[0].attention_in_words == "flex (one kernel for the whole row on cuda)"
     found = prepare_run(load_recipe(path, ["curriculum.stage2.attention_dropout=0.1"]))[0]
     assert {stage: choice.kernel for stage, choice in found.attention.items()} == {"stage1": "flex", "stage2": "split"}

@@ -18,6 +18,7 @@ from rim_dist.errors import ConfigError, ModelError, RimError, first_line
 from rim_dist.methods import method_of
 from rim_dist.methods.base import Method
 from rim_dist.model.generation import ends_of_folder, generation_config, model_positions
+from rim_dist.model.precision import with_precision
 from rim_dist.model.proof import dropout_kinds, prove_family, prove_thoughts
 from rim_dist.model.skeleton import skeleton
 from rim_dist.model.weights import WeightSource
@@ -120,6 +121,7 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
     Raises ModelError or ConfigError: unknown model, no end-of-text token, a chat template that cannot ask a question, a family
     that cannot take the RiM mask, blocks beyond the model's positions.
     """
+    recipe = with_precision(recipe)
     section = recipe.model
     source = start.source
     tokenizer = load_tokenizer(section.tokenizer or str(source), section.revision, section.trust_remote_code)

@@ -45,6 +45,7 @@ from rim_dist.messages import say
 from rim_dist.methods import method_of
 from rim_dist.metrics import EvaluationDone, TrainStep, make_line, progress_texts, read_metrics
 from rim_dist.model.generation import Decoding, check_prompts, padding_note
+from rim_dist.model.precision import switch_kernels, with_precision
 from rim_dist.model.requirements import Requirements
 from rim_dist.model.skeleton import DTYPES
 from rim_dist.objective.loss import ReadoutLoss
@@ -95,6 +96,8 @@ class Trainer:
     """The training loop. Ranks call everything collective in the same order."""
 
     def __init__(self, recipe: Recipe, process: Process, requirements: Requirements, data: SampleStream) -> None:
+        recipe = with_precision(recipe)
+        switch_kernels(recipe.model.cudnn_attention, recipe.model.tf32)
         degrees = fit_degrees(recipe, process.ranks)
         if recipe.model.dtype == "fp16" and process.device == "cpu":
             raise ConfigError("model.dtype: fp16 needs a GPU; on a CPU use fp32 or bf16")
