@@ -23,6 +23,7 @@ from common import VOCABULARIES, block_ids, llama, publish, real_rows
 from step_time import SAMPLES, PaddedRows, padded_step, rim_step
 
 from rim_dist.data.samples import Readout, Row
+from rim_dist.model.build import recompute_layers
 from rim_dist.objective.forward import install_readout_loss
 from rim_dist.table import Table
 
@@ -74,7 +75,7 @@ def large_blocks(blocks: int, memory: int, checkpointing: bool) -> tuple[int, fl
     vocabulary = 1000
     model = llama(vocabulary, **TINY, max_position_embeddings=1 << 17).train()
     if checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(model, offload=False)
     install_readout_loss(model)
     ids = block_ids(vocabulary, memory)
     row = Row(list(range(80)), blocks, len(ids), tuple(Readout(k, [1, 2, 3, 4, 5], 1.0) for k in range(1, blocks + 1)))

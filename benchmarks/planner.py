@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from common import ROOT, SMOLLM2_135M, VOCABULARIES, publish
 
-from rim_dist.config import Recipe
+from rim_dist.config import Dropouts, Recipe
 from rim_dist.parallel.degrees import choose_mode
 from rim_dist.planning.memory import Buckets, MemoryEstimate, Setup, estimate
 from rim_dist.planning.shape import read_shape
@@ -222,13 +222,13 @@ def measure_here(case: Case, process: Any) -> dict[str, int]:
         size = config.get_text_config().vocab_size
         tokens = MemoryTokens(size - 3, size - 2, size - 1, load.memory, ())
         mode = setup_of(case).sequence_mode
-        kernel = KernelChoice(case.attention, "")
+        kernel = {"stage1": KernelChoice(case.attention, "")}
         requirements = Requirements(None, tokens, config, None, None, kernel, mode)  # type: ignore[arg-type]
         mesh = make_mesh(fit_degrees(recipe, process.ranks), process.rank, "cpu")
         ds_config = ds_config_of(case)
         model = model_of(recipe, requirements, None, mesh, partitioner(ds_config, mesh, DTYPES[recipe.model.dtype]))
         engine = Engine(recipe, model, ds_config, process, mesh, mode)
-        engine.begin_stage(0.0)
+        engine.begin_stage(Dropouts())
 
         def row() -> Row:
             question = [3 + i % 100 for i in range(load.question)]

@@ -143,9 +143,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
     dump_stacks_on_signal()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    from rim_dist.model.precision import with_precision
     from rim_dist.parallel.launch import join, leave
     from rim_dist.training.trainer import Trainer, finished_state, prepare_run
 
+    recipe = with_precision(recipe)
     if arguments.until and not recipe.curriculum.stage(arguments.until).enabled:
         raise ConfigError(f"--until {arguments.until}: the recipe leaves this stage out (curriculum.{arguments.until})")
     if (state := finished_state(recipe)) is not None:

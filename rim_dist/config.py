@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -19,6 +19,14 @@ from pydantic import (
 
 StageName = Literal["stage1", "stage2"]
 STAGE_NAMES: tuple[StageName, StageName] = ("stage1", "stage2")
+
+
+class Dropouts(NamedTuple):
+    """Probabilities of dropout by place: attention weights, hidden states, inputs of adapters."""
+
+    attention: float = 0.0
+    residual: float = 0.0
+    lora: float = 0.0
 
 
 class Section(BaseModel):
@@ -67,6 +75,9 @@ class LoraSection(Section):
 
     rank: StrictInt = Field(128, ge=1, description="Rank of the adapters.")
     alpha: float = Field(256.0, gt=0, description="Scale: updates are multiplied by alpha / rank.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout of the adapters' inputs, in every stage that does not set `lora_dropout`."
+    )
     target_modules: str | list[str] = Field(
         "all-linear", description="Module names that get adapters, or `all-linear` (every linear layer but the head)."
     )
@@ -90,8 +101,17 @@ class ModelSection(Section):
     )
     revision: str | None = Field(None, description="Hub revision of `init_from`.")
     trust_remote_code: StrictBool = Field(False, description="Run Python code that comes with the model.")
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="Precision of forward and backward; the optimizer always keeps fp32 weights."
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="Precision of forward and backward; the optimizer always keeps fp32 weights. `auto` is bf16 on GPUs that "
+        "have it, fp32 elsewhere; a run keeps what it was at its first start.",
+    )
+    tf32: StrictBool = Field(
+        False, description="On a GPU, multiply fp32 matrices with TF32's 10 bits: faster, and no longer exact to fp32 rounding."
+    )
+    cudnn_attention: StrictBool = Field(
+        False,
+        description="Let PyTorch take cuDNN's attention on a GPU. It plans anew for every shape, and packed rows have many.",
     )
     attention: str = Field(
         "auto",
@@ -251,8 +271,17 @@ class StageSection(Section):
         "constant", description="Learning rate after warm-up: constant, or down to 0 by a cosine or a line."
     )
     warmup_fraction: float = Field(0.04, ge=0, lt=1, description="Fraction of the stage's steps in which the rate rises.")
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="Every dropout of the model (attention, residual, embedding, LoRA) in this stage."
+    lora_dropout: float | None = Field(
+        None, ge=0, lt=1, description="Dropout of the adapters' inputs in this stage. Null: `model.lora.dropout`."
+    )
+    attention_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout of attention weights in this stage. FlexAttention has none (`model.attention`)."
+    )
+    residual_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout of hidden states in this stage, wherever the family has one (embedding, residual, MLP).",
     )
 
     @model_validator(mode="after")
@@ -347,6 +376,11 @@ class OptimizerSection(Section):
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay (matrices only, not norms and biases).")
     gradient_clipping: float = Field(1.0, ge=0, description="Largest gradient norm; 0 switches clipping off.")
+    grad_accum_dtype: Literal["auto", "fp32", "model"] = Field(
+        "auto",
+        description="Precision in which gradients of micro-batches are added up: `fp32`, or the `model`'s own. `auto` is fp32, "
+        "but the model's under ZeRO-0, where DeepSpeed has no other.",
+    )
 
 
 class ParallelSection(Section):
@@ -480,7 +514,44 @@ class Recipe(Section):
             for name in STAGE_NAMES:
                 if self.curriculum.stage(name).epochs:
                     raise ValueError(f"curriculum.{name}.epochs: a stream has no known length; give samples")
+        if self.accumulates_in_fp32 and self.parallel.zero_stage == 0:
+            raise ValueError(
+                f"optimizer.grad_accum_dtype: fp32 needs parallel.zero_stage 1, 2 or 3 with model.dtype {self.model.dtype}: "
+                "DeepSpeed has it only there"
+            )
         return self
+
+    def with_dtype(self, dtype: Literal["fp32", "bf16"]) -> Recipe:
+        """The recipe with a precision in the place of `model.dtype: auto`."""
+        if self.model.dtype != "auto":
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
+
+    @property
+    def accumulates_in_fp32(self) -> bool:
+        """Whether gradients of a 16-bit model are added up in fp32."""
+        return self.accumulates_in_fp32_under(self.parallel.zero_stage)
+
+    def accumulates_in_fp32_under(self, zero_stage: int) -> bool:
+        """The same under a ZeRO stage."""
+        half, wanted = self.model.dtype in ("bf16", "fp16"), self.optimizer.grad_accum_dtype
+        return half and (wanted == "fp32" or (wanted == "auto" and zero_stage > 0))
+
+    @property
+    def trained_stages(self) -> list[StageName]:
+        """The stages that are not left out, in order."""
+        return [name for name in STAGE_NAMES if self.curriculum.stage(name).enabled]
+
+    def dropouts(self, name: StageName) -> Dropouts:
+        """The dropout of a stage by place."""
+        stage, lora = self.curriculum.stage(name), self.model.lora
+        adapters = 0.0 if lora is None else lora.dropout if stage.lora_dropout is None else stage.lora_dropout
+        return Dropouts(stage.attention_dropout, stage.residual_dropout, adapters)
+
+    @property
+    def largest_dropouts(self) -> Dropouts:
+        """The largest dropout, by place, of the stages that are trained."""
+        return Dropouts(*map(max, zip(*map(self.dropouts, self.trained_stages), strict=True)))
 
     @property
     def exportable(self) -> bool:

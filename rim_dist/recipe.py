@@ -19,13 +19,13 @@ import yaml
 from pydantic import ValidationError
 
 from rim_dist.attention.kernels import kernel_names
-from rim_dist.config import Recipe, Section
+from rim_dist.config import STAGE_NAMES, Recipe, Section
 from rim_dist.data.formats import format_names, format_of
 from rim_dist.errors import ConfigError, first_line
 from rim_dist.methods import method_names, method_of
 
 # `format` of the recipes that rim_dist itself writes, into runs, checkpoints and exports.
-FORMAT = 2
+FORMAT = 4
 
 
 # Fields whose values are the names of files in a folder of rim_dist, besides some fixed ones.
@@ -44,8 +44,36 @@ def _walks_of_rooms(tree: dict[str, Any]) -> None:
         tree["data"] = {**data, "synthetic": {"step_text": "room", **(data.get("synthetic") or {})}}
 
 
+def _dropout_by_place(tree: dict[str, Any]) -> None:
+    """2 -> 3: the dropout of a stage was that of every place."""
+    curriculum = dict(tree.get("curriculum") or {})
+    for name in STAGE_NAMES:
+        stage = dict(curriculum.get(name) or {})
+        if (dropout := stage.pop("dropout", None)) is not None:
+            lora = dropout if (tree.get("model") or {}).get("lora") else None
+            stage |= {"lora_dropout": lora, "attention_dropout": dropout, "residual_dropout": dropout}
+            tree["curriculum"] = curriculum = {**curriculum, name: stage}
+
+
+def _gradients_of_the_model(tree: dict[str, Any]) -> None:
+    """3 -> 4: gradients of a 16-bit model were added up in its precision."""
+    if (tree.get("model") or {}).get("dtype", "fp32") != "fp32":
+        tree["optimizer"] = {"grad_accum_dtype": "model", **(tree.get("optimizer") or {})}
+
+
 # By N below FORMAT: changes a written recipe of format N to format N + 1.
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {1: _walks_of_rooms}
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {
+    1: _walks_of_rooms,
+    2: _dropout_by_place,
+    3: _gradients_of_the_model,
+}
+
+# Former fields, and what stands in their place.
+_MOVED = {
+    f"curriculum.{name}.dropout": "it was that of every place; set lora_dropout (with model.lora), attention_dropout, "
+    "residual_dropout"
+    for name in STAGE_NAMES
+}
 
 
 def nested_section(annotation: Any) -> type[Section] | None:
@@ -74,6 +102,8 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _nearest(path: str) -> str:
     """The known field closest to an unknown dotted name: the same section first, then a same-named field elsewhere."""
+    if path in _MOVED:
+        return f"; {_MOVED[path]}"
     names = field_names()
     parent, _, leaf = path.rpartition(".")
     siblings = [n for n in names if n.rpartition(".")[0] == parent]

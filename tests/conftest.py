@@ -52,7 +52,7 @@ def tiny_recipe(folder: Path, **sections: object) -> dict:
     recipe: dict = {
         "method": "rim",
         "run": {"name": "tiny", "output_dir": str(folder), "seed": 0},
-        "model": {"config": dict(TINY_MODEL), "tokenizer": "synthetic"},
+        "model": {"config": dict(TINY_MODEL), "tokenizer": "synthetic", "dtype": "fp32"},
         "memory": {"blocks": 3, "tokens_per_block": 2},
         "data": {"source": "synthetic", "synthetic": {"samples": 200, "min_steps": 1, "max_steps": 4}},
         "curriculum": {

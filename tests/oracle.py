@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from rim_dist.attention.registration import use_plain_attention
 from rim_dist.attention.visibility import MEMORY, QUESTION, READOUT
 from rim_dist.checkpoint.start import model_of
-from rim_dist.config import Recipe
+from rim_dist.config import Dropouts, Recipe
 from rim_dist.data.loader import BatchLoader, plan_stages
 from rim_dist.data.samples import Readout, Row
 from rim_dist.model.dropout import set_dropout
@@ -110,7 +110,7 @@ def train_one_process(recipe: Recipe, trace: dict[str, Any] | None = None) -> li
     requirements, data = prepare_run(recipe)
     model = model_of(recipe, requirements)
     use_plain_attention(bare_model(model))
-    set_dropout(model, 0.0)
+    set_dropout(model, Dropouts())
     trained = [p for p in model.parameters() if p.requires_grad]
     block = requirements.tokens.block
 

@@ -169,9 +169,9 @@ def vocabulary_loss(way: str, size: int, targets: int, options: Sequence[str]) -
     parts = [None if t is None else t.clone().requires_grad_() for t in tensors]
     own_head = HeadWeights(parts[1], parts[2], parts[3], ids, vocabulary)  # type: ignore[arg-type]
     # Chunks of a few positions, and a gradient scale that the backward pass takes out again.
-    before, loss_module.LOGITS_ENTRIES = loss_module.LOGITS_ENTRIES, 3 * split.size
+    before, loss_module.LOGITS_ENTRIES["cpu"] = loss_module.LOGITS_ENTRIES["cpu"], 3 * split.size
     got, got_losses = weighted_cross_entropy(parts[0], own_head, rule, wanted, gradient_scale=0.7)  # type: ignore[arg-type]
-    loss_module.LOGITS_ENTRIES = before
+    loss_module.LOGITS_ENTRIES["cpu"] = before
     (got * 0.7).backward()
     pairs = [(got, total), (got_losses, losses)]
     for number, (mine, theirs) in enumerate(zip(parts, whole, strict=True)):

@@ -18,6 +18,7 @@ from rim_dist.errors import ConfigError
 from rim_dist.parallel.zero import OWNED_KEYS, compose, shipped_config
 from rim_dist.recipe import FORMAT, dump_recipe, load_recipe, validate_recipe
 from rim_dist.training.folder import check_run_folder
+from rim_dist.training.trainer import prepare_run
 
 Make = Callable[..., Path]
 
@@ -190,6 +191,24 @@ def test_formats_of_written_recipes(recipe_file: Make, tmp_path: Path) -> None:
     assert validate_recipe(tree, "old", written=True).data.synthetic.step_text == "room"
     other = {**tree, "data": {"source": "gsm8k", "path": "x"}}
     assert validate_recipe(other, "old", written=True) == validate_recipe(other, "a user's")
+    # Format 2 had one dropout a stage, of every place.
+    stages = {"stage1": {"samples": 64, "max_steps": 4}, "stage2": {"samples": 64, "learning_rate": 5e-4, "dropout": 0.1}}
+    dropping = {**yaml.safe_load(dump_recipe(recipe)), "format": 2, "curriculum": stages}
+    assert validate_recipe(dropping, "old", written=True).dropouts("stage2") == (0.1, 0.1, 0.0)
+    assert validate_recipe(dropping, "old", written=True).dropouts("stage1") == (0.0, 0.0, 0.0)
+    dropping["model"] = {"init_from": "x", "lora": {"rank": 4}}
+    assert validate_recipe(dropping, "old", written=True).dropouts("stage2") == (0.1, 0.1, 0.1)
+    moved = r"curriculum\.stage2\.dropout: unknown key; it was that of every place; set lora_dropout"
+    with pytest.raises(ConfigError, match=moved):
+        validate_recipe({**dropping, "format": FORMAT}, "a user's")
+    with pytest.raises(ConfigError, match=moved):
+        load_recipe(recipe_file(), ["curriculum.stage2.dropout=0.1"])
+    # Format 3 added gradients up in the precision of the model.
+    for dtype, accumulated in (("bf16", "model"), ("fp32", "auto")):
+        half = yaml.safe_load(dump_recipe(load_recipe(recipe_file(model={"dtype": dtype}))))
+        del half["optimizer"]["grad_accum_dtype"]
+        assert validate_recipe({**half, "format": 3}, "old", written=True).optimizer.grad_accum_dtype == accumulated
+        assert validate_recipe(half, "now", written=True).optimizer.grad_accum_dtype == "auto"
     for version, message in (
         (FORMAT + 1, f"new: format: {FORMAT + 1} is of a newer rim_dist; this one reads recipes up to format {FORMAT}; update"),
         (0, "new: format: 0 is not allowed; allowed: 1 to"),
@@ -204,6 +223,44 @@ def test_formats_of_written_recipes(recipe_file: Make, tmp_path: Path) -> None:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(ConfigError, match=r"data\.synthetic\.step_text: 'room' there, 'equation' here"):
         check_run_folder(recipe)
+
+
+def test_precision_of_added_gradients(recipe_file: Make) -> None:
+    """fp32 where DeepSpeed has it; a configuration of the same key is the recipe's, and fp32 models have one precision."""
+    for dtype, zero, wanted, expected in (
+        ("bf16", 1, "auto", "fp32"),
+        ("fp16", 3, "fp32", "fp32"),
+        ("bf16", 2, "model", None),
+        ("bf16", 0, "auto", None),
+        ("fp32", 1, "fp32", None),
+    ):
+        recipe = load_recipe(
+            recipe_file(model={"dtype": dtype}, parallel={"zero_stage": zero}, optimizer={"grad_accum_dtype": wanted})
+        )
+        assert compose(recipe, 32).get("data_types", {}).get("grad_accum_dtype") == expected
+    wrong = ["model.dtype=bf16", "parallel.zero_stage=0", "optimizer.grad_accum_dtype=fp32"]
+    with pytest.raises(ConfigError, match=r"optimizer\.grad_accum_dtype: fp32 needs parallel\.zero_stage 1, 2 or 3 with"):
+        load_recipe(recipe_file(), wrong)
+
+
+def test_dropout_by_place(recipe_file: Make) -> None:
+    """0 unless asked; adapters have that of model.lora where a stage has none of its own, and no other where there are none."""
+    lora = {"config": None, "tokenizer": None, "init_from": "x", "lora": {"rank": 4}}
+    recipe = load_recipe(recipe_file(model=lora))
+    assert recipe.dropouts("stage1") == recipe.dropouts("stage2") == recipe.largest_dropouts == (0.0, 0.0, 0.0)
+    given = ["model.lora.dropout=0.1", "curriculum.stage2.lora_dropout=0", "curriculum.stage1.attention_dropout=0.2"]
+    recipe = load_recipe(recipe_file(model=lora), given)
+    assert (recipe.dropouts("stage1"), recipe.dropouts("stage2")) == ((0.2, 0.0, 0.1), (0.0, 0.0, 0.0))
+    assert load_recipe(recipe_file(model=lora), [*given, "curriculum.stage1.samples=0"]).largest_dropouts == (0.0, 0.0, 0.0)
+    without = load_recipe(recipe_file(), ["curriculum.stage1.lora_dropout=0.1", "curriculum.stage2.residual_dropout=0.2"])
+    assert without.dropouts("stage1") == (0.0, 0.0, 0.0)
+    notes = [note for note in prepare_run(without)[0].notes if "drops nothing" in note]
+    assert notes == [
+        "note: lora_dropout 0.1 drops nothing: the run has no adapters (model.lora)",
+        "note: residual_dropout 0.2 drops nothing: llama has no dropout of hidden states",
+    ]
+    with pytest.raises(ConfigError, match=r"curriculum\.stage1\.attention_dropout: 1 is not allowed"):
+        load_recipe(recipe_file(), ["curriculum.stage1.attention_dropout=1"])
 
 
 def test_shipped_recipes_are_valid() -> None:

@@ -691,7 +691,8 @@ KEY = {
     "curriculum.stage1.max_steps=3 curriculum.stage1.longer=truncate curriculum.stage1.targets=same_step "
     "curriculum.stage2.samples=0 optimizer.micro_batch_tokens=99 run.seed=1 coconut.c_thought=1 coconut.max_latent_stage=1",
     False: "run.name=b run.output_dir=b memory.initialise=mean curriculum.stage1.samples=8 curriculum.stage1.learning_rate=1 "
-    "curriculum.stage1.dropout=0.1 curriculum.stage2.weight_power=0 curriculum.normalisation=sample optimizer.global_batch=8 "
+    "curriculum.stage1.attention_dropout=0.1 curriculum.stage2.weight_power=0 curriculum.normalisation=sample "
+    "optimizer.global_batch=8 "
     "optimizer.beta1=0 parallel.zero_stage=0 checkpoint.keep=1 evaluation.samples=4 logging.every_steps=1 model.dtype=bf16 "
     "data.cache_dir=b",
 }

@@ -56,7 +56,13 @@ def recipe_of(folder: Path, kind: str) -> dict:
         model={**model, "dtype": "bf16" if "bf16" in kind else "fp32"},
         curriculum={
             "stage1": {"samples": 32, "learning_rate": 1e-2, "max_steps": 4},
-            "stage2": {"samples": 16, "learning_rate": 1e-2, "dropout": 0.1},
+            "stage2": {
+                "samples": 16,
+                "learning_rate": 1e-2,
+                "attention_dropout": 0.1,
+                "residual_dropout": 0.1,
+                **({"lora_dropout": 0.1} if "lora" in kind else {}),
+            },
         },
         optimizer={"weight_decay": 0.1},
         parallel={"zero_stage": int(kind[-1]), "deepspeed_config": str(own)},

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import TINY_MODEL
 from families import FAMILIES, build, pack_samples, random_samples
 from ranks import ROOT, run
 
@@ -30,10 +31,11 @@ from rim_dist.recipe import load_recipe
 from rim_dist.training.trainer import prepare_run
 
 DEMANDS = Demands("llama", 64, None, None, "cuda", "bf16", 0.0, False, None, 8192)
-DROPOUT = "it has no dropout, and a stage has dropout 0.1"
+DROPOUT = "it has no dropout, and attention_dropout is 0.1"
+FP32 = "it computes in bf16, fp16, and model.dtype is fp32"
 CPU = "it has no backward pass on cpu"
 SMALL_HEADS = "its kernels need heads of at least 16 channels, llama has 12 here"
-# Device, channels of a head, largest dropout: why flex cannot be used, and empty where it can.
+# Device, channels of a head, attention dropout: why flex cannot be used, and empty where it can.
 FLEX_IS_OUT = {
     ("cuda", 128, 0.0): "",
     ("cuda", 16, 0.0): "",
@@ -61,8 +63,7 @@ def choice(wanted: str, **demands: Any) -> tuple[str, str]:
 @pytest.mark.parametrize(("device", "head_dim", "dropout"), FLEX_IS_OUT)
 def test_choices(device: str, head_dim: int, dropout: float) -> None:
     """Every dtype, window, softcap, sequence mode and kind of block gets the same kernel."""
-    reason = FLEX_IS_OUT[device, head_dim, dropout]
-    large = ("split", f"flex is out: {reason}") if reason else ("flex", "one kernel for the whole row on cuda")
+    half = FLEX_IS_OUT[device, head_dim, dropout]
     for more in (
         *({"dtype": dtype} for dtype in ("fp32", "bf16", "fp16")),
         *({"sequence_mode": mode} for mode in ("ulysses", "allgather_kv")),
@@ -70,6 +71,8 @@ def test_choices(device: str, head_dim: int, dropout: float) -> None:
         {"softcap": 50.0},
         {"bidirectional": True},
     ):
+        reason = FP32 if more.get("dtype") == "fp32" and half in ("", SMALL_HEADS) else half  # the first reason is told
+        large = ("split", f"flex is out: {reason}") if reason else ("flex", "one kernel for the whole row on cuda")
         given = {"device": device, "head_dim": head_dim, "dropout": dropout, **more}
         for tokens in (1, 256):
             expected = ("dense", "micro-batches of at most 256 tokens")
@@ -89,16 +92,21 @@ def test_choices(device: str, head_dim: int, dropout: float) -> None:
 
 
 def test_demands_of_a_recipe(recipe_file: Callable[..., Path]) -> None:
-    """The largest dropout of a stage that is trained, and what a family's configuration says of its attention."""
+    """The attention dropout of a stage, or the largest of those that are trained, and what a family's configuration says."""
     recipe = load_recipe(
         recipe_file(
-            curriculum={"stage1": {"samples": 0, "dropout": 0.3}, "stage2": {"samples": 9, "dropout": 0.1}},
+            curriculum={
+                "stage1": {"samples": 0, "attention_dropout": 0.3},
+                "stage2": {"samples": 9, "attention_dropout": 0.1, "residual_dropout": 0.2},
+            },
             memory={"blocks": 2, "inside_block": "bidirectional"},
             parallel={"sequence": 2},
         )
     )
     found = Demands.of(recipe, FAMILIES["Gemma 2"], "cpu", "ulysses")
     assert found == Demands("gemma2", 12, 9, 5.0, "cpu", "fp32", 0.1, True, "ulysses", 300)
+    assert Demands.of(recipe, FAMILIES["Gemma 2"], "cpu", "ulysses", "stage2") == found
+    assert Demands.of(recipe, FAMILIES["Gemma 2"], "cpu", "ulysses", "stage1").dropout == 0.3
     with pytest.raises(ConfigError, match=r"memory.inside_block: bidirectional .* window \(9\) of gemma2; allowed: causal"):
         choose_kernel("auto", found)
     whole = load_recipe(recipe_file())
@@ -106,8 +114,24 @@ def test_demands_of_a_recipe(recipe_file: Callable[..., Path]) -> None:
         whole, transformers.Qwen2Config(sliding_window=9, use_sliding_window=False), "cuda", "ulysses", local=True
     )
     assert (qwen.sliding_window, qwen.softcap, qwen.sequence_mode, qwen.local) == (None, None, None, True)
-    assert (
-        choose_kernel("auto", Demands.of(whole, FAMILIES["Llama"], "cuda", "ulysses")).reason == f"flex is out: {SMALL_HEADS}"
+    assert choose_kernel("auto", Demands.of(whole, FAMILIES["Llama"], "cuda", "ulysses")).reason == f"flex is out: {FP32}"
+
+
+def test_a_gpu_has_its_kernel_in_every_stage_that_drops_no_attention(
+    recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout of adapters and hidden states is no matter of the attention; that of one stage is none of the other's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(type(kernel_of("flex")), "packages", ())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+    wide = {**TINY_MODEL, "hidden_size": 64}
+    stages = {"stage1": {"samples": 9, "learning_rate": 1e-3, "residual_dropout": 0.1}, "stage2": {"samples": 9}}
+    path = recipe_file(model={"config": wide, "dtype": "auto"}, curriculum=stages, parallel={"zero_stage": 0})
+    assert prepare_run(load_recipe(path))[0].attention_in_words == "flex (one kernel for the whole row on cuda)"
+    found = prepare_run(load_recipe(path, ["curriculum.stage2.attention_dropout=0.1"]))[0]
+    assert {stage: choice.kernel for stage, choice in found.attention.items()} == {"stage1": "flex", "stage2": "split"}
+    assert found.attention_in_words == (
+        f"flex (one kernel for the whole row on cuda) in stage1, split (flex is out: {DROPOUT}) in stage2"
     )
 
 
@@ -124,7 +148,7 @@ def test_packages_count_where_the_run_is(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("demand", "reason"),
     [
-        ({"dropout": 0.25}, "it has no dropout, and a stage has dropout 0.25"),
+        ({"dropout": 0.25}, "it has no dropout, and attention_dropout is 0.25"),
         ({"device": "cpu"}, "it has no backward pass on cpu"),
         ({"dtype": "fp16"}, "it computes in bf16, and model.dtype is fp16"),
         ({"head_dim": 63}, "its kernels need heads of at least 64 channels, llama has 63 here"),
@@ -245,11 +269,35 @@ def test_a_new_kernel_is_one_file(
         load_recipe(recipe, ["model.attention=copie"])
 
 
+def test_every_stage_trains_with_its_kernel(tmp_path: Path, new_kernels: Path, recipe_file: Callable[..., Path]) -> None:
+    """A kernel without attention dropout, which `auto` prefers, runs the stage without dropout and no other."""
+    counting = NEW_KERNEL.replace('devices = ("cpu",)', 'devices, precedence, auto_reason = ("cpu",), 9, "it counts"').replace(
+        "    from rim", f"    open({str(tmp_path / 'calls')!r}, 'a').write('.')\n    from rim"
+    )
+    (new_kernels / "counting.py").write_text(counting)
+    recipe, losses, calls = recipe_file(evaluation={"at_end": False}, parallel={"zero_stage": 0}), {}, {}
+    for dropout in ("0", "0.1"):
+        command = ["train", str(recipe), f"run.name=d{dropout}", f"curriculum.stage2.attention_dropout={dropout}"]
+        out = run("fork", 1, ["tests/workers/with_kernels.py", *command], RIM_TEST_KERNELS=str(new_kernels)).stdout
+        calls[dropout] = len((tmp_path / "calls").read_text())
+        (tmp_path / "calls").unlink()
+        lines = [line for line in read_metrics(tmp_path / "runs" / f"d{dropout}" / "metrics.jsonl") if line["kind"] == "train"]
+        losses[dropout] = [line["loss"] for line in lines]
+    assert "attention counting (it counts) in stage1, split (counting is out: it has no dropout" in out
+    steps = len([line for line in lines if line["stage"] == "stage1"])
+    assert 0 < steps < len(losses["0"])
+    assert losses["0.1"][:steps] == losses["0"][:steps]
+    assert losses["0.1"][steps] != losses["0"][steps]
+    # A call a layer and micro-batch (of 300 tokens).
+    stage2 = sum(round(line["tokens"] / line["packing_efficiency"] / 300) for line in lines if line["stage"] == "stage2")
+    assert calls["0"] - calls["0.1"] == stage2 * TINY_MODEL["num_hidden_layers"]  # type: ignore[operator]
+
+
 @pytest.mark.usefixtures("new_kernels")
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("curriculum.stage2.dropout=0.1", "it has no dropout, and a stage has dropout 0.1"),
+        ("curriculum.stage2.attention_dropout=0.1", "it has no dropout, and attention_dropout is 0.1"),
         ("model.dtype=bf16", "it computes in fp32, and model.dtype is bf16"),
         ("model.config.hidden_size=64", "its kernels take heads of at most 8 channels, llama has 16 here"),
         ("memory.inside_block=bidirectional", "its blocks are causal inside, and memory.inside_block is bidirectional"),

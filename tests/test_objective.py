@@ -162,7 +162,7 @@ def test_chunked_loss_is_the_plain_one(
     rule: LogitRule, rows: bool, bias: bool, entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss, token losses and all gradients against logits in full and torch's cross-entropy, whatever the chunk."""
-    monkeypatch.setattr(loss_module, "LOGITS_ENTRIES", entries)
+    monkeypatch.setitem(loss_module.LOGITS_ENTRIES, "cpu", entries)
     batch = pack([Row([1, 2], 2, len(BLOCK), (Readout(1, [4, 5, 6], 0.3), Readout(2, [7, 8, 9, 1], 0.7)))] * 3, BLOCK)
     table, plain = heads(1)
     ids = (3, 98)
@@ -195,6 +195,42 @@ def test_chunked_loss_is_the_plain_one(
             assert a.grad is None
         else:
             assert float((a.grad - b.grad).abs().max()) <= 1e-5 * max(1.0, float(b.grad.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_chunks_of_a_16_bit_loss_are_added_up_in_fp32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of weight, bias and rows are fp32 products of the rounded gradient of the logits, rounded once."""
+    torch.manual_seed(0)
+    row = Row([1, 2], 2, len(BLOCK), (Readout(1, [4, 5, 6], 0.3), Readout(2, [7, 8, 9, 1], 0.7)))
+    targets = pack([row] * 40, BLOCK).targets
+    hidden, weight = torch.randn(len(targets.label), 16, dtype=dtype), torch.randn(100, 16, dtype=dtype)
+    bias, ids = torch.randn(100, dtype=dtype), (3, 98)
+    rows = torch.randn(2, 16, dtype=dtype)
+    logits = torch.nn.functional.linear(hidden, weight.index_copy(0, torch.tensor(ids), rows), bias)
+    d_logits = logits.float().log_softmax(1).exp()
+    d_logits[torch.arange(len(logits)), targets.label] -= 1
+    d_logits = (d_logits * targets.weight[:, None]).to(dtype).float()
+    in_full = d_logits.T @ hidden.float()
+    in_full_rows, in_full[list(ids)] = in_full[list(ids)].clone(), 0
+    for entries in (100, 700, 1 << 25):
+        monkeypatch.setitem(loss_module.LOGITS_ENTRIES, "cpu", entries)
+        ours = [t.clone().requires_grad_() for t in (hidden, weight, bias, rows)]
+        head = HeadWeights(ours[1], ours[2], ours[3], ids)
+        weighted_cross_entropy(ours[0], head, LogitRule(), targets)[0].backward()
+        for found, wanted in zip(ours[1:], (in_full, d_logits.sum(0), in_full_rows), strict=True):
+            assert found.grad is not None
+            assert found.grad.dtype == dtype
+            # The sums differ in the last bits of fp32, so that a few are rounded to the other neighbour.
+            assert float((found.grad != wanted.to(dtype)).float().mean()) < 0.01
+            assert torch.allclose(found.grad.float(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_products_on_a_gpu_are_added_up_in_fp32() -> None:
+    """The operation that a GPU would run, on tensors without values."""
+    total = torch.zeros(6, 4, dtype=torch.float32, device="meta")
+    left, right = (torch.zeros(*shape, dtype=torch.bfloat16, device="meta") for shape in ((3, 6), (3, 4)))
+    loss_module._add_product(total, left.T, right)
+    assert (total.dtype, total.shape) == (torch.float32, (6, 4))
 
 
 def test_learning_rate() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +145,33 @@ def test_recomputed_layers_give_the_same_gradients(offload: bool) -> None:
         found.append(gradients(model))
     for name, gradient in found[0].items():
         assert torch.equal(gradient, found[1][name]), name
+
+
+def test_layers_are_recomputed_by_either_name_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.17 has no `activation_checkpointing_enable`; 5.23 warns of `gradient_checkpointing_enable`."""
+
+    def earlier(model: transformers.PreTrainedModel, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        function = functools.partial(torch.utils.checkpoint.checkpoint, **(gradient_checkpointing_kwargs or {}))
+        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
+
+    calls = {}
+    for name in ("later", "earlier", "never"):
+        if name == "earlier":
+            monkeypatch.delattr(transformers.PreTrainedModel, "activation_checkpointing_enable")
+            monkeypatch.setattr(transformers.PreTrainedModel, "gradient_checkpointing_enable", earlier)
+        model = build("Llama").train()
+        install_readout_loss(model)
+        use_rim_attention(model, "split")
+        if name != "never":
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*gradient_checkpointing_enable")
+                recompute_layers(model, offload=False)
+        counted: list[int] = []
+        for layer in model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_: counted.append(1))  # noqa: B023 - called in this turn
+        run_batch(model, pack_samples(random_samples(2)))[0].backward()
+        calls[name] = len(counted)
+    assert calls["later"] == calls["earlier"] == 2 * calls["never"] > 0
 
 
 @pytest.mark.parametrize("modules", [["lm_head", "q_proj"], ["q_proj"]])

@@ -130,7 +130,7 @@ def test_a_killed_run_of_tensor_ranks_goes_on_exactly(tmp_path: Path) -> None:
     paths = []
     for name in ("whole", "broken"):
         recipe = shared_run(tmp_path, name, tensor=2)
-        recipe["curriculum"] = {stage: {**fields, "dropout": 0.1} for stage, fields in recipe["curriculum"].items()}
+        recipe["curriculum"] = {stage: {**fields, "attention_dropout": 0.1} for stage, fields in recipe["curriculum"].items()}
         recipe["evaluation"] = {"at_end": False}
         paths.append(write_recipe(tmp_path / f"{name}.yaml", recipe))
     run("fork", 2, ["tests/workers/train_many.py", *map(str, paths)], timeout=300)

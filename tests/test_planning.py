@@ -22,7 +22,7 @@ from ranks import ROOT, environment
 
 from rim_dist.attention.registration import use_rim_attention
 from rim_dist.cli import main
-from rim_dist.config import LoraSection
+from rim_dist.config import Dropouts, LoraSection
 from rim_dist.data.rows import pack
 from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ConfigError
@@ -248,8 +248,11 @@ def test_memory_grows_and_shrinks_as_it_should() -> None:
         replace(plain, offload=True),
     ):
         assert estimate(shape, less, load).peak_bytes < peak
-    dropped = replace(plain, lora=LoraSection(rank=16), dropout=0.1, attention="split")
-    assert estimate(shape, dropped, load).peak_bytes > estimate(shape, replace(dropped, dropout=0.0), load).peak_bytes
+    dropped = replace(plain, lora=LoraSection(rank=16), dropouts=Dropouts(lora=0.1), attention="split")
+    assert estimate(shape, dropped, load).peak_bytes > estimate(shape, replace(dropped, dropouts=Dropouts()), load).peak_bytes
+    # Llama has no dropout of hidden states.
+    hidden = replace(dropped, dropouts=Dropouts(residual=0.1))
+    assert estimate(shape, hidden, load).peak_bytes == estimate(shape, replace(dropped, dropouts=Dropouts()), load).peak_bytes
     recomputed, offloaded = (replace(plain, activation_checkpointing=True, activation_offload=off) for off in (False, True))
     assert estimate(shape, offloaded, load).peak_bytes < estimate(shape, recomputed, load).peak_bytes
     kept = [estimate(shape, replace(plain, sequence=s, data=8 // s), load).peak["activations"] for s in (1, 2, 4)]

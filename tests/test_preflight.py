@@ -245,8 +245,8 @@ def test_the_batch_without_weight_changes_no_bit(names: list[str], tmp_path: Pat
                 memory={"inside_block": "bidirectional"},  # nothing to export
                 data={"cache_dir": str(tmp_path / "data")},
                 curriculum={
-                    "stage1": {"samples": 48, "learning_rate": 1e-3, "max_steps": 4, "dropout": 0.1},
-                    "stage2": {"samples": 16, "learning_rate": 1e-3, "dropout": 0.1},
+                    "stage1": {"samples": 48, "learning_rate": 1e-3, "max_steps": 4, "attention_dropout": 0.1},
+                    "stage2": {"samples": 16, "learning_rate": 1e-3, "attention_dropout": 0.1},
                 },
                 optimizer={"micro_batch_tokens": 110},
                 parallel={**parallel, "preflight": preflight},

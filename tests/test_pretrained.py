@@ -568,7 +568,7 @@ def test_runs_from_unusual_folders(plain: Path, tmp_path: Path) -> None:
     saved(wide(COMPOSITES["gemma3"]()), tmp_path / "gemma3", T.AutoModelForImageTextToText)
     tokenizer.save_pretrained(tmp_path / "gemma3")
     tied(plain, tmp_path / "tied", separate=True)
-    stages = {stage: {"samples": 16, "learning_rate": 1e-12, "dropout": 0.0} for stage in ("stage1", "stage2")}
+    stages = {stage: {"samples": 16, "learning_rate": 1e-12} for stage in ("stage1", "stage2")}
     recipes = []
     for name, zero in (("gemma3", 3), ("tied", 1)):
         recipe = tiny_recipe(

@@ -33,8 +33,8 @@ def long_recipe(folder: Path, name: str, steps: int = 351) -> dict:
         folder,
         run={"name": name},
         curriculum={
-            "stage1": {"samples": samples, "learning_rate": 1e-3, "max_steps": 4, "dropout": 0.1},
-            "stage2": {"samples": samples - 8, "learning_rate": 5e-4, "dropout": 0.2},
+            "stage1": {"samples": samples, "learning_rate": 1e-3, "max_steps": 4, "attention_dropout": 0.1},
+            "stage2": {"samples": samples - 8, "learning_rate": 5e-4, "attention_dropout": 0.2},
         },
         model={"config": {**tiny_recipe(folder)["model"]["config"], "attention_dropout": 0.1}},
         data={"synthetic": {"samples": 700, "min_steps": 1, "max_steps": 4}},

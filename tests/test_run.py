@@ -324,7 +324,7 @@ def test_lora_trains_adapters_and_memory_rows_only(
         model={"config": None, "tokenizer": None, "init_from": str(start), "dtype": dtype, "lora": {"rank": 4, "alpha": 8}},
         curriculum={
             "stage1": {"samples": 48, "max_steps": 4, "learning_rate": 1e-3},
-            "stage2": {"samples": 48, "learning_rate": 1e-3, "dropout": 0.1},
+            "stage2": {"samples": 48, "learning_rate": 1e-3, "lora_dropout": 0.1, "attention_dropout": 0.1},
         },
         parallel={"zero_stage": zero, **({"deepspeed_config": partitioned(tmp_path)} if zero == 3 else {})},
     )

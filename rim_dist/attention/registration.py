@@ -80,6 +80,23 @@ def use_rim_attention(model: PreTrainedModel, kernel: str) -> None:
     model.set_attn_implementation(name)
 
 
+def use_recording_attention(model: PreTrainedModel) -> set[float]:
+    """Make every layer use an attention that returns zeros. The set returned gets the dropouts that layers ask it for."""
+    given: set[float] = set()
+
+    def record(
+        _module: nn.Module, query: torch.Tensor, _key: Any, value: torch.Tensor, *_args: Any, dropout: float = 0.0, **_kw: Any
+    ) -> tuple[torch.Tensor, None]:
+        given.add(dropout)
+        rows, heads, length, _ = query.shape
+        return value.new_zeros(rows, length, heads, value.shape[-1]), None
+
+    AttentionInterface.register("rim_recording", record)
+    AttentionMaskInterface.register("rim_recording", _no_mask)
+    model.set_attn_implementation("rim_recording")
+    return given
+
+
 def use_plain_attention(model: PreTrainedModel) -> None:
     """Back to transformers' own causal attention, as an unmodified server runs it."""
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")

@@ -104,7 +104,7 @@ def export_checkpoint(
 
 
 def _export_adapter(index: CheckpointIndex, out: Path, options: ExportOptions, workers: Workers) -> None:
-    dtype = options.dtype or index.recipe.model.dtype
+    dtype = options.dtype or index.recipe.with_dtype("fp32").model.dtype
     files = plan_files(adapter_tensors(index, rows=True), DTYPES[dtype], options.shard_bytes, "adapter_model")
     note = "An unmerged PEFT adapter: resize the base's embeddings to the tokenizer's length before loading it.\n"
 
@@ -116,7 +116,7 @@ def _export_adapter(index: CheckpointIndex, out: Path, options: ExportOptions, w
 
 
 def _export_model(index: CheckpointIndex, out: Path, options: ExportOptions, workers: Workers) -> None:
-    dtype_name = options.dtype or index.recipe.model.dtype
+    dtype_name = options.dtype or index.recipe.with_dtype("fp32").model.dtype
     dtype, config, model = DTYPES[dtype_name], index.config, index.model
     padding = -config.get_text_config().vocab_size % options.pad_vocabulary
     config.get_text_config().vocab_size += padding

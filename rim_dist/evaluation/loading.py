@@ -19,6 +19,7 @@ from rim_dist.evaluation.scoring import ANSWER_FORMAT
 from rim_dist.messages import say
 from rim_dist.methods import method_names, method_of
 from rim_dist.model.generation import padding_note
+from rim_dist.model.precision import switch_kernels, with_precision
 from rim_dist.model.skeleton import DTYPES
 from rim_dist.model.thinking import think_before_answers
 from rim_dist.tokens import add_memory_tokens, appended_block, prepare_template, prompt_ids
@@ -71,7 +72,7 @@ def load_checkpoint(checkpoint: Path) -> LoadedModel:
             f"{checkpoint}: trained with memory.inside_block={recipe.memory.inside_block}, which no ordinary server can run; "
             "training evaluates such a model (evaluation.every_steps)"
         )
-    model = load_trained_model(checkpoint).to(DTYPES[recipe.model.dtype]).eval()
+    model = load_trained_model(checkpoint).to(DTYPES[with_precision(recipe).model.dtype]).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint / MODEL)
     method = method_of(recipe)
     if method.thoughts:
@@ -116,6 +117,7 @@ def _ready(model: Any, tokenizer: PreTrainedTokenizerBase, blocks: int, *origin:
     """The model on its device. `origin`: as in LoadedModel, from `method` on."""
     if note := padding_note(tokenizer):
         say(note)
+    switch_kernels()
     if torch.cuda.is_available():
         model = model.to("cuda")
     return LoadedModel(model, tokenizer, blocks, len(appended_block(tokenizer)), *origin)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from transformers import GenerationConfig, PreTrainedModel
 
 from rim_dist.attention.registration import use_rim_attention
-from rim_dist.config import Recipe
+from rim_dist.config import Dropouts, Recipe
 from rim_dist.methods import method_of
 from rim_dist.model.dropout import set_dropout
 from rim_dist.model.requirements import Requirements
@@ -53,7 +53,7 @@ def build_model(
     if mesh.degrees.tensor > 1:
         split_model(model, TensorRank(mesh.coordinates.tensor, mesh.degrees.tensor, mesh.tensor_group))
     bare.generation_config = GenerationConfig(eos_token_id=requirements.ends or None)
-    use_rim_attention(bare, requirements.attention.kernel)
+    use_rim_attention(bare, next(iter(requirements.attention.values())).kernel)
     dtype = DTYPES[section.dtype] if partition is not None else torch.float32
     memory = MemoryRows(requirements.tokens, weights.memory_rows, recipe.run.seed)
     reads = partition is None or mesh.shard == 0
@@ -62,7 +62,7 @@ def build_model(
         first = mesh.degrees.rank_of(Coordinates(0, 0, mesh.coordinates.tensor))
         broadcast_buffers(model, functools.partial(dist.broadcast, src=first, group=mesh.shard_group))
     model.train()
-    set_dropout(model, 0.0)
+    set_dropout(model, Dropouts())
     sum_shared_gradients(model)
     if section.activation_checkpointing:
         recompute_layers(bare, section.activation_offload)
@@ -76,7 +76,9 @@ def build_model(
 
 def recompute_layers(model: PreTrainedModel, offload: bool) -> None:
     """Activation checkpointing: keep only each layer's input (`offload`: in CPU memory), recompute the layer in backward."""
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    # The name of later transformers first: there the earlier one warns.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     if offload:
         model._set_gradient_checkpointing(True, _offloaded_checkpoint)
 

@@ -13,11 +13,12 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from rim_dist.attention.registration import use_plain_attention, use_rim_attention
+from rim_dist.attention.registration import use_plain_attention, use_recording_attention, use_rim_attention
+from rim_dist.config import Dropouts
 from rim_dist.data.rows import Batch, pack
 from rim_dist.data.samples import Readout, Row
 from rim_dist.errors import ModelError, first_line
-from rim_dist.model.dropout import set_dropout
+from rim_dist.model.dropout import dropout_places, set_dropout
 from rim_dist.objective.forward import install_readout_loss, run_batch
 from rim_dist.unwrap import backbone
 
@@ -171,7 +172,7 @@ def prove_family(config: PretrainedConfig, trust_remote_code: bool = False, kern
 def _changes_in_training(model: PreTrainedModel, batch: Batch, expected: torch.Tensor) -> str:
     """What a family does in training mode besides dropout; empty if that is nothing."""
     model.train()
-    set_dropout(model, 0.0)
+    set_dropout(model, Dropouts())
     before, tries = torch.get_rng_state(), 1
     worst = 0.0
     try:
@@ -189,6 +190,27 @@ def _changes_in_training(model: PreTrainedModel, batch: Batch, expected: torch.T
         return ""
     what = "draws at random" if drew else "computes something else"
     return f"in training mode it {what}, and not as dropout (logits change by {worst:.1e})"
+
+
+Kinds = frozenset[tuple[str, str]]
+
+
+def dropout_kinds(config: PretrainedConfig, trust_remote_code: bool = False) -> tuple[Kinds, Kinds]:
+    """Kinds of a family's `dropout_places`: of attention weights, as its layers hand their values to the attention function;
+    and the others, of hidden states.
+
+    Names do not tell: OPT calls both of its own `dropout`, and GPT-NeoX' `post_attention_dropout` drops hidden states.
+    """
+    model = _small_copy(config, trust_remote_code)
+    places = list(dropout_places(model))
+    for number, place in enumerate(places, start=1):
+        setattr(place.owner, place.attribute, number / (len(places) + 1))
+    with _family_errors(config, "its dropouts cannot be told apart"), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        given = use_recording_attention(model)
+        model.train()
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+    attention = frozenset(place.kind for place in places if getattr(place.owner, place.attribute) in given)
+    return attention, frozenset(place.kind for place in places) - attention
 
 
 def _largest_difference(model: PreTrainedModel, row: Row, block: list[int], packed: Sequence[torch.Tensor]) -> float:

@@ -12,13 +12,14 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 from rim_dist.attention.choice import KernelChoice, choose_kernel
 from rim_dist.attention.kernels import proof_kernel
 from rim_dist.attention.kernels.base import Demands
-from rim_dist.config import Recipe
+from rim_dist.config import Recipe, StageName
 from rim_dist.data.synthetic import sentencepiece_tokenizer, synthetic_tokenizer
 from rim_dist.errors import ConfigError, ModelError, RimError, first_line
 from rim_dist.methods import method_of
 from rim_dist.methods.base import Method
 from rim_dist.model.generation import ends_of_folder, generation_config, model_positions
-from rim_dist.model.proof import prove_family, prove_thoughts
+from rim_dist.model.precision import with_precision
+from rim_dist.model.proof import dropout_kinds, prove_family, prove_thoughts
 from rim_dist.model.skeleton import skeleton
 from rim_dist.model.weights import WeightSource
 from rim_dist.parallel.degrees import Mode, check_tensor_degree, choose_mode, head_counts
@@ -49,10 +50,23 @@ class Requirements:
     tokens: MemoryTokens
     config: PretrainedConfig
     start: Start
-    attention: KernelChoice
+    attention: dict[StageName, KernelChoice]  # of every stage that is trained
     sequence_mode: Mode  # how ranks of a sequence group share a row
     ends: list[int] = field(default_factory=list)  # tokens that end an answer; targets end with the first, end-of-text
     notes: list[str] = field(default_factory=list)  # what the user is told about chat template and ends
+
+    @property
+    def proof_kernels(self) -> list[str]:
+        """The kernels that tiny models run with to prove those of the stages."""
+        return list(dict.fromkeys(proof_kernel(choice.kernel) for choice in self.attention.values()))
+
+    @property
+    def attention_in_words(self) -> str:
+        """Which kernel the stages have, and why."""
+        words = {stage: f"{choice.kernel} ({choice.reason})" for stage, choice in self.attention.items()}
+        if len(set(words.values())) == 1:
+            return next(iter(words.values()))
+        return ", ".join(f"{text} in {stage}" for stage, text in words.items())
 
     @property
     def positions(self) -> int:
@@ -107,6 +121,7 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
     Raises ModelError or ConfigError: unknown model, no end-of-text token, a chat template that cannot ask a question, a family
     that cannot take the RiM mask, blocks beyond the model's positions.
     """
+    recipe = with_precision(recipe)
     section = recipe.model
     source = start.source
     tokenizer = load_tokenizer(section.tokenizer or str(source), section.revision, section.trust_remote_code)
@@ -129,7 +144,10 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
         heads, kv_heads = (count // recipe.parallel.tensor for count in head_counts(config))
         mode = choose_mode(recipe.parallel.sequence_mode, recipe.parallel.sequence, heads, kv_heads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        attention = choose_kernel(section.attention, Demands.of(recipe, config, device, mode, local=True))
+        attention = {
+            stage: choose_kernel(section.attention, Demands.of(recipe, config, device, mode, stage, local=True))
+            for stage in recipe.trained_stages
+        }
         positions = model_positions(config)
     except RimError:
         raise
@@ -140,15 +158,30 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
         notes = set_chat_template(tokenizer, recipe.memory, method.prompt_blocks)
     except ModelError as error:
         raise ModelError(f"model.tokenizer: {error}\n(correct its chat_template.jinja, or name another tokenizer)") from None
-    notes = [*(f"{section.init_from}: {note}" for note in start.notes), *notes, *end_notes]
+    notes = [*(f"{section.init_from}: {note}" for note in start.notes), *notes, *end_notes, *_dropout_notes(recipe, config)]
     requirements = Requirements(tokenizer, tokens, config, start, attention, mode, ends, notes)
-    kernel = proof_kernel(attention.kernel)
-    prove_family(config, section.trust_remote_code, kernel)
-    if method.thoughts:
-        prove_thoughts(config, section.trust_remote_code, kernel)
+    for kernel in requirements.proof_kernels:
+        prove_family(config, section.trust_remote_code, kernel)
+        if method.thoughts:
+            prove_thoughts(config, section.trust_remote_code, kernel)
     if recipe.parallel.tensor > 1:
         split_model(skeleton(recipe, config, tokens), TensorRank(0, recipe.parallel.tensor))  # refuses what it cannot split
     return requirements
+
+
+def _dropout_notes(recipe: Recipe, config: PretrainedConfig) -> list[str]:
+    """Notes to the user on dropout that there is no place for."""
+    asked, none = recipe.largest_dropouts, frozenset[tuple[str, str]]()
+    attention, hidden = (
+        dropout_kinds(config, recipe.model.trust_remote_code) if asked.attention or asked.residual else (none, none)
+    )
+    adapters = max(recipe.curriculum.stage(name).lora_dropout or 0.0 for name in recipe.trained_stages)
+    idle = (
+        ("lora_dropout", recipe.model.lora is None and adapters, "the run has no adapters (model.lora)"),
+        ("attention_dropout", not attention and asked.attention, f"{config.model_type} has no dropout of attention weights"),
+        ("residual_dropout", not hidden and asked.residual, f"{config.model_type} has no dropout of hidden states"),
+    )
+    return [f"note: {name} {value:g} drops nothing: {why}" for name, value, why in idle if value]
 
 
 def _ends(

@@ -65,7 +65,7 @@ def add_adapters(model: PreTrainedModel, recipe: Recipe, tokens: MemoryTokens) -
         r=lora.rank,
         lora_alpha=lora.alpha,
         # peft builds no dropout module for 0. The trainer sets the real value at each stage.
-        lora_dropout=max(recipe.curriculum.stage1.dropout, recipe.curriculum.stage2.dropout),
+        lora_dropout=recipe.largest_dropouts.lora,
         target_modules=lora.target_modules,
         trainable_token_indices=rows,
         task_type="CAUSAL_LM",

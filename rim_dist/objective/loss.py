@@ -150,14 +150,16 @@ def _apply_rule(logits: torch.Tensor, rule: LogitRule) -> torch.Tensor | None:
 class _Gradients:
     """Gradients of hidden states and of the head's weight, bias and rows, summed chunk by chunk.
 
-    `wanted`: which of the four. Without supervised positions they are zeros: under ZeRO every rank reduces gradients.
+    `wanted`: which of the four. Without supervised positions they are zeros: under ZeRO all ranks reduce gradients. `in_fp32`:
+    the sums over chunks are kept in fp32 and rounded to the model's precision once, at the end.
     """
 
-    def __init__(self, wanted: list[bool], hidden: torch.Tensor, head: HeadWeights) -> None:
+    def __init__(self, wanted: list[bool], hidden: torch.Tensor, head: HeadWeights, in_fp32: bool) -> None:
         self._hidden, self._head = hidden, head
-        self._d_hidden, self._d_weight, self._d_bias, self._d_rows = (
-            torch.zeros_like(t) if need and t is not None else None
-            for need, t in zip(wanted, (hidden, head.weight, head.bias, head.rows), strict=True)
+        self._d_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        self._d_weight, self._d_bias, self._d_rows = (
+            torch.zeros_like(t, dtype=torch.float32 if in_fp32 else None) if need and t is not None else None
+            for need, t in zip(wanted[1:], (head.weight, head.bias, head.rows), strict=True)
         )
 
     def add(self, chunk: slice, d_logits: torch.Tensor) -> None:
@@ -169,18 +171,29 @@ class _Gradients:
             if rows is not None:
                 self._d_hidden[chunk] += d_logits[:, at] @ (rows[which] - head.weight[at])
         if self._d_weight is not None:
-            self._d_weight.addmm_((d_logits if rows is None else d_logits.index_fill(1, at, 0)).T, h)
+            _add_product(self._d_weight, (d_logits if rows is None else d_logits.index_fill(1, at, 0)).T, h)
         if self._d_bias is not None:
-            self._d_bias += d_logits.sum(dim=0)
+            self._d_bias += d_logits.sum(dim=0, dtype=self._d_bias.dtype)
         if self._d_rows is not None:
-            self._d_rows[which] += d_logits[:, at].T @ h
+            self._d_rows[which] += d_logits[:, at].T.to(self._d_rows.dtype) @ h.to(self._d_rows.dtype)
 
     def reduced(self, group: Any) -> tuple[torch.Tensor | None, ...]:
         """All four. Those that are partial sums on tensor ranks are summed over the group."""
         for partial in (self._d_hidden, self._d_rows):
             if partial is not None:
                 all_reduce(partial, group)
-        return self._d_hidden, self._d_weight, self._d_bias, self._d_rows
+        dtype = self._hidden.dtype
+        return tuple(t if t is None else t.to(dtype) for t in (self._d_hidden, self._d_weight, self._d_bias, self._d_rows))
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """`total += left @ right`, with the product in the precision of `total`."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    elif total.device.type == "cpu":
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+    else:  # GPUs add products of 16-bit matrices up in fp32 and can leave the sum there; not seen on a GPU yet
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -200,11 +213,11 @@ class _ChunkedLoss(torch.autograd.Function):
         with_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = [with_gradient and need for need in ctx.needs_input_grad[:4]]
-        gradients = _Gradients(wanted, hidden, head)
+        size = max(1, LOGITS_ENTRIES[hidden.device.type] // head.weight.shape[0])
+        gradients = _Gradients(wanted, hidden, head, in_fp32=hidden.shape[0] > size)
         group = None if head.vocabulary is None else head.vocabulary.group
         count = hidden.shape[0]
         losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
-        size = max(1, LOGITS_ENTRIES // head.weight.shape[0])
         for start in range(0, count, size):
             chunk = slice(start, min(start + size, count))
             logits = head.logits(hidden[chunk])

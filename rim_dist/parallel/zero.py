@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ OWNED_KEYS = {
     "gradient_clipping": "optimizer.gradient_clipping",
     "optimizer": "the optimizer section",
     "scheduler": "the schedule of each stage",
+    "data_types": "optimizer.grad_accum_dtype",
     "bf16": "model.dtype",
     "bfloat16": "model.dtype",
     "tensor_parallel": "parallel.tensor",
@@ -104,6 +106,10 @@ def compose(recipe: Recipe, hidden_size: int, ranks_per_node: int = 1) -> dict[s
     fp16 = tree.pop("fp16", {})
     if recipe.model.dtype == "fp16":
         tree["fp16"] = {**fp16, "enabled": True}
+    if recipe.accumulates_in_fp32:
+        tree["data_types"] = {"grad_accum_dtype": "fp32"}
+        if recipe.parallel.zero_stage == 1:  # reduces what it added up, once a step; DeepSpeed would round that before
+            tree.setdefault("communication_data_type", "fp32")
     # The trainer forms micro-batches of its own, so that the engine's idea of accumulation and batch is always 1; the
     # loss is already normalised over the global batch.
     tree.update(
@@ -117,6 +123,28 @@ def compose(recipe: Recipe, hidden_size: int, ranks_per_node: int = 1) -> dict[s
     if left:
         raise ConfigError(f'parallel.deepspeed_config: {name}: the trainer has no value for {", ".join(left)}: "auto"')
     return tree
+
+
+@contextlib.contextmanager
+def one_kind_of_shards() -> Iterator[None]:
+    """In this context `deepspeed.initialize` gives all ZeRO stages the ZeRO optimizers.
+
+    Under ZeRO-1 in bf16 with gradients in fp32 it would take another, whose shards no conversion reads; ZeRO's own adds them up
+    in fp32 as well.
+    """
+    from deepspeed.runtime import engine
+
+    original = engine.DeepSpeedEngine._do_optimizer_sanity_check
+
+    def check(self: Any, optimizer: Any) -> Any:
+        found = original(self, optimizer)
+        return engine.ZERO_OPTIMIZATION if self.zero_optimization() else found
+
+    engine.DeepSpeedEngine._do_optimizer_sanity_check = check
+    try:
+        yield
+    finally:
+        engine.DeepSpeedEngine._do_optimizer_sanity_check = original
 
 
 def partitioner(ds_config: dict[str, Any], mesh: Mesh, dtype: torch.dtype) -> Callable[[list[torch.nn.Parameter]], None] | None:

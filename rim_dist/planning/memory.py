@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rim_dist.attention.kernels import kernel_of
-from rim_dist.config import LoraSection
+from rim_dist.config import Dropouts, LoraSection
 from rim_dist.limits import LOGITS_ENTRIES
 from rim_dist.planning.shape import Linear, ModelShape, adapted
 from rim_dist.planning.workload import Workload
@@ -73,8 +73,14 @@ class Setup:
     activation_offload: bool = False
     micro_batch_tokens: int = 0
     attention: str = "flex"
-    dropout: float = 0.0
+    dropouts: Dropouts = field(default_factory=Dropouts)
     device: Literal["cuda", "cpu"] = "cuda"
+    fp32_gradients: bool = False  # `Recipe.accumulates_in_fp32`
+
+    @property
+    def gradient_entry(self) -> int:
+        """Bytes of an entry of the gradients that are added up."""
+        return 4 if self.fp32_gradients else self.entry
 
     @property
     def ranks(self) -> int:
@@ -157,7 +163,7 @@ def states(weights: Weights, setup: Setup) -> Parts:
     }
     if not setup.offload:
         found["parameters"] += b * weights.all // d
-        found["gradients"] = b * weights.trained // d
+        found["gradients"] = setup.gradient_entry * weights.trained // d
         found["optimizer"] = 12 * weights.trained // d
     return found
 
@@ -192,9 +198,9 @@ def layer_activations(shape: ModelShape, setup: Setup, tokens: int, row_tokens: 
     for linear in shape.linears:
         if lora is not None and adapted(linear, lora, shape.layers):
             total += b * tokens * lora.rank
-            if setup.dropout:  # each adapter drops entries of its own input and keeps the result and the mask
+            if setup.dropouts.lora:  # each adapter drops entries of its own input and keeps the result and the mask
                 total += tokens * (linear.inputs // (setup.tensor if linear.split == "row" else 1)) * (b + mask)
-    if setup.dropout and not shape.family.rotary:  # GPT-2's dropouts after attention and MLP
+    if setup.dropouts.residual and not shape.family.rotary:  # GPT-2's dropouts after attention and MLP
         total += 2 * tokens * shape.hidden * mask
     return total
 
@@ -249,7 +255,7 @@ def layer_input(shape: ModelShape, setup: Setup, tokens: int) -> int:
 def attention_masks(setup: Setup, load: Workload) -> int:
     """Masks that the attention kernel builds once per micro-batch for all layers."""
     gathered = setup.sequence if setup.sequence_mode == "allgather_kv" else 1
-    return kernel_of(setup.attention).mask_bytes(load, setup.entry, setup.device, setup.dropout, gathered)
+    return kernel_of(setup.attention).mask_bytes(load, setup.entry, setup.device, setup.dropouts.attention, gathered)
 
 
 def estimate(shape: ModelShape, setup: Setup, load: Workload) -> MemoryEstimate:
@@ -297,9 +303,11 @@ def _during(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) -
     }
     if load.rounds > 1 and setup.zero_stage < 3:
         # Of earlier micro-batches: whole gradients, or a shard under ZeRO-2. ZeRO-3's shard is one of the states.
-        found["gradients"] = b * weights.trained // (d if setup.zero_stage == 2 else 1)
+        found["gradients"] = setup.gradient_entry * weights.trained // (d if setup.zero_stage == 2 else 1)
     if setup.zero_stage == 1 and load.rounds > 1:
-        found["communication buckets"] = b * setup.buckets.reduce  # made by the first backward pass, unused until the last
+        found["communication buckets"] = (
+            setup.gradient_entry * setup.buckets.reduce
+        )  # made by the first backward pass, unused until the last
     if setup.zero_stage == 3 and (d > 1 or setup.offload):
         sharded = weights.all - weights.persistent
         if setup.lora is not None and not shape.tied:
@@ -318,11 +326,14 @@ def _at_loss(shape: ModelShape, setup: Setup, load: Workload, weights: Weights) 
     b, tokens = setup.entry, _rank_tokens(setup, load)
     rows = shape.vocabulary_rows(setup.tensor)
     targets = _rank_targets(setup, load)
-    chunk = min(targets, max(1, LOGITS_ENTRIES // rows)) * rows
+    most = max(1, LOGITS_ENTRIES[setup.device] // rows)
+    chunk = min(targets, most) * rows
     found = _during(shape, setup, load, weights)
     # Logits, an fp32 copy of them in half precision, and log-softmax. Hidden states of all tokens; those of the targets, and
     # their gradient.
     found["logits"] = found.get("logits", 0) + chunk * (8 if b == 4 else 10)
+    if setup.lora is None and b == 2 and targets > most:
+        found["logits"] += 4 * weights.head  # the sum over chunks, in fp32
     found["working memory"] = b * shape.hidden * (tokens + 2 * targets)
     return found
 
@@ -343,7 +354,7 @@ def _at_backward(shape: ModelShape, setup: Setup, load: Workload, weights: Weigh
         # Two buckets in turn. When the first is reduced, the buffer for all gradients of this rank is made. The activations of
         # the layers whose gradients fill a bucket are free by then; the gradient of a head of its own fills it at once.
         found["communication buckets"] = 2 * b * setup.buckets.reduce
-        own = b * weights.trained // setup.shards
+        own = setup.gradient_entry * weights.trained // setup.shards
         done = 0
         if setup.lora is not None or shape.tied:
             each = layer_input(shape, setup, tokens) if setup.activation_checkpointing else layer
@@ -360,13 +371,13 @@ def _at_backward(shape: ModelShape, setup: Setup, load: Workload, weights: Weigh
 
 def _at_reduction(setup: Setup, load: Workload, weights: Weights) -> Parts:
     """The end of the last backward pass: activations are freed, all gradients are being reduced to their owners."""
-    b, d, reduce = setup.entry, setup.shards, setup.buckets.reduce
-    trained = b * weights.trained
+    b, g, d, reduce = setup.entry, setup.gradient_entry, setup.shards, setup.buckets.reduce
+    trained = g * weights.trained
     if setup.zero_stage == 0:
         flat = b * min(weights.trained, ALL_REDUCE_BUCKET) if d > 1 else 0
         return {"gradients": trained, "communication buckets": flat}
     if setup.zero_stage == 1:
-        return {"gradients": trained + trained // d, "communication buckets": b * reduce}
+        return {"gradients": trained + trained // d, "communication buckets": g * reduce}
     if setup.zero_stage == 2:
         shards = trained // d * (2 if load.rounds > 1 else 1)
         return {"gradients": shards, "communication buckets": b * (2 * reduce + weights.largest)}
@@ -385,7 +396,7 @@ def _at_update(setup: Setup, weights: Weights) -> Parts:
         return {"gradients": b * weights.trained, "working memory": 4 * weights.trained if b == 2 else 0}
     shard = weights.trained // d
     if setup.zero_stage < 3:
-        return {"gradients": (b + 4) * shard}
+        return {"gradients": (4 if setup.fp32_gradients else b + 4) * shard}
     whole = b * weights.persistent if d > 1 else 0  # small parameters are updated in shards
     return {"gradients": 4 * min(shard, SUB_GROUP), "parameters": -whole}
 

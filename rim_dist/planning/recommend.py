@@ -128,6 +128,7 @@ class Planner:
     def __init__(self, recipe: Recipe, shape: ModelShape, cluster: Cluster, question: int = 128, target: int = 16) -> None:
         if recipe.parallel.zero_plus_plus:
             raise ConfigError("parallel.zero_plus_plus: true cannot be planned; allowed: false")
+        recipe = recipe.with_dtype("bf16")  # its GPUs have it
         self.recipe, self.shape, self.cluster, self._lengths = recipe, shape, cluster, (question, target)
         self._demands = Demands.of(recipe, shape.config, "cuda", "auto")
         self.row = _longest_row(recipe, question, target)
@@ -164,7 +165,8 @@ class Planner:
         return Candidate(setup, load, memory, sent, time, self.cluster.holds(memory))
 
     def _setup(self, tensor: int, sequence: int, micro_batch_tokens: int, mode: str = "auto", **decided: Any) -> Setup:
-        recipe, shape = self.recipe, self.shape
+        recipe, shape, dtype = self.recipe, self.shape, self.recipe.model.dtype
+        assert dtype != "auto"
         mode = choose_mode(mode, sequence, shape.heads // tensor, shape.kv_heads // tensor)
         return Setup(
             buckets=self._buckets(decided["zero_stage"], decided["offload"], tensor > 1, sequence > 1),
@@ -172,11 +174,12 @@ class Planner:
             sequence=sequence,
             data=self.cluster.gpus // (tensor * sequence),
             sequence_mode=mode,
-            dtype=recipe.model.dtype,
+            dtype=dtype,
             lora=recipe.model.lora,
             micro_batch_tokens=micro_batch_tokens,
             attention=self._kernel(mode if sequence > 1 else None, micro_batch_tokens),
-            dropout=self._demands.dropout,
+            dropouts=recipe.largest_dropouts,
+            fp32_gradients=recipe.accumulates_in_fp32_under(decided["zero_stage"]),
             **decided,
         )
 

@@ -16,11 +16,12 @@ from rim_dist.checkpoint.portable import is_portable
 from rim_dist.checkpoint.restore import restore_optimizer
 from rim_dist.checkpoint.snapshot import Capture
 from rim_dist.checkpoint.store import ENGINE
-from rim_dist.config import OptimizerSection, Recipe
+from rim_dist.config import Dropouts, OptimizerSection, Recipe
 from rim_dist.data.packing import RowCost
 from rim_dist.data.rows import Batch
 from rim_dist.errors import CheckpointError
 from rim_dist.model.dropout import set_dropout
+from rim_dist.model.proof import dropout_kinds
 from rim_dist.model.skeleton import parameter_groups
 from rim_dist.objective.forward import run_batch
 from rim_dist.objective.loss import ReadoutLoss
@@ -31,7 +32,7 @@ from rim_dist.parallel.mesh import Coordinates, Degrees, Mesh, ModelParallelUnit
 from rim_dist.parallel.ops import load_cpu_adam
 from rim_dist.parallel.sequence import shard_row
 from rim_dist.parallel.tensor import full_shape, slice_of
-from rim_dist.parallel.zero import keep_no_gathered_weights
+from rim_dist.parallel.zero import keep_no_gathered_weights, one_kind_of_shards
 from rim_dist.unwrap import bare_model, base_layer
 
 
@@ -92,11 +93,13 @@ class Engine:
         optimizer = build_optimizer(model, recipe.optimizer, offload)
         unit = ModelParallelUnit(self._mesh) if self._mesh.degrees.tensor > 1 else None
         groups.mpu = unit  # otherwise DeepSpeed keeps that of an earlier engine
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=ds_config, mpu=unit, dist_init_required=False
-        )
+        with one_kind_of_shards():
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=ds_config, mpu=unit, dist_init_required=False
+            )
         self._zero_stage = ds_config["zero_optimization"]["stage"]
         self._fp16 = recipe.model.dtype == "fp16"
+        self._trust_remote_code = recipe.model.trust_remote_code
         self.operations = 0.0
 
     @property
@@ -118,11 +121,17 @@ class Engine:
         self._engine.train()
         self._engine.set_gradient_accumulation_boundary(last)
         factor = scale * self._mesh.degrees.shards
-        loss_scale = getattr(self._engine.optimizer, "cur_scale", 1.0) if self._fp16 else 1.0
         with keep_no_gathered_weights() if self._zero_stage == 3 else nullcontext():
-            weighted_sum, token_losses = run_batch(self._engine, batch, gradient_scale=factor * float(loss_scale))
-        self._engine.backward(weighted_sum * factor)
+            weighted_sum, token_losses = run_batch(self._engine, batch, gradient_scale=factor * self._loss_scale)
+        # DeepSpeed scales the loss under ZeRO only; its fp16 optimizer without ZeRO divides by a scale that nobody put in.
+        unscaled = self._fp16 and self._zero_stage == 0
+        self._engine.backward(weighted_sum * (factor * self._loss_scale if unscaled else factor))
         return ReadoutLoss.of(weighted_sum.detach(), token_losses, batch.targets, self._blocks)
+
+    @property
+    def _loss_scale(self) -> float:
+        """What DeepSpeed multiplies the loss by, so that gradients fit into fp16."""
+        return float(self._engine.optimizer.loss_scale) if self._fp16 else 1.0
 
     def step(self, learning_rate: float) -> float:
         """Update the parameters; returns the gradient norm before clipping (0 if fp16 skipped the step)."""
@@ -130,11 +139,12 @@ class Engine:
             group["lr"] = learning_rate
         norm = None
         if self._zero_stage == 0:  # without ZeRO, DeepSpeed computes no norm unless it clips
-            norm = total_norm(self.module, self._mesh)
+            norm = total_norm(self.module, self._mesh) / self._loss_scale
         self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else 0.0
+        skipped = norm is None or (self._fp16 and not math.isfinite(norm))
+        return 0.0 if skipped else float(norm)
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         optimizer = self._engine.optimizer
@@ -142,18 +152,21 @@ class Engine:
             optimizer = optimizer.optimizer
         return optimizer
 
-    def begin_stage(self, dropout: float) -> None:
-        """Clear the optimizer's moments and step count, and set the stage's dropout."""
+    def begin_stage(self, dropouts: Dropouts) -> None:
+        """Clear the optimizer's moments and step count, and set the stage's dropouts."""
         for state in self._inner_optimizer().state.values():
             for name, value in state.items():
                 if torch.is_tensor(value):
                     value.zero_()
                 elif isinstance(value, int | float):
                     state[name] = 0
-        self.set_dropout(dropout)
+        self.set_dropout(dropouts)
 
-    def set_dropout(self, dropout: float) -> None:
-        set_dropout(self.module, dropout)
+    def set_dropout(self, dropouts: Dropouts) -> None:
+        """Set the dropouts of a stage."""
+        together = dropouts.attention == dropouts.residual
+        config, trusted = bare_model(self.module).config, self._trust_remote_code
+        set_dropout(self.module, dropouts, frozenset() if together else dropout_kinds(config, trusted)[0])
 
     def capture(self, folder: Path) -> dict[str, Any]:
         """This rank's shards, by the file names that DeepSpeed would write in `folder`. Writes nothing. Collective.
@@ -182,9 +195,9 @@ class Engine:
 
 
 def total_norm(module: nn.Module, mesh: Mesh) -> torch.Tensor:
-    """The gradient norm of the whole model. Parameters that all tensor ranks have are counted once."""
+    """The gradient norm of the whole model, in fp32. Parameters that all tensor ranks have are counted once."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None and (mesh.counts or slice_of(p) is not None)]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
     return all_reduce(norm.square(), mesh.tensor_group).sqrt() if mesh.tensor_group is not None else norm
 
 

@@ -45,6 +45,7 @@ from rim_dist.messages import say
 from rim_dist.methods import method_of
 from rim_dist.metrics import EvaluationDone, TrainStep, make_line, progress_texts, read_metrics
 from rim_dist.model.generation import Decoding, check_prompts, padding_note
+from rim_dist.model.precision import switch_kernels, with_precision
 from rim_dist.model.requirements import Requirements
 from rim_dist.model.skeleton import DTYPES
 from rim_dist.objective.loss import ReadoutLoss
@@ -95,6 +96,8 @@ class Trainer:
     """The training loop. Ranks call everything collective in the same order."""
 
     def __init__(self, recipe: Recipe, process: Process, requirements: Requirements, data: SampleStream) -> None:
+        recipe = with_precision(recipe)
+        switch_kernels(recipe.model.cudnn_attention, recipe.model.tf32)
         degrees = fit_degrees(recipe, process.ranks)
         if recipe.model.dtype == "fp16" and process.device == "cpu":
             raise ConfigError("model.dtype: fp16 needs a GPU; on a CPU use fp32 or bf16")
@@ -199,18 +202,20 @@ class Trainer:
 
     def _run_stage(self, plan: StagePlan, state: TrainingState) -> TrainingState:
         """Run what is left of a stage. Raises Stopped after a signal."""
-        stage = self._recipe.curriculum.stage(plan.name)
         mesh = self._mesh
         loader = BatchLoader(
             self._recipe, self._data, self._requirements.tokens, mesh.coordinates.data, mesh.degrees.data, self._engine.row_cost
         )
-        self._engine.set_dropout(stage.dropout)
+        dropouts = self._recipe.dropouts(plan.name)
+        self._engine.set_dropout(dropouts)
+        kernel = self._requirements.attention[plan.name].kernel
+        use_rim_attention(bare_model(self._engine.module), kernel)
         for step in range(state.step - plan.first_step, plan.steps):
             started = time.perf_counter()
             rank_batch = loader.rank_batch(plan, step)
             self._tell_of_data()
             if step == 0 or loader.phase(plan, step) != loader.phase(plan, step - 1):
-                self._engine.begin_stage(stage.dropout)
+                self._engine.begin_stage(dropouts)
             if self._preflight is not None:
                 started += self._dry_batch(self._preflight, rank_batch)
                 self._preflight = None
@@ -437,7 +442,7 @@ class Trainer:
         bidirectional = recipe.memory.inside_block == "bidirectional"
         questions = [s.question for s in padded]
         texts = block_answers(model, self._requirements.tokenizer, questions, method.prompt_blocks, decoding, bidirectional)
-        use_rim_attention(bare_model(model), self._requirements.attention.kernel)
+        use_rim_attention(bare_model(model), self._requirements.attention[state.stage].kernel)
         gathered: list[Any] = [None] * process.ranks
         dist.all_gather_object(gathered, list(zip(mine, texts, strict=False)) if mesh.counts else [])
         send_heartbeat(f"evaluation after step {state.step}")
@@ -485,7 +490,7 @@ class Trainer:
         self._progress.say(
             f"{self._recipe.run.name}: method {self._recipe.method}, {stages}; ZeRO-{self._recipe.parallel.zero_stage} on "
             f"{self._process.ranks} rank(s) of {self._process.device.partition(':')[0]}, {self._recipe.model.dtype}; "
-            f"attention {self._requirements.attention.kernel} ({self._requirements.attention.reason})"
+            f"attention {self._requirements.attention_in_words}"
         )
         padding = padding_note(self._requirements.tokenizer) if self._questions else ""
         for note in filter(None, [*self._requirements.notes, padding]):

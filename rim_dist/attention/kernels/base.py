@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rim_dist.config import STAGE_NAMES, Recipe
+from rim_dist.config import Recipe, StageName
 from rim_dist.planning.workload import Workload
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Demands:
     """What a run demands of its attention.
 
-    `dropout`: the largest of the stages that are trained. `sequence_mode`: None without sequence parallelism. `local`: the run
+    `dropout`: of attention weights. `sequence_mode`: None without sequence parallelism. `local`: the run
     is on this machine, so that the packages installed here count.
     """
 
@@ -36,10 +36,11 @@ class Demands:
     local: bool = False
 
     @staticmethod
-    def of(recipe: Recipe, config: Any, device: str, sequence_mode: str, local: bool = False) -> Demands:
-        """The demands of a recipe with a model (its transformers config) on a type of device."""
+    def of(
+        recipe: Recipe, config: Any, device: str, sequence_mode: str, stage: StageName | None = None, local: bool = False
+    ) -> Demands:
+        """The demands of a stage with a model (its transformers config) on a type of device; without `stage` those of all."""
         text = config.get_text_config()
-        stages = [recipe.curriculum.stage(name) for name in STAGE_NAMES]
         return Demands(
             config.model_type,
             getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
@@ -47,7 +48,7 @@ class Demands:
             getattr(text, "attn_logit_softcapping", None),
             device,
             recipe.model.dtype,
-            max(stage.dropout for stage in stages if stage.enabled),
+            (recipe.largest_dropouts if stage is None else recipe.dropouts(stage)).attention,
             recipe.memory.inside_block == "bidirectional",
             sequence_mode if recipe.parallel.sequence > 1 else None,
             recipe.optimizer.micro_batch_tokens,
@@ -126,7 +127,7 @@ class Kernel:
         bidirectional = d.bidirectional and not self.bidirectional
         mode = d.sequence_mode not in (None, *self.sequence_modes)
         reasons = (
-            (d.dropout and not self.dropout, f"it has no dropout, and a stage has dropout {d.dropout:g}"),
+            (d.dropout and not self.dropout, f"it has no dropout, and attention_dropout is {d.dropout:g}"),
             (d.device not in self.devices, f"it has no backward pass on {d.device}"),
             (missing, f"it needs packages that are not installed: {', '.join(missing)}"),
             (d.dtype not in self.dtypes, f"it computes in {', '.join(self.dtypes)}, and model.dtype is {d.dtype}"),

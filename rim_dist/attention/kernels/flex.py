@@ -11,7 +11,8 @@ class Flex(Kernel):
     module = "rim_dist.attention.flex"
     # On a CPU it has a forward pass only, which tests compare. Its block mask is integers for every 128 x 128 entries.
     devices = ("cuda",)
-    dtypes = ("fp32", "bf16", "fp16")
+    # In fp32 its kernels on a GPU need more registers than there are: what they spill costs more than `split` does.
+    dtypes = ("bf16", "fp16")
     head_dims = (16, None)
     sliding_window = softcap = bidirectional = True
     sequence_modes = ("ulysses", "allgather_kv")
