@@ -17,9 +17,10 @@ from rim_dist.checkpoint.commands import add_export_arguments, add_verbs, export
 from rim_dist.cluster.commands import add_cluster_commands
 from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, ConfigError, PeerLost, RimError, Stopped
 from rim_dist.evaluation.commands import add_evaluation_commands
-from rim_dist.messages import say
+from rim_dist.messages import outlive_console, prepare_console, say
 from rim_dist.planning.commands import add_plan_command
 from rim_dist.report.commands import add_report_command
+from rim_dist.versions import check_versions
 
 if TYPE_CHECKING:
     from rim_dist.parallel.liveness import LivenessMonitor
@@ -142,6 +143,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from rim_dist.recipe import load_recipe
 
     dump_stacks_on_signal()
+    outlive_console()
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from rim_dist.parallel.launch import join, leave
     from rim_dist.training.trainer import Trainer, finished_state, prepare_run
@@ -257,8 +259,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")  # peft calls it
+    prepare_console()
     arguments = build_parser().parse_args(_without_local_rank(sys.argv[1:] if argv is None else argv))
     try:
+        check_versions()
         return arguments.run(arguments)
     except Stopped as error:
         say(f"rim-dist: {error}")
@@ -269,6 +273,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("rim-dist: interrupted")
         return _end_of_rank(130, "interrupted")
+    except ModuleNotFoundError as error:
+        if (error.name or "rim_dist").partition(".")[0] == "rim_dist":
+            raise
+        text = f"{error.name} is not installed; `rim-dist version` lists what is needed"
+        say(f"rim-dist: {text}")
+        return _end_of_rank(EXIT_USAGE, text)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED

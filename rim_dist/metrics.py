@@ -13,6 +13,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from rim_dist.messages import say
+
 MetricLine = dict[str, Any]  # a line of metrics.jsonl
 
 TRAIN = ("train",)
@@ -257,13 +259,34 @@ def progress_texts(line: MetricLine) -> list[str]:
     return texts
 
 
-def read_metrics(path: Path) -> list[MetricLine]:
-    """All complete lines of a metrics file, in order; a last line cut off by a kill is left out."""
+def scan_metrics(path: Path) -> tuple[list[MetricLine], list[int]]:
+    """All lines of a metrics file, in order, and the numbers of those that are damaged.
+
+    A last line that a kill cut off, without a line end, is in neither list.
+    """
     lines: list[MetricLine] = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
+    damaged: list[int] = []
+    *whole, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    for number, text in enumerate([*whole, rest], 1):
+        try:
+            line = json.loads(text)
+            if line["kind"] not in BOTH or not isinstance(line["step"], int) or not isinstance(line["stage"], str):
+                raise ValueError("no line of a run")
+            lines.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if number <= len(whole):
+                damaged.append(number)
+    return lines, damaged
+
+
+def read_metrics(path: Path) -> list[MetricLine]:
+    """All lines of a metrics file, in order. Damaged ones are left out with a warning."""
+    lines, damaged = scan_metrics(path)
+    if damaged:
+        say(f"warning: {path}:{damaged[0]}: {damaged_text(damaged)}")
     return lines
+
+
+def damaged_text(numbers: Sequence[int]) -> str:
+    """What is said of damaged lines of a metrics file."""
+    return f"{len(numbers)} damaged line{'s' if len(numbers) > 1 else ''} left out; figures and curves lack those steps"

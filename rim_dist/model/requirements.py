@@ -16,8 +16,7 @@ from rim_dist.config import Recipe
 from rim_dist.data.synthetic import sentencepiece_tokenizer, synthetic_tokenizer
 from rim_dist.errors import ConfigError, ModelError, RimError, first_line
 from rim_dist.methods import method_of
-from rim_dist.methods.base import Method
-from rim_dist.model.generation import ends_of_folder, generation_config, model_positions
+from rim_dist.model.generation import check_blocks, ends_of_folder, generation_config, model_positions
 from rim_dist.model.proof import prove_family, prove_thoughts
 from rim_dist.model.skeleton import skeleton
 from rim_dist.model.weights import WeightSource
@@ -135,7 +134,7 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
         raise
     except Exception as error:  # some families have no heads, and some have others in every layer
         raise ModelError(f"model family {config.model_type}: not supported: {first_line(error)}") from error
-    _check_positions(method, tokens, positions)
+    check_blocks(method.prompt_blocks, len(tokens.block), positions, "memory.blocks", "memory.tokens_per_block")
     try:
         notes = set_chat_template(tokenizer, recipe.memory, method.prompt_blocks)
     except ModelError as error:
@@ -166,15 +165,6 @@ def _ends(
         f"note: eos_token_id {end} of the model is no special token of its tokenizer; answers go on after it" for end in words
     ]
     return [*ends, *(end for end in others if end in known)], notes
-
-
-def _check_positions(method: Method, tokens: MemoryTokens, positions: int) -> None:
-    size, blocks = len(tokens.block), method.prompt_blocks
-    if blocks * size >= positions:
-        raise ConfigError(
-            f"memory.blocks: {blocks} blocks of {size} tokens need {blocks * size} positions; the model has "
-            f"{positions}, so at most {(positions - 1) // size} blocks fit"
-        )
 
 
 def fetch_weights(recipe: Recipe, requirements: Requirements) -> None:

@@ -348,9 +348,11 @@ class Trainer:
         gathered: list[Any] = [None] * self._process.ranks
         dist.all_gather_object(gathered, bad)
         lines = sorted({line for bad in gathered for line in bad})
+        saved = store.complete_checkpoints(self._checkpoints)
+        kept = f"The checkpoint of step {store.read_state(saved[-1]).step} is intact" if saved else "Nothing was saved yet"
         raise TrainingError(
             f"the loss is not finite in {plan.name}, step {plan.first_step + step + 1}; samples (lines of "
-            f"{source_name(self._recipe.data)}): {', '.join(map(str, lines))}. The last checkpoint is intact; lower the "
+            f"{source_name(self._recipe.data)}): {', '.join(map(str, lines))}. {kept}; lower the "
             "learning rate, or look at these samples with `rim-dist data`"
         )
 
