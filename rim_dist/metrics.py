@@ -75,7 +75,7 @@ class Metric:
 
     `value` makes the value from a `TrainStep` or an `EvaluationDone`: a list with an entry for each block if `by_block`; None
     is left out. What is shown is `scale` times the value in the format `digits`; `progress` is the text in the progress line,
-    with `{}` for the value.
+    with `{}` for the value, `slow` the one instead of a value below 1, with names of the line's values.
     """
 
     name: str
@@ -86,6 +86,7 @@ class Metric:
     scale: float = 1.0
     digits: str = ".4g"
     progress: str = ""
+    slow: str = ""
     curve: Curve | None = None
     column: Column | None = None
 
@@ -199,10 +200,11 @@ METRICS: list[Metric] = [
     Metric("seconds", "time of the step", lambda x: x.seconds, scale=1 / 3600, digits=".2f", column=Column("hours", sum)),
     Metric(
         "samples_per_second",
-        "`batch_samples` / `seconds`",
+        "`batch_samples` / `seconds`; below 1 the progress line has the seconds of the step",
         lambda x: x.batch_samples / x.seconds,
         digits=".0f",
         progress="{} samples/s",
+        slow="{seconds:.1f} s/step",
     ),
     Metric(
         "tokens_per_second",
@@ -253,6 +255,9 @@ def progress_texts(line: MetricLine) -> list[str]:
     texts = []
     for metric in METRICS:
         if metric.progress and (found := metric.numbers(line)):
+            if metric.slow and found[0] < 1:
+                texts.append(metric.slow.format_map(line))
+                continue
             blocks = range(1, max(found) + 1) if max(found) else found
             shown = (metric.text(found[block]) if block in found else "-" for block in blocks)
             texts.append(metric.progress.format(" ".join(shown)))

@@ -108,6 +108,8 @@ def test_line_of_a_step() -> None:
         "50 tokens/s",
         "mem 3.00 GiB",
     ]
+    slow = {**line, "seconds": 40.0, "samples_per_second": 0.4}
+    assert progress_texts(slow)[4:6] == ["40.0 s/step", "50 tokens/s"]
     named = numbers(line)
     assert named["block_loss/3"] == 1.5
     assert named["step_readouts/1"] == 1

@@ -187,7 +187,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _questions(arguments: argparse.Namespace, loaded: LoadedModel, data: str, count: int) -> list[Sample]:
     from rim_dist.evaluation.evaluate import evaluation_samples, unknown_answers_note
 
-    columns = loaded.columns.model_copy(update=_columns(arguments.column))
+    columns = loaded.columns.model_copy(update=column_names(arguments.column))
     samples = evaluation_samples(data, arguments.format, count, columns, loaded.synthetic_steps)
     if note := unknown_answers_note(loaded.tokenizer, samples):
         say(note)
@@ -196,7 +196,7 @@ def _questions(arguments: argparse.Namespace, loaded: LoadedModel, data: str, co
     return samples
 
 
-def _columns(given: list[str]) -> dict[str, str]:
+def column_names(given: list[str]) -> dict[str, str]:
     """`--column FIELD=NAME` as fields of `data.columns`. Raises ConfigError for another field."""
     fields = ("question", "steps", "answer")
     columns = {}

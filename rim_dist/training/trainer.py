@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -531,6 +532,11 @@ class Trainer:
         plain = f"{self._folder / 'hf'} is a plain HF folder"
         bidirectional = "blocks that are bidirectional inside are not exported: no server runs them"
         say(f"done: {plain if self._recipe.exportable else bidirectional}")
+        hf, data = shlex.quote(str(self._folder / "hf")), self._recipe.evaluation.data or self._recipe.data.source
+        questions = shlex.quote(data) if self._questions else "FILE"
+        if self._recipe.exportable:
+            say(f'  rim-dist generate {hf} "QUESTION"\n  rim-dist evaluate {hf} {questions}')
+        say(f"  rim-dist report {shlex.quote(str(self._folder))}")
         if self._closing_note:
             say(self._closing_note)
 
