@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import math
 import re
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from rim_dist.config import ColumnsSection
-from rim_dist.data.formats import format_of, recognise
-from rim_dist.data.formats.base import from_columns, parse_json
+from rim_dist.data.formats import format_names, format_of, recognise
+from rim_dist.data.formats.base import JsonFormat, from_columns, parse_json
+from rim_dist.data.formats.gsm8k import Gsm8k
 from rim_dist.data.samples import BadSample, Sample, SourceRow
 from rim_dist.errors import ConfigError, DataError, first_line
 
@@ -37,7 +39,11 @@ _LOOK = 20_000  # rows
 
 @dataclass
 class Look:
-    """What a data file is. `rows`: made anew where no format of rim_dist reads the file, to be written as JSONL."""
+    """What a data file is.
+
+    `converted`: no format of rim_dist reads it, so the samples are to be written as JSONL. `equations`: the steps are what
+    GSM8K has in `<<..>>`.
+    """
 
     source: str
     path: Path
@@ -45,6 +51,7 @@ class Look:
     samples: list[Sample] = field(default_factory=list)
     bad: Counter[str] = field(default_factory=Counter)
     converted: bool = False
+    equations: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -62,15 +69,24 @@ def look_at(data: Path, columns: dict[str, str]) -> Look:
     ending = "".join(files[0].suffixes[-2:]).lower()
     whole = len(files) == 1 and not ending.endswith((".gz", *_CONVERTED))
     source = recognise(files[0]) if whole else "jsonl"
-    look = Look(source, files[0], converted=not whole)
-    if whole and source not in ("jsonl", "parquet"):
+    look = Look(source, files[0], converted=not whole, equations=source in ("gsm8k", "gsm8k_aug"))
+    if whole and source not in ("jsonl", "parquet", "prosqa"):
         return _sorted_out(look, format_of(source).read(look.path, look.columns))
     rows = _raw_rows(files)
     first = next(rows, None)
     if first is None:
         raise DataError(f"{data}: no rows in it")
     chat = next((name for name in _CHATS if isinstance(first[1].get(name), list)), None)
-    rows = _chain(first, rows)
+    rows = itertools.chain([first], rows)
+    if source == "prosqa":  # any list of objects in a .json file
+        if {"question", "answer"} <= first[1].keys() and not columns:
+            return _sorted_out(look, format_of(source).read(look.path, look.columns))
+        look.converted, look.source = True, "jsonl"
+    inside = next((known for known in _row_formats() if known.fits(first[1])), None)
+    if inside is not None and not columns:
+        look.converted, look.source, look.equations = True, "jsonl", isinstance(inside, Gsm8k)
+        look.notes.append("question and solution as in GSM8K" if look.equations else "question and answer as in GSM-Hard")
+        return _sorted_out(look, (inside.convert(number, row, look.columns) for number, row in rows))
     if chat and not columns:
         look.converted, look.source = True, "jsonl"
         look.notes.append(f"conversations in {chat}: the last answer of each with one question; system prompts are left out")
@@ -79,11 +95,10 @@ def look_at(data: Path, columns: dict[str, str]) -> Look:
     return _sorted_out(look, (from_columns(number, row, look.columns) for number, row in rows))
 
 
-def _chain(
-    first: tuple[int, dict[str, Any]], rest: Iterator[tuple[int, dict[str, Any]]]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    yield first
-    yield from rest
+def _row_formats() -> list[JsonFormat]:
+    """Formats with more in a row than named columns, which hub data sets and compressed files hold as well."""
+    known = [found for found in map(format_of, format_names()) if isinstance(found, JsonFormat) and found.precedence]
+    return sorted(known, key=lambda found: -found.precedence)
 
 
 def _files(data: Path) -> list[Path]:
@@ -137,6 +152,12 @@ def _text_rows(file: Path) -> Iterator[Any]:
         except csv.Error:
             dialect = csv.excel
         yield from csv.DictReader(io.StringIO(text, newline=""), dialect=dialect)
+        return
+    if text.lstrip().startswith("["):
+        try:
+            yield from parse_json(text)
+        except ValueError as error:
+            raise DataError(f"{file}: not a JSON list of rows ({error})") from None
         return
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
@@ -256,6 +277,7 @@ def propose(look: Look, name: str, path: Path, model: str, lengths: Lengths, blo
     columns = look.columns.model_dump()
     lines = [
         f"# {path}: {len(samples)} samples, {steps_seen}.",
+        *([f"# Made from {look.path} by rim-dist init."] if look.converted else []),
         *(f"# Left out: {count} x {reason}." for reason, count in look.bad.most_common(5)),
         *(f"# Note: {note}." for note in look.notes),
         f"# Lengths are {how}. docs/configuration.md has every field.",
@@ -272,7 +294,7 @@ def propose(look: Look, name: str, path: Path, model: str, lengths: Lengths, blo
     ]
     if look.source in ("jsonl", "parquet") and not look.converted:
         lines.append("  columns: {" + ", ".join(f"{part}: {_q(column)}" for part, column in columns.items()) + "}")
-    if look.source in ("gsm8k", "gsm8k_aug"):
+    if look.equations:
         lines.append('  step_format: "<<{step}>>"')
     lines += [
         f"  max_tokens: {limit if lengths.measured else 'null'}  # longest question with blocks and one target",
