@@ -51,6 +51,7 @@ setup(
         "mpi": ["openmpi>=5"],
         "cuda": ["cut-cross-entropy>=25.1"],
         "tensorboard": ["tensorboard>=2.21"],
+        "completion": ["argcomplete>=3.5"],
         "eval": ["lm_eval>=0.4.13"],
         "dev": [
             "pytest>=9",

@@ -22,6 +22,10 @@ class ConfigError(RimError):
     """A recipe or an override is wrong, or asks for an impossible combination."""
 
 
+class EnvironmentProblem(RimError):
+    """A package is missing or of another version than is needed."""
+
+
 class DataError(RimError):
     """A data file or a sample in it cannot be used."""
 

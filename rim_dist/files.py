@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,14 +228,16 @@ def damage_of(
     rank: int = 0,
     ranks: int = 1,
     only: Mapping[str, list[tuple[int, int]]] | None = None,
+    free: Collection[str] = (),
 ) -> str:
     """What is wrong with a folder that has a manifest; empty if nothing.
 
     Compares the size of every file; with `checksums` also the contents, block by block, divided among `ranks`. Of the files
-    in `only` it compares the blocks that hold the given ranges of bytes (first, one after the last), of others all.
+    in `only` it compares the blocks that hold the given ranges of bytes (first, one after the last), of others all. Files in
+    `free` may be changed or missing.
     """
     try:
-        records = read_manifest(folder)
+        records = {name: record for name, record in read_manifest(folder).items() if name not in free}
     except CheckpointError:
         return f"it has no readable {MANIFEST}"
     for name, record in records.items():

@@ -13,6 +13,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from rim_dist.messages import say
+
 MetricLine = dict[str, Any]  # a line of metrics.jsonl
 
 TRAIN = ("train",)
@@ -73,7 +75,7 @@ class Metric:
 
     `value` makes the value from a `TrainStep` or an `EvaluationDone`: a list with an entry for each block if `by_block`; None
     is left out. What is shown is `scale` times the value in the format `digits`; `progress` is the text in the progress line,
-    with `{}` for the value.
+    with `{}` for the value, `slow` the one instead of a value below 1, with names of the line's values.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Metric:
     scale: float = 1.0
     digits: str = ".4g"
     progress: str = ""
+    slow: str = ""
     curve: Curve | None = None
     column: Column | None = None
 
@@ -197,10 +200,11 @@ METRICS: list[Metric] = [
     Metric("seconds", "time of the step", lambda x: x.seconds, scale=1 / 3600, digits=".2f", column=Column("hours", sum)),
     Metric(
         "samples_per_second",
-        "`batch_samples` / `seconds`",
+        "`batch_samples` / `seconds`; below 1 the progress line has the seconds of the step",
         lambda x: x.batch_samples / x.seconds,
         digits=".0f",
         progress="{} samples/s",
+        slow="{seconds:.1f} s/step",
     ),
     Metric(
         "tokens_per_second",
@@ -251,19 +255,43 @@ def progress_texts(line: MetricLine) -> list[str]:
     texts = []
     for metric in METRICS:
         if metric.progress and (found := metric.numbers(line)):
+            if metric.slow and found[0] < 1:
+                texts.append(metric.slow.format_map(line))
+                continue
             blocks = range(1, max(found) + 1) if max(found) else found
             shown = (metric.text(found[block]) if block in found else "-" for block in blocks)
             texts.append(metric.progress.format(" ".join(shown)))
     return texts
 
 
-def read_metrics(path: Path) -> list[MetricLine]:
-    """All complete lines of a metrics file, in order; a last line cut off by a kill is left out."""
+def scan_metrics(path: Path) -> tuple[list[MetricLine], list[int]]:
+    """All lines of a metrics file, in order, and the numbers of those that are damaged.
+
+    A last line that a kill cut off, without a line end, is in neither list.
+    """
     lines: list[MetricLine] = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
+    damaged: list[int] = []
+    *whole, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    for number, text in enumerate([*whole, rest], 1):
+        try:
+            line = json.loads(text)
+            if line["kind"] not in BOTH or not isinstance(line["step"], int) or not isinstance(line["stage"], str):
+                raise ValueError("no line of a run")
+            lines.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if number <= len(whole):
+                damaged.append(number)
+    return lines, damaged
+
+
+def read_metrics(path: Path) -> list[MetricLine]:
+    """All lines of a metrics file, in order. Damaged ones are left out with a warning."""
+    lines, damaged = scan_metrics(path)
+    if damaged:
+        say(f"warning: {path}:{damaged[0]}: {damaged_text(damaged)}")
     return lines
+
+
+def damaged_text(numbers: Sequence[int]) -> str:
+    """What is said of damaged lines of a metrics file."""
+    return f"{len(numbers)} damaged line{'s' if len(numbers) > 1 else ''} left out; figures and curves lack those steps"

@@ -100,19 +100,30 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {name: leaf for part in leaves for name, leaf in part.items()}
 
 
+_NAMES_ELSEWHERE = {"lr": "learning_rate", "batch_size": "global_batch", "file": "path"}  # what other trainers call it
+
+
 def _nearest(path: str) -> str:
-    """The known field closest to an unknown dotted name: the same section first, then a same-named field elsewhere."""
+    """What to say of an unknown dotted name: the fields whose own names are most like its last part, anywhere in the recipe.
+
+    Of equally like ones those whose sections are nearer.
+    """
     if path in _MOVED:
         return f"; {_MOVED[path]}"
     names = field_names()
     parent, _, leaf = path.rpartition(".")
+
+    def likeness(name: str) -> tuple[float, float]:
+        section, _, own = name.rpartition(".")
+        pairs = ((leaf.lower(), own), (parent.lower(), section))
+        of_leaf, of_section = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return of_leaf + (0.2 if section == parent else 0.0), of_section  # a typo is likelier than another section
+
+    leaf = _NAMES_ELSEWHERE.get(leaf.lower(), leaf)
+    best = max(map(likeness, names))
+    if best[0] >= 0.8:
+        return f"; did you mean {' or '.join(name for name in names if likeness(name) == best)}?"
     siblings = [n for n in names if n.rpartition(".")[0] == parent]
-    match = difflib.get_close_matches(path, siblings, n=1, cutoff=0.6)
-    match = (
-        match or [n for n in names if n.rpartition(".")[2] == leaf] or difflib.get_close_matches(path, names, n=1, cutoff=0.4)
-    )
-    if match:
-        return f"; did you mean {match[0]}?"
     return f"; known here: {', '.join(siblings)}" if siblings else ""
 
 

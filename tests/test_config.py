@@ -44,7 +44,7 @@ def test_overrides_are_typed(recipe_file: Make) -> None:
     ("override", "message"),
     [
         ("memory.bloks=3", r"memory.bloks: unknown key; did you mean memory.blocks\?"),
-        ("learning_rate=1", r"did you mean curriculum.stage1.learning_rate\?"),
+        ("learning_rate=1", r"did you mean curriculum.stage1.learning_rate or curriculum.stage2.learning_rate\?"),
         ("run.seed=abc", "run.seed: 'abc' is not allowed"),
         ("run.seed=true", "run.seed: True is not allowed"),
         ("optimizer.global_batch=0", "optimizer.global_batch: 0 is not allowed"),

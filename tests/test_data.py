@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -464,7 +465,7 @@ def test_refuse_and_skip(recipe_file: Make, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_show_says_what_template_and_formats_make_of_the_first_sample(
-    recipe_file: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe_file: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Text and token ids are those of plain transformers, line ends and special tokens visible."""
     byte_tokenizer("{{ bos_token }}user:\n{{ messages[0]['content'] }}\n\n").save_pretrained(tmp_path / "tokenizer")
@@ -493,12 +494,27 @@ def test_show_says_what_template_and_formats_make_of_the_first_sample(
     text = capsys.readouterr().out
     assert "\n".join(expected) + "\n" in text
     assert "d.jsonl:3 as text" not in text
+    one_step = "  after block 1 (1.000): '#### 12</s>'\n"
+    assert (
+        f"stage1, sample 1 ({data}:2): question, 1 blocks of 2 memory tokens, 1 readouts (weight of each token)\n{one_step}"
+        in text
+    )
+    assert "  after block 1 (0.333): '#### 12</s>'\n  after block 2 (0.667): '#### 12</s>'\n" in text
     assert main(["data", str(path), "data.streaming=true", "--show", "2", "--ids"]) == 0
     text = capsys.readouterr().out
     assert "\n".join(with_ids) + "\n" in text
     assert "d.jsonl:3 as text" in text
     assert main(["data", str(path), "--ids"]) == 2
     assert "--ids: needs --show" in capsys.readouterr().err
+    assert main(["data", str(path), "--tokens"]) == 2
+    assert "--tokens: needs --show" in capsys.readouterr().err
+    monkeypatch.setattr("rim_dist.training.show.sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+    monkeypatch.setenv("COLUMNS", "50")
+    assert main(["data", str(path), "--show"]) == 0
+    shown = capsys.readouterr().out.partition("as text:")[2].splitlines()
+    broken = [line for line in shown if line.startswith("    ")]
+    assert len(broken) >= 2
+    assert max(map(len, broken)) <= 50
 
 
 def test_empty_and_unusable_data(recipe_file: Make, tmp_path: Path) -> None:

@@ -564,7 +564,10 @@ def test_compare_command(folder: Path, questions_file: Path, tmp_path: Path, cap
         (["evaluate", "BARE", "DATA"], "its tokenizer has no chat template"),
         (["blocks", "MODEL", "DATA", "--output", "OUT", "--budgets", "1,x"], "--budgets: '1,x' is not allowed"),
         (["blocks", "MODEL", "DATA", "--output", "OUT", "--budgets", "0"], "--budgets: '0' is not allowed"),
-        (["blocks", "MODEL", "DATA", "--output", "OUT", "--budgets", "90"], "the model has 128 positions"),
+        (
+            ["blocks", "MODEL", "DATA", "--output", "OUT", "--budgets", "90"],
+            "--budgets: 90 blocks of 4 tokens need 360 positions",
+        ),
         (["blocks", "MODEL", "DATA", "--output", "OUT", "--confidence", "1"], "--confidence: 1 is not allowed"),
         (["blocks", "MODEL", "NONE", "--output", "OUT"], "no such file"),
         (["blocks", "PLAIN", "DATA", "--output", "OUT"], "this model has no memory blocks"),

@@ -165,7 +165,7 @@ def test_a_new_method_is_one_file(tmp_path: Path, recipe_file: Any, monkeypatch:
 
 @pytest.mark.parametrize("method", method_names())
 def test_data_shows_every_method(method: str, recipe_file: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", str(recipe_file(method=method, coconut={"max_latent_stage": 2})), "--show", "1"]) == 0
+    assert main(["data", str(recipe_file(method=method, coconut={"max_latent_stage": 2})), "--show", "1", "--tokens"]) == 0
     text = capsys.readouterr().out
     assert text.count("sample 1") == (4 if method == "coconut" else 2)  # one of each latent stage
     assert text.count("thought ") == (2 + 4 + 4 if method == "coconut" else 0)

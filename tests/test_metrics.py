@@ -15,9 +15,11 @@ from ranks import run
 import config_reference
 from rim_dist import metrics
 from rim_dist.cli import main
+from rim_dist.config import LoggingSection
 from rim_dist.metrics import Column, Curve, EvaluationDone, Metric, TrainStep, make_line, numbers, progress_texts, read_metrics
 from rim_dist.table import Table, show
 from rim_dist.training.curves import curve_metrics, draw_curves
+from rim_dist.training.metrics_log import MetricsLog
 
 WORKER = """
 import sys
@@ -106,6 +108,8 @@ def test_line_of_a_step() -> None:
         "50 tokens/s",
         "mem 3.00 GiB",
     ]
+    slow = {**line, "seconds": 40.0, "samples_per_second": 0.4}
+    assert progress_texts(slow)[4:6] == ["40.0 s/step", "50 tokens/s"]
     named = numbers(line)
     assert named["block_loss/3"] == 1.5
     assert named["step_readouts/1"] == 1
@@ -127,6 +131,29 @@ def test_line_of_an_evaluation() -> None:
         "operations": 4e12,
     }
     assert progress_texts(line) == ["8 questions", "accuracy 50.0%", "by block 25.0 50.0"]
+
+
+LINES = [{"kind": "train", "stage": "stage1", "step": step, "loss": 1.0} for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\x00" * 40, b'{"kind": "train", "st', b"\xff\xfe", b"[1, 2]", b"17", b'{"step": 2}', b"["]
+)
+def test_damaged_lines_are_left_out_and_kept(tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    """All lines beside the damage are read, with a warning, and a resume keeps the file as it was."""
+    first, second, third = (json.dumps(line).encode() for line in LINES)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(content := b"\n".join([first, damage, third, second[:20]]))
+    assert read_metrics(path) == [LINES[0], LINES[2]]
+    assert capsys.readouterr().err.startswith(f"warning: {path}:2: 1 damaged line left out; ")
+    MetricsLog(tmp_path, LoggingSection(), 3, {}).close()
+    assert path.read_bytes() == b"\n".join([first, third, b""])
+    (copy,) = tmp_path.glob("metrics-damaged-*.jsonl")
+    assert copy.read_bytes() == content
+    assert copy.name in capsys.readouterr().err
+    MetricsLog(tmp_path, LoggingSection(), 3, {}).close()
+    assert capsys.readouterr().err == ""
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_new_metric_is_one_entry(tmp_path: Path, recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

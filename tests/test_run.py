@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from ranks import ROOT, run
 from safetensors.torch import load_file, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rim_dist.checkpoint.store import complete_checkpoints
 from rim_dist.cli import main
 from rim_dist.data.synthetic import SyntheticTask
 from rim_dist.evaluation.loading import load_for_evaluation
@@ -157,12 +159,37 @@ def test_generate(trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert main(["generate", hf, question, "--max-new-tokens", "0"]) == 2
 
 
+def test_damaged_models_are_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A flipped bit of an export or of a checkpoint; what a user writes into the model card is no damage."""
+    folder, question = tmp_path / "run", "From the hall take red."
+    shutil.copytree(trained, folder)
+    newest = complete_checkpoints(folder / "checkpoints")[-1]
+    (folder / "hf" / "README.md").write_text("My own words.")
+    for model in (folder / "hf", newest):
+        assert main(["generate", str(model), question]) == 0
+    weights = [folder / "hf" / "model.safetensors", next((newest / "engine").glob("*model_states.pt"))]
+    for model, file in zip((folder / "hf", newest), weights, strict=True):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+        capsys.readouterr()
+        assert main(["generate", str(model), question]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert f"{model}: damaged" in said.err
+        assert f"{file.name} has other contents than its manifest says" in said.err
+    assert main(["generate", str(folder / "hf"), question, "--no-verify"]) == 0
+
+
 def test_prompts_that_do_not_fit_are_refused(
     trained: Path, tmp_path: Path, recipe_file: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hf = str(trained / "hf")
     assert main(["generate", hf, "From the hall take red.", "--blocks", "60"]) == 2
-    assert "question 1: 248 tokens with its memory blocks; the model has 128 positions" in capsys.readouterr().err
+    message = "--blocks: 60 blocks of 4 tokens need 240 positions; the model has 128, so at most 31 blocks fit"
+    assert message in capsys.readouterr().err
+    assert main(["generate", hf, "From the hall take red" + " red" * 20, "--blocks", "31"]) == 2
+    assert "tokens with its memory blocks; the model has 128 positions" in capsys.readouterr().err
     questions = tmp_path / "long.jsonl"
     questions.write_text(json.dumps({"question": "red " * 130, "answer": "hall"}))
     assert main(["train", str(recipe_file(evaluation={"data": str(questions)}))]) == 2
@@ -438,7 +465,8 @@ def test_loss_that_is_not_finite_stops_the_run(trained: Path, tmp_path: Path, re
     assert result.returncode == 1
     assert "Traceback" not in result.stdout
     assert "the loss is not finite in stage1, step" in result.stdout
-    named = result.stdout.split("): ")[-1].split(". The last")[0]
+    assert ("Nothing was saved yet" in result.stdout) == (not list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-*")))
+    named = result.stdout.split("): ")[-1].split(". ")[0]
     assert named
     assert all("black" in problems[int(line) - 1].question for line in named.split(", "))
 
@@ -450,6 +478,11 @@ def test_loss_that_is_not_finite_stops_the_run(trained: Path, tmp_path: Path, re
             {"memory": {"blocks": 40}},
             [],
             "memory.blocks: 40 blocks of 4 tokens need 160 positions; the model has 128, so at most 31",
+        ),
+        (
+            {"memory": {"tokens_per_block": 100_000}},
+            [],
+            "memory.tokens_per_block: a block of 100002 tokens does not fit: the model has 128 positions",
         ),
         ({"optimizer": {"global_batch": 1}}, [], None),
         ({"model": {"config": {**TINY_MODEL, "model_type": "bloom"}}}, [], "bloom has no field"),

@@ -46,12 +46,13 @@ class ExportOptions:
     pad_vocabulary: int = 1
 
 
-def load_trained_model(checkpoint: Path) -> PreTrainedModel:
+def load_trained_model(checkpoint: Path, verify: bool = False) -> PreTrainedModel:
     """The trained model on the CPU in fp32, LoRA merged. Every tensor must be there by name and shape.
 
-    Raises CheckpointError naming missing, surplus or misshapen tensors.
+    `verify`: what is read is compared with its checksums. Raises CheckpointError naming missing, surplus, misshapen or damaged
+    tensors.
     """
-    return _load_merged(index_checkpoint(checkpoint))
+    return _load_merged(_verified_index(checkpoint, Workers()) if verify else index_checkpoint(checkpoint))
 
 
 def _load_merged(index: CheckpointIndex) -> PreTrainedModel:

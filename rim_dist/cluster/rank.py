@@ -23,8 +23,8 @@ from rim_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_TRY_AGAIN, EXIT_USAGE, 
 from rim_dist.heartbeat import HEARTBEAT_VARIABLE, STACKS_SIGNAL, STACKS_VARIABLE
 from rim_dist.messages import say
 from rim_dist.parallel.environment import cores_of_rank, host_name, rank_environment, read_rank_info
+from rim_dist.training.signals import STOP_SIGNALS, handle_stop_signals
 
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _POLL_SECONDS = 1.0
 _STACKS_SECONDS = 10.0  # between the request for stacks and the end of the rank: time for the other ranks' stacks
 _OUTPUT_SECONDS = 5.0  # to read what the rank wrote before it ended
@@ -81,8 +81,7 @@ class RankSupervisor:
         for descriptor in (self._output, heartbeats):
             os.set_blocking(descriptor, False)
             self._selector.register(descriptor, selectors.EVENT_READ)
-        for number in _FORWARDED:
-            signal.signal(number, self._forward)
+        handle_stop_signals(self._forward)
         self.say(f"rank {self.info.rank} of {self.info.ranks} is process {self.child.pid}")  # many ranks print nothing else
 
     # ---- output --------------------------------------------------------------------------------------
@@ -204,7 +203,7 @@ class RankSupervisor:
             return EXIT_USAGE, "another start has taken over", False
         if code < 0:
             name = signal.Signals(-code).name
-            stopped = -code in _FORWARDED
+            stopped = -code in STOP_SIGNALS
             return EXIT_TRY_AGAIN, "stopped before it had something to save" if stopped else f"killed by {name}", not stopped
         reasons = {
             EXIT_DONE: "done",

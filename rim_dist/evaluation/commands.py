@@ -50,6 +50,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--stop": {"action": "append", "default": [], "metavar": "TEXT", "help": "an answer ends before this text (repeatable)"},
     "--blocks": {"type": int, "metavar": "K", "help": "memory blocks (default: as trained)"},
     "--output": {"metavar": "DIR"},
+    "--no-verify": {"action": "store_true", "help": "do not compare the model's files with their checksums first"},
 }
 _QUESTIONS = ("data", "--format", "--column", "--samples", "--batch", "--max-new-tokens", "--stop")
 
@@ -74,7 +75,7 @@ def add_evaluation_commands(command: Command) -> None:
     _add(generate, "model")
     generate.add_argument("question", nargs="?", help="the question")
     generate.add_argument("--every-block", action="store_true", help="the answer after every block")
-    _add(generate, "--blocks", "--stop")
+    _add(generate, "--blocks", "--stop", "--no-verify")
     _add(generate, "--max-new-tokens", default=256, help="most tokens of an answer (256)")
 
     evaluate = command(
@@ -85,7 +86,7 @@ def add_evaluation_commands(command: Command) -> None:
         "rim-dist evaluate exported/ gsm8k/test.jsonl --samples 1319 --output report/",
         "rim-dist evaluate exported/ gsm8k/test.jsonl --sampled 16 --temperature 0.8",
     )
-    _add(evaluate, "model", *_QUESTIONS, "--blocks", "--sampled", "--timed", "--timed-batch")
+    _add(evaluate, "model", *_QUESTIONS, "--blocks", "--sampled", "--timed", "--timed-batch", "--no-verify")
     evaluate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the drawn answers (1.0)")
     _add(evaluate, "--output", help="write evaluation.json and answers.jsonl here")
 
@@ -98,7 +99,7 @@ def add_evaluation_commands(command: Command) -> None:
     )
     latency.add_argument("data", **_OPTIONS["data"])
     latency.add_argument("models", nargs="+", metavar="MODEL", help=_MODEL)
-    _add(latency, "--format", "--column", "--max-new-tokens", "--stop", "--timed", "--timed-batch")
+    _add(latency, "--format", "--column", "--max-new-tokens", "--stop", "--timed", "--timed-batch", "--no-verify")
     _add(latency, "--output", help="write latency.json here")
 
     for name, text in (
@@ -112,7 +113,7 @@ def add_evaluation_commands(command: Command) -> None:
             f"rim-dist {name} runs/demo/hf synthetic:1 --budgets 1,2,3,4,5,6,8 --output {name}/",
             f"rim-dist {name} exported/ gsm8k/test.jsonl --samples 1319 --probe-data gsm8k/train.jsonl --output {name}/",
         )
-        _add(blocks, "model", *_QUESTIONS, "--timed")
+        _add(blocks, "model", *_QUESTIONS, "--timed", "--no-verify")
         blocks.set_defaults(samples=512)
         _add(blocks, "--output", required=True, help=f"write {name}.json, {name}.png and probe.safetensors here")
         blocks.add_argument("--budgets", metavar="K,K,...", help="numbers of blocks (default: 1 to the trained one)")
@@ -128,7 +129,7 @@ def add_evaluation_commands(command: Command) -> None:
         "rim-dist analyse runs/demo synthetic:1 --output analysis/",
         "rim-dist analyse exported/ gsm8k/test.jsonl --samples 128 --output analysis/",
     )
-    _add(analyse, "model", *_QUESTIONS)
+    _add(analyse, "model", *_QUESTIONS, "--no-verify")
     written = "write analysis.json and pictures here; a run's folder as MODEL adds its checkpoints' states (training.png)"
     _add(analyse, "--output", required=True, help=written)
 
@@ -147,20 +148,21 @@ def add_evaluation_commands(command: Command) -> None:
     )
 
 
-def _load(model: str) -> LoadedModel:
+def _load(arguments: argparse.Namespace, model: str) -> LoadedModel:
     from rim_dist.evaluation.loading import load_for_evaluation
 
-    return load_for_evaluation(model)
+    return load_for_evaluation(model, verify=not arguments.no_verify)
 
 
-def _blocks(given: int | None, trained: int) -> int:
+def _blocks(given: int | None, loaded: LoadedModel) -> int:
     """The block budget of a command: the trained one unless given. Raises ConfigError if it makes no sense."""
     if given is None:
-        return trained
-    if trained == 0:
+        return loaded.blocks
+    if loaded.blocks == 0:
         raise ConfigError(f"--blocks: {given} is not allowed; this model has no memory blocks")
     if given < 1:
         raise ConfigError(f"--blocks: {given} is not allowed; allowed: 1 or more")
+    loaded.check_blocks(given, "--blocks")
     return given
 
 
@@ -185,7 +187,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _questions(arguments: argparse.Namespace, loaded: LoadedModel, data: str, count: int) -> list[Sample]:
     from rim_dist.evaluation.evaluate import evaluation_samples, unknown_answers_note
 
-    columns = loaded.columns.model_copy(update=_columns(arguments.column))
+    columns = loaded.columns.model_copy(update=column_names(arguments.column))
     samples = evaluation_samples(data, arguments.format, count, columns, loaded.synthetic_steps)
     if note := unknown_answers_note(loaded.tokenizer, samples):
         say(note)
@@ -194,7 +196,7 @@ def _questions(arguments: argparse.Namespace, loaded: LoadedModel, data: str, co
     return samples
 
 
-def _columns(given: list[str]) -> dict[str, str]:
+def column_names(given: list[str]) -> dict[str, str]:
     """`--column FIELD=NAME` as fields of `data.columns`. Raises ConfigError for another field."""
     fields = ("question", "steps", "answer")
     columns = {}
@@ -216,7 +218,7 @@ def _decoding(arguments: argparse.Namespace, loaded: LoadedModel, batch: int) ->
 
 def _load_with_blocks(arguments: argparse.Namespace) -> tuple[LoadedModel, list[Sample], Decoding]:
     """The model, which has to have memory blocks, its questions, and how it answers them."""
-    loaded = _load(arguments.model)
+    loaded = _load(arguments, arguments.model)
     if not loaded.blocks:
         raise ConfigError(f"{arguments.model}: this model has no memory blocks")
     samples = _questions(arguments, loaded, arguments.data, arguments.samples)
@@ -234,8 +236,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     from rim_dist.model.generation import Decoding, answer_questions
 
     _check(arguments)
-    loaded = _load(arguments.model)
-    blocks = _blocks(arguments.blocks, loaded.blocks)
+    loaded = _load(arguments, arguments.model)
+    blocks = _blocks(arguments.blocks, loaded)
     if arguments.every_block and not blocks:
         raise ConfigError("--every-block: this model has no memory blocks")
     questions = [arguments.question] if arguments.question is not None else _standard_input()
@@ -271,8 +273,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from rim_dist.model.generation import Sampling
 
     _check(arguments)
-    loaded = _load(arguments.model)
-    blocks = _blocks(arguments.blocks, loaded.blocks)
+    loaded = _load(arguments, arguments.model)
+    blocks = _blocks(arguments.blocks, loaded)
     samples = _questions(arguments, loaded, arguments.data, arguments.samples)
     sampling = Sampling(arguments.sampled, arguments.temperature) if arguments.sampled else None
     decoding = _decoding(arguments, loaded, arguments.batch)
@@ -295,7 +297,7 @@ def _latency(arguments: argparse.Namespace) -> int:
     batch, names = arguments.timed_batch, arguments.models
     if len(set(names)) < len(names):
         raise ConfigError("models: the same one is given twice")
-    models = {name: _load(name) for name in names}
+    models = {name: _load(arguments, name) for name in names}
     samples = _questions(arguments, models[names[0]], arguments.data, max(batch, arguments.timed))
     questions = [sample.question for sample in samples]
     candidates = {
@@ -343,6 +345,7 @@ def _block_budgets(arguments: argparse.Namespace) -> int:
     _check(arguments)
     loaded, samples, decoding = _load_with_blocks(arguments)
     budgets = _budgets(arguments.budgets, loaded.blocks)
+    loaded.check_blocks(budgets[-1], "--budgets")
     others = _questions(arguments, loaded, arguments.probe_data, arguments.samples) if arguments.probe_data else None
     figures, probe = measure_budgets(loaded, samples, budgets, decoding, arguments.timed, arguments.confidence, others)
     about = {"model": arguments.model, "data": arguments.data, "device": device_name()}

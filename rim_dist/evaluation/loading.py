@@ -16,9 +16,10 @@ from rim_dist.checkpoint.store import MODEL, find_checkpoint, read_recipe
 from rim_dist.config import ColumnsSection, around_text
 from rim_dist.errors import CheckpointError, ModelError, first_line
 from rim_dist.evaluation.scoring import ANSWER_FORMAT
+from rim_dist.files import MANIFEST, damage_of
 from rim_dist.messages import say
 from rim_dist.methods import method_names, method_of
-from rim_dist.model.generation import padding_note
+from rim_dist.model.generation import check_blocks, model_positions, padding_note
 from rim_dist.model.precision import switch_kernels, with_precision
 from rim_dist.model.skeleton import DTYPES
 from rim_dist.model.thinking import think_before_answers
@@ -46,25 +47,31 @@ class LoadedModel:
         """Token ids of the prompts of questions, with the trained number of blocks unless another is given."""
         return prompt_ids(self.tokenizer, questions, (self.blocks or None) if blocks is None else blocks)
 
+    def check_blocks(self, blocks: int, option: str) -> None:
+        """Raise ConfigError, naming the option, if so many blocks do not fit into the model."""
+        check_blocks(blocks, self.block_size, model_positions(self.model.config), option)
 
-def load_for_evaluation(folder: str | Path) -> LoadedModel:
+
+def load_for_evaluation(folder: str | Path, verify: bool = True) -> LoadedModel:
     """Load an exported folder, any HF causal LM folder, a checkpoint, or a run's newest checkpoint.
 
-    Raises CheckpointError or ModelError if it is none of them, cannot be loaded, has other tensors than its model, or has
-    blocks that only training can run.
+    `verify`: compare what has checksums with them. Raises CheckpointError or ModelError if it is none of them, is damaged,
+    cannot be loaded, has other tensors than its model, or has blocks that only training can run.
     """
     folder = Path(folder)
     if (folder / "config.json").is_file():
+        if verify and (folder / MANIFEST).is_file() and (wrong := damage_of(folder, checksums=True, free=["README.md"])):
+            raise CheckpointError(f"{folder}: damaged, or changed by hand: {wrong}; --no-verify takes it as it is")
         return _load_hf(folder)
     if (folder / "checkpoints").is_dir() or (folder / "state.json").is_file():
-        return load_checkpoint(find_checkpoint(folder))
+        return load_checkpoint(find_checkpoint(folder), verify)
     refuse_adapter(folder)
     if not folder.exists():
         raise CheckpointError(f"{folder}: no such folder")
     raise CheckpointError(f"{folder}: not an HF model folder (no config.json); `rim-dist export` makes one")
 
 
-def load_checkpoint(checkpoint: Path) -> LoadedModel:
+def load_checkpoint(checkpoint: Path, verify: bool = False) -> LoadedModel:
     """The model of a checkpoint, LoRA merged, in the precision that its export would have. Raises CheckpointError."""
     recipe = read_recipe(checkpoint)
     if not recipe.exportable:
@@ -72,7 +79,7 @@ def load_checkpoint(checkpoint: Path) -> LoadedModel:
             f"{checkpoint}: trained with memory.inside_block={recipe.memory.inside_block}, which no ordinary server can run; "
             "training evaluates such a model (evaluation.every_steps)"
         )
-    model = load_trained_model(checkpoint).to(DTYPES[with_precision(recipe).model.dtype]).eval()
+    model = load_trained_model(checkpoint, verify).to(DTYPES[with_precision(recipe).model.dtype]).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint / MODEL)
     method = method_of(recipe)
     if method.thoughts:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jinja2.sandbox import MAX_RANGE
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from rim_dist.errors import DataError, ModelError, first_line
+from rim_dist.errors import ConfigError, DataError, ModelError, first_line
 from rim_dist.heartbeat import send_heartbeat
 from rim_dist.tokens import prompt_ids
 from rim_dist.unwrap import bare_model
@@ -132,6 +133,22 @@ def generation_config(
 def model_positions(config: Any) -> int:
     """Longest sequence a model takes; a large number where the family has no limit."""
     return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+
+
+def check_blocks(blocks: int, size: int, positions: int, field: str, size_field: str = "") -> None:
+    """Raise ConfigError unless `blocks` memory blocks of `size` tokens leave a position. It names the field to change:
+
+    `field` has their number, `size_field` (if it can be changed) their size, which is named where not one block would fit.
+    """
+    fit = min((positions - 1) // size, MAX_RANGE)  # MAX_RANGE: the longest loop of a chat template
+    if blocks <= fit:
+        return
+    if not fit and size_field:
+        raise ConfigError(f"{size_field}: a block of {size} tokens does not fit: the model has {positions} positions")
+    limit = f"the model has {positions}" if positions <= blocks * size else "a chat template writes no more"
+    raise ConfigError(
+        f"{field}: {blocks} blocks of {size} tokens need {blocks * size} positions; {limit}, so at most {fit} blocks fit"
+    )
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], positions: int, added: int = 0) -> None:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from rim_dist.attention.choice import KernelChoice, choose_kernel
 from rim_dist.attention.kernels import proof_kernel
 from rim_dist.attention.kernels.base import Demands
-from rim_dist.config import Recipe, StageName
+from rim_dist.config import MemorySection, Recipe, StageName
+from rim_dist.data.proposal import Lengths
 from rim_dist.data.synthetic import sentencepiece_tokenizer, synthetic_tokenizer
 from rim_dist.errors import ConfigError, ModelError, RimError, first_line
 from rim_dist.methods import method_of
-from rim_dist.methods.base import Method
-from rim_dist.model.generation import ends_of_folder, generation_config, model_positions
+from rim_dist.model.generation import check_blocks, ends_of_folder, generation_config, model_positions
 from rim_dist.model.precision import with_precision
 from rim_dist.model.proof import dropout_kinds, prove_family, prove_thoughts
 from rim_dist.model.skeleton import skeleton
 from rim_dist.model.weights import WeightSource
 from rim_dist.parallel.degrees import Mode, check_tensor_degree, choose_mode, head_counts
 from rim_dist.parallel.tensor import TensorRank, split_model
-from rim_dist.tokens import MemoryTokens, add_memory_tokens, set_chat_template
+from rim_dist.tokens import MemoryTokens, add_memory_tokens, prompt_ids, set_chat_template, text_ids
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,26 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         raise ModelError(f"model.tokenizer: {name!r} cannot be loaded ({first_line(error)})") from error
 
 
+def lengths_of(model: str) -> Lengths:
+    """How long texts are for a model: a folder or hub id. Raises ModelError if it cannot be loaded."""
+    tokenizer = load_tokenizer(model)
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except Exception as error:
+        raise ModelError(f"--model: {model!r} cannot be loaded ({first_line(error)})") from error
+    set_chat_template(tokenizer, MemorySection(), 0)
+    template = len(prompt_ids(tokenizer, ["x"])[0])
+    return Lengths(lambda text: len(text_ids(tokenizer, [text])[0]), template, model_positions(config), True)
+
+
 def _scratch_config(recipe: Recipe, vocabulary: int) -> PretrainedConfig:
     fields = dict(recipe.model.config or {})
     model_type = fields.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=3) or ["llama", "qwen3", "gpt2"]
+        raise ConfigError(
+            f"model.config.model_type: {model_type!r} is no family of transformers; near to it: {', '.join(near)}"
+        )
     try:
         if unknown := sorted(set(fields) - set(AutoConfig.for_model(model_type).to_dict())):
             raise ConfigError(f"model.config: {model_type} has no field {', '.join(unknown)}")
@@ -153,7 +171,7 @@ def gather_requirements(recipe: Recipe, start: Start) -> Requirements:
         raise
     except Exception as error:  # some families have no heads, and some have others in every layer
         raise ModelError(f"model family {config.model_type}: not supported: {first_line(error)}") from error
-    _check_positions(method, tokens, positions)
+    check_blocks(method.prompt_blocks, len(tokens.block), positions, "memory.blocks", "memory.tokens_per_block")
     try:
         notes = set_chat_template(tokenizer, recipe.memory, method.prompt_blocks)
     except ModelError as error:
@@ -199,15 +217,6 @@ def _ends(
         f"note: eos_token_id {end} of the model is no special token of its tokenizer; answers go on after it" for end in words
     ]
     return [*ends, *(end for end in others if end in known)], notes
-
-
-def _check_positions(method: Method, tokens: MemoryTokens, positions: int) -> None:
-    size, blocks = len(tokens.block), method.prompt_blocks
-    if blocks * size >= positions:
-        raise ConfigError(
-            f"memory.blocks: {blocks} blocks of {size} tokens need {blocks * size} positions; the model has "
-            f"{positions}, so at most {(positions - 1) // size} blocks fit"
-        )
 
 
 def fetch_weights(recipe: Recipe, requirements: Requirements) -> None:

@@ -5,24 +5,32 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
 from rim_dist.config import LoggingSection
 from rim_dist.errors import ConfigError
 from rim_dist.files import write_atomically
-from rim_dist.metrics import MetricLine, numbers, read_metrics
+from rim_dist.messages import say
+from rim_dist.metrics import MetricLine, damaged_text, numbers, scan_metrics
 
 
 class MetricsLog:
     """`metrics.jsonl` of a run (first rank only): each step once, also after a kill.
 
-    Opened at the step a run goes on from, it drops later lines: those steps are run, and written, again.
+    Opened at the step a run goes on from, it drops later lines: those steps are run, and written, again. A file with damaged
+    lines is kept beside it.
     """
 
     def __init__(self, folder: Path, section: LoggingSection, step: int, recipe: dict[str, Any]) -> None:
         self._path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(self._path) if line["step"] <= step]
+        lines, damaged = scan_metrics(self._path)
+        if damaged:
+            copy = self._path.with_name(f"metrics-damaged-{secrets.token_hex(4)}.jsonl")
+            shutil.copy(self._path, copy)
+            say(f"warning: {self._path}:{damaged[0]}: {damaged_text(damaged)}; the file as it was is {copy.name}")
+        kept = [line for line in lines if line["step"] <= step]
         write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(folder, section, recipe) if section.wandb != "off" else None

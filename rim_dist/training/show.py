@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import statistics
+import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,11 +29,13 @@ _STREAM_LOOK = 1000
 _STEPS_LOOK = 20
 
 
-def show_data(recipe: Recipe, samples: int, ids: bool = False) -> None:
+def show_data(recipe: Recipe, samples: int, ids: bool = False, tokens: bool = False) -> None:
     """Print counts, step histogram and lengths of a recipe's data.
 
-    `samples`: how many are printed as text, and of each stage row by row. `ids`: print the texts' token ids too.
+    `samples`: how many are printed as text, with each stage's row. `ids`: print the texts' token ids too. `tokens`: a row token
+    by token, else a readout a line.
     """
+    show_row = _print_tokens if tokens else _print_row
     requirements = requirements_of(recipe)
     for note in requirements.notes:
         print(note)
@@ -61,7 +66,7 @@ def show_data(recipe: Recipe, samples: int, ids: bool = False) -> None:
                 when = f", from step {step + 1}" if len(starts) > 1 else ""
                 for number, sample in enumerate(data.samples(plan.first_sample, plan.first_sample + samples), 1):
                     title = f"{plan.name}{when}, sample {number} ({source_name(recipe.data)}:{sample.line})"
-                    _print_row(requirements, loader.row(plan, step, sample), title)
+                    show_row(requirements, loader.row(plan, step, sample), title)
 
 
 def _print_report(recipe: Recipe, report: DataReport) -> None:
@@ -86,7 +91,7 @@ def _print_texts(recipe: Recipe, requirements: Requirements, sample: EncodedSamp
     print(f"{source_name(recipe.data)}:{sample.line} as text:")
     for name, tokens in pieces.items():
         text = requirements.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-        print(f"  {name} ({len(tokens)} tokens): {text!r}")
+        _say(f"  {name} ({len(tokens)} tokens): {text!r}", "    ")
         if ids:
             print(f"    {' '.join(map(str, tokens))}")
 
@@ -117,7 +122,26 @@ def _print_packing(recipe: Recipe, loader: BatchLoader, plan: StagePlan) -> None
         )
 
 
+def _say(text: str, indent: str) -> None:
+    """A line, broken at the width of a terminal."""
+    if sys.stdout.isatty():
+        width = max(40, shutil.get_terminal_size().columns)
+        text = textwrap.fill(text, width, subsequent_indent=indent, break_on_hyphens=False)
+    print(text)
+
+
 def _print_row(requirements: Requirements, row: Row, title: str) -> None:
+    memory = f"{row.blocks} blocks of {row.block_size - 2} memory tokens" if row.blocks else "no memory blocks"
+    memory = f"{row.thoughts} thoughts" if row.latent else memory
+    _say(f"{title}: question, {memory}, {len(row.readouts)} readouts (weight of each token)", "  ")
+    for readout in row.readouts:
+        text = requirements.tokenizer.decode(list(readout.target), clean_up_tokenization_spaces=False)
+        _say(
+            f"  after {f'block {readout.block}' if readout.block else 'the question'} ({readout.weight:.3f}): {text!r}", "    "
+        )
+
+
+def _print_tokens(requirements: Requirements, row: Row, title: str) -> None:
     def text(token: int) -> str:
         return repr(requirements.tokenizer.decode([token]))[1:-1]
 

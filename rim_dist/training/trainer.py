@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -353,9 +354,11 @@ class Trainer:
         gathered: list[Any] = [None] * self._process.ranks
         dist.all_gather_object(gathered, bad)
         lines = sorted({line for bad in gathered for line in bad})
+        saved = store.complete_checkpoints(self._checkpoints)
+        kept = f"The checkpoint of step {store.read_state(saved[-1]).step} is intact" if saved else "Nothing was saved yet"
         raise TrainingError(
             f"the loss is not finite in {plan.name}, step {plan.first_step + step + 1}; samples (lines of "
-            f"{source_name(self._recipe.data)}): {', '.join(map(str, lines))}. The last checkpoint is intact; lower the "
+            f"{source_name(self._recipe.data)}): {', '.join(map(str, lines))}. {kept}; lower the "
             "learning rate, or look at these samples with `rim-dist data`"
         )
 
@@ -534,6 +537,11 @@ class Trainer:
         plain = f"{self._folder / 'hf'} is a plain HF folder"
         bidirectional = "blocks that are bidirectional inside are not exported: no server runs them"
         say(f"done: {plain if self._recipe.exportable else bidirectional}")
+        hf, data = shlex.quote(str(self._folder / "hf")), self._recipe.evaluation.data or self._recipe.data.source
+        questions = shlex.quote(data) if self._questions else "FILE"
+        if self._recipe.exportable:
+            say(f'  rim-dist generate {hf} "QUESTION"\n  rim-dist evaluate {hf} {questions}')
+        say(f"  rim-dist report {shlex.quote(str(self._folder))}")
         if self._closing_note:
             say(self._closing_note)
 
