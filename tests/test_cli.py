@@ -69,7 +69,7 @@ def test_versions_for_a_report_of_a_bug(capsys: pytest.CaptureFixture[str]) -> N
         (["train", "r.yaml", "--until", "stage3"], "'stage3' is not known; did you mean stage1?"),
         (["export", "a", "b", "--dtyp=bf17"], "'bf17' is not known; did you mean bf16?"),
         (["evaluate", "a", "b", "c", "d"], "unknown: c d"),
-        (["qqq"], "choose from train, prefetch"),
+        (["qqq"], "choose from train, init, prefetch, "),
     ],
 )
 def test_what_is_near_is_suggested(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
