@@ -66,13 +66,14 @@ class ChecksumWriter:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
-        self._recorder = _Recorder()
+        self._recorder, self._name = _Recorder(), path.name
         self.error: OSError | None = None  # torch.save raises an error of its own instead of this one
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
         rest = view.cast("B") if view.nbytes else view
         self._recorder.update(rest)
+        send_heartbeat(f"writing {self._name}")
         try:
             while rest.nbytes:  # a disk that fills up takes some bytes and refuses the next write
                 rest = rest[self._file.write(rest) or 0 :]

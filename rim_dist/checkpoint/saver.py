@@ -130,11 +130,15 @@ class CheckpointSaver:
 
     def _finish(self, save: _Save) -> None:
         """First rank, when all have written: announce, note scores, remove old checkpoints. Raises OSError."""
-        deadline = time.monotonic() + self._recipe.parallel.timeout_seconds
+        deadline, written = time.monotonic() + self._recipe.parallel.timeout_seconds, -1
         records: dict[str, FileRecord] = {}
         for rank in range(self._process.ranks):
             while (report := store.read_report(save.partial, rank)) is None:
                 if time.monotonic() > deadline:
+                    before, written = written, sum(path.stat().st_size for path in save.partial.rglob("*"))
+                    if written > before:  # a large file, a slow disk
+                        deadline = time.monotonic() + self._recipe.parallel.timeout_seconds
+                        continue
                     raise OSError(f"rank {rank} did not write its files in time")
                 time.sleep(_POLL_SECONDS)
             if report.error:
@@ -190,14 +194,11 @@ class CheckpointSaver:
         return needed
 
     def _agree(self, step: int, needed: int, error: str) -> None:
-        """Raise on every rank if something went wrong on any."""
-        errors: list[Any] = [error]
-        if self._process.ranks > 1:
-            errors = [None] * self._process.ranks
-            dist.all_gather_object(errors, error)
+        """Raise on every rank if something went wrong on any. Each comes when its disk is done: no collective waits for it."""
+        errors = self._process.share(error)
         if not any(errors):
             return
-        message: list[Any] = [""]
+        message = ""
         if self._process.is_first:
             self._check_owner()
             shutil.rmtree(store.partial_folder(self._checkpoints, step), ignore_errors=True)
@@ -205,10 +206,8 @@ class CheckpointSaver:
             kept = f"{earlier[-1].name} is kept" if earlier else "there is no earlier one"
             rank = next((f" on rank {rank}" for rank, e in enumerate(errors) if e and rank), "")
             why = next(e for e in errors if e)
-            message[0] = (
+            message = (
                 f"{self._checkpoints}: the checkpoint of step {step} cannot be written ({why}{rank}; "
                 f"{room_for(needed, self._checkpoints)}); {kept}; make room and start the same command again"
             )
-        if self._process.ranks > 1:
-            dist.broadcast_object_list(message, src=0)
-        raise TrainingError(message[0])
+        raise TrainingError(self._process.share(message)[0])

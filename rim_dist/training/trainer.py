@@ -145,6 +145,7 @@ class Trainer:
             self._write_run_folder()
         partition = partitioner(self._ds_config, self._mesh, DTYPES[self._recipe.model.dtype])
         model = model_of(self._recipe, self._requirements, resume, self._mesh, partition)
+        self._process.share("built")  # all have read their weights: DeepSpeed broadcasts them
         self._engine = Engine(self._recipe, model, self._ds_config, self._process, self._mesh, self._requirements.sequence_mode)
         state = TrainingState(self._plans[0].name, 0, 0, 0, 0.0, self._process.ranks)
         if resume is not None:
@@ -366,23 +367,22 @@ class Trainer:
             )
         if not starts_fresh(checkpoint):
             self._engine.load(checkpoint)
+            self._process.share("loaded")
         self._operations = state.operations
         self._saved_step = state.step
         return state
 
     def _check_inputs(self, resume: Path | None) -> None:
-        """Refuse other inputs than the checkpoint's, whose stage plan is kept. Collective: the first rank looks at files."""
-        problem: list[Any] = [""]
+        """Refuse other inputs than the checkpoint's, whose stage plan is kept. All ranks call it, the first looks at files."""
+        problem = ""
         if self._process.is_first:
             now = gather_inputs(self._requirements, self._data, self._ds_config, self._plans)
             try:
                 self._inputs = checked_inputs(self._recipe, resume, now)
             except ConfigError as error:
-                problem = [str(error)]
-        if self._process.ranks > 1:
-            dist.broadcast_object_list(problem, src=0)
-        if problem[0]:
-            raise ConfigError(problem[0])
+                problem = str(error)
+        if problem := self._process.share(problem)[0]:
+            raise ConfigError(problem)
         if resume is not None and (kept := store.read_inputs(resume)):
             self._plans = [StagePlan(**plan) for plan in kept["plan"]]
             self._total_steps = sum(plan.steps for plan in self._plans)
