@@ -19,7 +19,7 @@ from rim_dist.checkpoint.snapshot import Snapshotter, size_bytes, write_files
 from rim_dist.checkpoint.store import RankReport, TrainingState
 from rim_dist.config import Recipe
 from rim_dist.errors import RimError, TrainingError, first_line
-from rim_dist.files import FileRecord, room_for
+from rim_dist.files import FileRecord, describe_os_error, os_errors, room_for
 from rim_dist.parallel.launch import Process
 from rim_dist.recipe import dump_recipe
 
@@ -29,7 +29,7 @@ _POLL_SECONDS = 0.02
 
 
 def _describe(error: Exception) -> str:
-    return getattr(error, "strerror", None) or first_line(error)
+    return describe_os_error(error) if isinstance(error, OSError) else first_line(error)
 
 
 @dataclass
@@ -95,7 +95,7 @@ class CheckpointSaver:
         self._agree(state.step, save.needed_bytes, self._write_own(save, files))
         self._agree(state.step, save.needed_bytes, self._on_first(lambda: self._finish(save)))
         seconds = time.perf_counter() - started
-        self._log(save, seconds, seconds)
+        self._agree(state.step, save.needed_bytes, self._on_first(lambda: self._log(save, seconds, seconds)))
 
     def wait(self) -> None:
         """Wait until a background save is complete on every rank. Raises TrainingError if it failed on any."""
@@ -156,7 +156,7 @@ class CheckpointSaver:
         try:
             save.error = self._write_own(save, files) or self._on_first(lambda: self._finish(save))
             if not save.error:
-                self._log(save, blocked, time.perf_counter() - started)
+                save.error = self._on_first(lambda: self._log(save, blocked, time.perf_counter() - started))
         except RimError as error:
             save.error = str(error)
         except Exception as error:
@@ -164,10 +164,7 @@ class CheckpointSaver:
             raise
 
     def _log(self, save: _Save, blocked: float, written: float) -> None:
-        """First rank: a line on how long the loop stood still and how long the write took."""
-        if not self._process.is_first:
-            return
-        self._check_owner()
+        """First rank: a line on how long the loop stood still and how long the write took. Raises OSError."""
         line = {
             "step": save.state.step,
             "bytes": save.needed_bytes,
@@ -175,7 +172,8 @@ class CheckpointSaver:
             "write_seconds": round(written, 4),
             "background": self._policy.background,
         }
-        with (self._checkpoints / _SAVES).open("a", encoding="utf-8") as file:
+        path = self._checkpoints / _SAVES
+        with os_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     # ---- all ranks -----------------------------------------------------------------------------------
@@ -208,6 +206,6 @@ class CheckpointSaver:
             why = next(e for e in errors if e)
             message = (
                 f"{self._checkpoints}: the checkpoint of step {step} cannot be written ({why}{rank}; "
-                f"{room_for(needed, self._checkpoints)}); {kept}; make room and start the same command again"
+                f"{room_for(needed, self._checkpoints)}); {kept}; put that right and start the same command again"
             )
         raise TrainingError(self._process.share(message)[0])

@@ -39,7 +39,7 @@ from rim_dist.evaluation.evaluate import (
     unknown_answers_note,
     write_evaluation,
 )
-from rim_dist.files import os_errors, write_atomically
+from rim_dist.files import describe_os_error, os_errors, write_atomically
 from rim_dist.heartbeat import send_heartbeat
 from rim_dist.messages import say
 from rim_dist.methods import method_of
@@ -410,7 +410,7 @@ class Trainer:
             plan = {"total_steps": self._total_steps, "stages": [asdict(plan) for plan in self._plans]}
             write_atomically(self._folder / "plan.json", json.dumps(plan, indent=1) + "\n")
         except OSError as error:
-            raise ConfigError(f"{self._folder}: cannot be written ({error.strerror or error})") from None
+            raise ConfigError(f"{self._folder}: cannot be written ({describe_os_error(error)})") from None
 
     # ---- evaluation and reports ------------------------------------------------------------------------
 
@@ -525,7 +525,7 @@ class Trainer:
             (self._folder / "report").mkdir(exist_ok=True)
             (self._folder / "report" / "curves.png").write_bytes(curves)
         except OSError as error:
-            raise TrainingError(f"{self._folder}: the report cannot be written ({error.strerror or error})") from error
+            raise TrainingError(f"{self._folder}: the report cannot be written ({describe_os_error(error)})") from error
         plain = f"{self._folder / 'hf'} is a plain HF folder"
         bidirectional = "blocks that are bidirectional inside are not exported: no server runs them"
         say(f"done: {plain if self._recipe.exportable else bidirectional}")
