@@ -65,7 +65,7 @@ class ChecksumWriter:
     """A binary file that computes its checksums while it is written, so that it is not read again for them."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=0)
+        self._path, self._file = path, path.open("wb", buffering=0)
         self._recorder = _Recorder()
         self.error: OSError | None = None  # torch.save raises an error of its own instead of this one
 
@@ -73,9 +73,11 @@ class ChecksumWriter:
         view = memoryview(data)
         rest = view.cast("B") if view.nbytes else view
         self._recorder.update(rest)
+        send_heartbeat(f"writing {self._path.name}")
         try:
-            while rest.nbytes:  # a disk that fills up takes some bytes and refuses the next write
-                rest = rest[self._file.write(rest) or 0 :]
+            with os_errors(self._path):
+                while rest.nbytes:  # a disk that fills up takes some bytes and refuses the next write
+                    rest = rest[self._file.write(rest) or 0 :]
         except OSError as error:
             self.error = error
             raise
@@ -85,7 +87,7 @@ class ChecksumWriter:
         self._file.flush()
 
     def close(self, sync: bool = True) -> FileRecord:
-        with self._file:
+        with os_errors(self._path), self._file:
             if sync:
                 os.fsync(self._file.fileno())
         return self._recorder.record()
@@ -132,14 +134,25 @@ def sync_path(path: Path) -> None:
 
 @contextlib.contextmanager
 def os_errors(path: Path) -> Iterator[None]:
-    """Turn the plain Exception that the Rust writers of tokenizers and safetensors raise for a full disk into an OSError."""
+    """Name the file in an OSError that does not: writing, flushing and fsync do not say of which file they speak.
+
+    The plain Exception that the Rust writers of tokenizers and safetensors raise for a full disk becomes an OSError.
+    """
     try:
         yield
     except Exception as error:
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)
         number = re.search(r"\(os error (\d+)\)", str(error))
         if isinstance(error, OSError) or number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
+def describe_os_error(error: OSError) -> str:
+    """What went wrong, and with which file if it is known."""
+    text = error.strerror or str(error)
+    return f"{text}: {error.filename}" if error.filename is not None else text
 
 
 def mib(size: float) -> str:
@@ -163,12 +176,13 @@ def require_room(needed: int, folder: Path, what: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file so that a crash leaves the old one or the new one."""
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_path(path.parent)
+    with os_errors(path):
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_path(path.parent)
 
 
 def write_manifest(folder: Path, records: Mapping[str, FileRecord]) -> None:

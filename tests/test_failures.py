@@ -15,7 +15,10 @@ from ranks import run
 
 from rim_dist.checkpoint.store import complete_checkpoints, find_checkpoint, read_state
 from rim_dist.cli import main
+from rim_dist.config import LoggingSection
 from rim_dist.metrics import read_metrics
+from rim_dist.training.lease import Lease
+from rim_dist.training.metrics_log import MetricsLog
 
 MOST_SECONDS = 60
 HOST = socket.gethostname()
@@ -77,6 +80,51 @@ def test_rank_that_fails_in_the_middle_of_a_backward(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path / "r" / "metrics.jsonl")] == list(range(1, 9))
     assert newest_step() == 8
     assert len(complete_checkpoints(tmp_path / "r" / "checkpoints")) == 2
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(300)
+def test_full_file_is_named_and_the_next_start_goes_on(tmp_path: Path) -> None:
+    """The kernel's own /dev/full in the place of saves.jsonl; then the run ends with the bits of an undisturbed one."""
+    paths = [write_recipe(tmp_path / f"{name}.yaml", tiny_recipe(tmp_path, run={"name": name})) for name in ("a", "b")]
+    saves = tmp_path / "b" / "checkpoints" / "saves.jsonl"
+    run("fork", 1, ["-m", "rim_dist", "train", str(paths[0])])
+    run("fork", 1, ["-m", "rim_dist", "train", str(paths[1]), "--until", "stage1"])
+    saves.unlink()
+    saves.symlink_to("/dev/full")
+    failed = run("fork", 1, ["-m", "rim_dist", "train", str(paths[1])], check=False)
+    assert failed.returncode == 1
+    assert re.search(rf"rim-dist: .* cannot be written \(No space left on device: {saves}; .* is kept; ", failed.stdout)
+    assert "Traceback" not in failed.stdout
+    saves.unlink()
+    run("fork", 1, ["-m", "rim_dist", "train", str(paths[1])])
+    exports = [(tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert exports[0] == exports[1]
+    assert [line["step"] for line in read_metrics(tmp_path / "b" / "metrics.jsonl") if line["kind"] == "train"] == list(
+        range(1, 9)
+    )
+
+
+def test_log_on_a_full_disk_names_its_file(tmp_path: Path) -> None:
+    """Neither write nor fsync says of which file it speaks; what ends the run is the first error, and the lease is let go."""
+    log = MetricsLog(tmp_path, LoggingSection(), 0, {})
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, log._file.fileno())
+    for action in (lambda: log.write({"kind": "train", "step": 1}), log.close):
+        with pytest.raises(OSError, match=r"metrics\.jsonl") as raised:
+            action()
+        assert raised.value.errno == errno.ENOSPC
+    os.close(full)
+
+
+def test_lease_that_cannot_be_removed_does_not_hide_why_the_run_ends(tmp_path: Path) -> None:
+    """A run folder that has become a file: the owner ends, and says nothing of its lease."""
+    lease = Lease(tmp_path / "run")
+    lease.acquire()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").touch()
+    lease.release()
+    assert (tmp_path / "moved" / "owner.json").exists()
 
 
 @pytest.mark.parametrize(

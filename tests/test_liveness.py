@@ -146,6 +146,30 @@ def test_ranks_wait_for_the_first_one_as_long_as_it_lives(tmp_path: Path) -> Non
     assert job.said[1:] == [f"rank {rank}: lost a peer: rank 0 (host n0) failed: OSError: full\n" for rank in (1, 2)]
 
 
+def _share(monitor: liveness.LivenessMonitor) -> None:
+    """Each rank in its turn is the late one; then one fails instead of coming."""
+    for late in range(monitor.ranks):
+        began = time.monotonic()
+        if monitor.rank == late:
+            time.sleep(0.4)
+        assert monitor.share(f"{late} of {monitor.rank}") == [f"{late} of {r}" for r in range(monitor.ranks)]
+        assert time.monotonic() - began >= 0.3
+    if monitor.rank == 2:
+        monitor.claim_exit()
+        monitor.fail("a reason", 2)
+        os._exit(2)
+    try:
+        monitor.share("")
+    except PeerLost as error:
+        monitor.claim_exit()
+        monitor.leave()
+        os._exit(error.exit_status)
+
+
+def test_ranks_share_what_each_found_however_long_one_takes(tmp_path: Path) -> None:
+    assert job_of(_share, tmp_path).statuses == [2, 2, 2]
+
+
 def _stopped(monitor: liveness.LivenessMonitor) -> None:
     """A rank that neither ends nor answers: a node that is cut off looks like this to the others."""
     if monitor.rank == 1:

@@ -19,7 +19,7 @@ from rim_dist.checkpoint.snapshot import Snapshotter, size_bytes, write_files
 from rim_dist.checkpoint.store import RankReport, TrainingState
 from rim_dist.config import Recipe
 from rim_dist.errors import RimError, TrainingError, first_line
-from rim_dist.files import FileRecord, room_for
+from rim_dist.files import FileRecord, describe_os_error, os_errors, room_for
 from rim_dist.parallel.launch import Process
 from rim_dist.recipe import dump_recipe
 
@@ -29,7 +29,7 @@ _POLL_SECONDS = 0.02
 
 
 def _describe(error: Exception) -> str:
-    return getattr(error, "strerror", None) or first_line(error)
+    return describe_os_error(error) if isinstance(error, OSError) else first_line(error)
 
 
 @dataclass
@@ -95,7 +95,7 @@ class CheckpointSaver:
         self._agree(state.step, save.needed_bytes, self._write_own(save, files))
         self._agree(state.step, save.needed_bytes, self._on_first(lambda: self._finish(save)))
         seconds = time.perf_counter() - started
-        self._log(save, seconds, seconds)
+        self._agree(state.step, save.needed_bytes, self._on_first(lambda: self._log(save, seconds, seconds)))
 
     def wait(self) -> None:
         """Wait until a background save is complete on every rank. Raises TrainingError if it failed on any."""
@@ -130,11 +130,15 @@ class CheckpointSaver:
 
     def _finish(self, save: _Save) -> None:
         """First rank, when all have written: announce, note scores, remove old checkpoints. Raises OSError."""
-        deadline = time.monotonic() + self._recipe.parallel.timeout_seconds
+        deadline, written = time.monotonic() + self._recipe.parallel.timeout_seconds, -1
         records: dict[str, FileRecord] = {}
         for rank in range(self._process.ranks):
             while (report := store.read_report(save.partial, rank)) is None:
                 if time.monotonic() > deadline:
+                    before, written = written, sum(path.stat().st_size for path in save.partial.rglob("*"))
+                    if written > before:  # a large file, a slow disk
+                        deadline = time.monotonic() + self._recipe.parallel.timeout_seconds
+                        continue
                     raise OSError(f"rank {rank} did not write its files in time")
                 time.sleep(_POLL_SECONDS)
             if report.error:
@@ -152,7 +156,7 @@ class CheckpointSaver:
         try:
             save.error = self._write_own(save, files) or self._on_first(lambda: self._finish(save))
             if not save.error:
-                self._log(save, blocked, time.perf_counter() - started)
+                save.error = self._on_first(lambda: self._log(save, blocked, time.perf_counter() - started))
         except RimError as error:
             save.error = str(error)
         except Exception as error:
@@ -160,10 +164,7 @@ class CheckpointSaver:
             raise
 
     def _log(self, save: _Save, blocked: float, written: float) -> None:
-        """First rank: a line on how long the loop stood still and how long the write took."""
-        if not self._process.is_first:
-            return
-        self._check_owner()
+        """First rank: a line on how long the loop stood still and how long the write took. Raises OSError."""
         line = {
             "step": save.state.step,
             "bytes": save.needed_bytes,
@@ -171,7 +172,8 @@ class CheckpointSaver:
             "write_seconds": round(written, 4),
             "background": self._policy.background,
         }
-        with (self._checkpoints / _SAVES).open("a", encoding="utf-8") as file:
+        path = self._checkpoints / _SAVES
+        with os_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     # ---- all ranks -----------------------------------------------------------------------------------
@@ -190,14 +192,11 @@ class CheckpointSaver:
         return needed
 
     def _agree(self, step: int, needed: int, error: str) -> None:
-        """Raise on every rank if something went wrong on any."""
-        errors: list[Any] = [error]
-        if self._process.ranks > 1:
-            errors = [None] * self._process.ranks
-            dist.all_gather_object(errors, error)
+        """Raise on every rank if something went wrong on any. Each comes when its disk is done: no collective waits for it."""
+        errors = self._process.share(error)
         if not any(errors):
             return
-        message: list[Any] = [""]
+        message = ""
         if self._process.is_first:
             self._check_owner()
             shutil.rmtree(store.partial_folder(self._checkpoints, step), ignore_errors=True)
@@ -205,10 +204,8 @@ class CheckpointSaver:
             kept = f"{earlier[-1].name} is kept" if earlier else "there is no earlier one"
             rank = next((f" on rank {rank}" for rank, e in enumerate(errors) if e and rank), "")
             why = next(e for e in errors if e)
-            message[0] = (
+            message = (
                 f"{self._checkpoints}: the checkpoint of step {step} cannot be written ({why}{rank}; "
-                f"{room_for(needed, self._checkpoints)}); {kept}; make room and start the same command again"
+                f"{room_for(needed, self._checkpoints)}); {kept}; put that right and start the same command again"
             )
-        if self._process.ranks > 1:
-            dist.broadcast_object_list(message, src=0)
-        raise TrainingError(message[0])
+        raise TrainingError(self._process.share(message)[0])

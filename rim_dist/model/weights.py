@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rim_dist.errors import CheckpointError, ModelError
+from rim_dist.heartbeat import send_heartbeat
 from rim_dist.model.skeleton import plain_name
 from rim_dist.parallel.tensor import full_shape, mark_slice, slice_of
 from rim_dist.tokens import MemoryTokens
@@ -157,6 +158,7 @@ class _Filler:
         skeleton = module._parameters[name]
         if skeleton is not None and skeleton.is_meta:
             full_name = f"{self._names[id(module)]}{name}"
+            send_heartbeat(f"weights of {full_name}")
             # The value is held nowhere else: a matrix may be large.
             self._finish(skeleton, self._value(full_name, full_shape(skeleton)), full_name, skeleton)
 

@@ -43,6 +43,10 @@ class Process:
         else:
             self.monitor.follow_first(action)
 
+    def share(self, value: str) -> list[str]:
+        """The value of every rank, by rank. Ranks come to it at any time: what precedes it may wait for a disk."""
+        return [value] if self.monitor is None else self.monitor.share(value)
+
     @property
     def hosts(self) -> list[str]:
         """The host of every rank."""

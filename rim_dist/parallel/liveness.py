@@ -31,7 +31,7 @@ _POLL_SECONDS = 0.5
 _HANG_SECONDS = 20.0  # between a failure and the end of a rank that still hangs
 _ANSWER_SECONDS = 5.0  # to hear of a failure, or to answer a ping
 _EXIT_SECONDS = 10.0  # for a thread that is ending its rank
-_FOLLOW_SECONDS = 10.0  # between two heartbeats of a rank that waits for the first one's files
+_FOLLOW_SECONDS = 10.0  # between two heartbeats of a rank that waits for another's files
 _LINGER_SECONDS = 3.0  # the store ends with its rank, which waits this long for the others to have read it
 
 
@@ -123,8 +123,26 @@ class LivenessMonitor:
         if self.rank == 0:
             action()
             self._store.set(key, "1")
-        while self.rank and self._missing([key], _FOLLOW_SECONDS):
-            send_heartbeat("waiting for the first rank")
+        self._wait([key])
+
+    def share(self, value: str) -> list[str]:
+        """The value of every rank, on every rank; however long a rank works for its own, the others wait in no collective."""
+        self._exchanges += 1
+        key = f"exchange/{self._exchanges}"
+        own = [f"{key}/{r}" for r in range(self.ranks)]
+        self._store.set(own[self.rank], value)
+        if self.rank == 0:
+            self._wait(own)
+            self._store.set(key, json.dumps([text.decode() for text in self._store.multi_get(own)]))
+            for name in own:  # nobody else reads them, and a long run has many saves
+                self._store.delete_key(name)
+        self._wait([key])
+        return list(json.loads(self._store.get(key)))
+
+    def _wait(self, keys: list[str]) -> None:
+        """Wait for keys without a limit, with heartbeats. Raises PeerLost if a rank fails meanwhile."""
+        while missing := self._missing(keys, _FOLLOW_SECONDS):
+            send_heartbeat(f"waiting for {self.name(missing) if len(keys) == self.ranks else 'the first rank'}")
 
     @contextlib.contextmanager
     def timeout(self, seconds: float, what: str) -> Iterator[None]:

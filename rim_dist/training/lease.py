@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rim_dist.errors import ConfigError, Superseded
-from rim_dist.files import PARTIAL
+from rim_dist.files import PARTIAL, describe_os_error, os_errors
 from rim_dist.messages import say
 from rim_dist.parallel.environment import ProcessIdentity
 
@@ -51,7 +51,7 @@ class Lease:
                     if self._may_take_over():
                         self._take_over()
         except OSError as error:
-            raise ConfigError(f"{self._run}: cannot be written ({error.strerror or error})") from None
+            raise ConfigError(f"{self._run}: cannot be written ({describe_os_error(error)})") from None
         time.sleep(_LOOK_SECONDS / 5)
         if not self._is_own():
             os.close(self._file)
@@ -63,7 +63,8 @@ class Lease:
     def _write(self, path: Path) -> int:
         """A new file with this process's identity; stays open. Raises FileExistsError."""
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        os.write(file, (json.dumps({**asdict(ProcessIdentity.this()), **self._job}) + "\n").encode())
+        with os_errors(path):
+            os.write(file, (json.dumps({**asdict(ProcessIdentity.this()), **self._job}) + "\n").encode())
         return file
 
     def _take_over(self) -> None:
@@ -123,9 +124,11 @@ class Lease:
             return
         self._released.set()
         self._thread.join()
-        if self._is_own():
-            self._path.unlink()
-        os.close(self._file)
+        with contextlib.suppress(OSError):  # where it cannot be removed, the next start sees that its process has ended
+            if self._is_own():
+                self._path.unlink()
+        with contextlib.suppress(OSError):
+            os.close(self._file)
         self._file = None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rim_dist.config import LoggingSection
 from rim_dist.errors import ConfigError
-from rim_dist.files import write_atomically
+from rim_dist.files import os_errors, write_atomically
 from rim_dist.messages import say
 from rim_dist.metrics import MetricLine, damaged_text, numbers, scan_metrics
 
@@ -37,8 +37,9 @@ class MetricsLog:
         self._tensorboard = _start_tensorboard(folder, step) if section.tensorboard else None
 
     def write(self, line: MetricLine) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with os_errors(self._path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         if self._wandb is not None:
             self._wandb.log(numbers(line), step=line["step"])
         if self._tensorboard is not None:
@@ -47,8 +48,8 @@ class MetricsLog:
 
     def close(self, at_once: bool = False) -> None:
         """`at_once`: other ranks wait for this one to end; W&B is not waited for."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with os_errors(self._path), self._file:
+            os.fsync(self._file.fileno())
         if self._wandb is not None and not at_once:
             self._wandb.finish()
         if self._tensorboard is not None:

@@ -40,7 +40,7 @@ from rim_dist.evaluation.evaluate import (
     unknown_answers_note,
     write_evaluation,
 )
-from rim_dist.files import os_errors, write_atomically
+from rim_dist.files import describe_os_error, os_errors, write_atomically
 from rim_dist.heartbeat import send_heartbeat
 from rim_dist.messages import say
 from rim_dist.methods import method_of
@@ -149,6 +149,7 @@ class Trainer:
             self._write_run_folder()
         partition = partitioner(self._ds_config, self._mesh, DTYPES[self._recipe.model.dtype])
         model = model_of(self._recipe, self._requirements, resume, self._mesh, partition)
+        self._process.share("built")  # all have read their weights: DeepSpeed broadcasts them
         self._engine = Engine(self._recipe, model, self._ds_config, self._process, self._mesh, self._requirements.sequence_mode)
         state = TrainingState(self._plans[0].name, 0, 0, 0, 0.0, self._process.ranks)
         if resume is not None:
@@ -374,23 +375,22 @@ class Trainer:
             )
         if not starts_fresh(checkpoint):
             self._engine.load(checkpoint)
+            self._process.share("loaded")
         self._operations = state.operations
         self._saved_step = state.step
         return state
 
     def _check_inputs(self, resume: Path | None) -> None:
-        """Refuse other inputs than the checkpoint's, whose stage plan is kept. Collective: the first rank looks at files."""
-        problem: list[Any] = [""]
+        """Refuse other inputs than the checkpoint's, whose stage plan is kept. All ranks call it, the first looks at files."""
+        problem = ""
         if self._process.is_first:
             now = gather_inputs(self._requirements, self._data, self._ds_config, self._plans)
             try:
                 self._inputs = checked_inputs(self._recipe, resume, now)
             except ConfigError as error:
-                problem = [str(error)]
-        if self._process.ranks > 1:
-            dist.broadcast_object_list(problem, src=0)
-        if problem[0]:
-            raise ConfigError(problem[0])
+                problem = str(error)
+        if problem := self._process.share(problem)[0]:
+            raise ConfigError(problem)
         if resume is not None and (kept := store.read_inputs(resume)):
             self._plans = [StagePlan(**plan) for plan in kept["plan"]]
             self._total_steps = sum(plan.steps for plan in self._plans)
@@ -418,7 +418,7 @@ class Trainer:
             plan = {"total_steps": self._total_steps, "stages": [asdict(plan) for plan in self._plans]}
             write_atomically(self._folder / "plan.json", json.dumps(plan, indent=1) + "\n")
         except OSError as error:
-            raise ConfigError(f"{self._folder}: cannot be written ({error.strerror or error})") from None
+            raise ConfigError(f"{self._folder}: cannot be written ({describe_os_error(error)})") from None
 
     # ---- evaluation and reports ------------------------------------------------------------------------
 
@@ -533,7 +533,7 @@ class Trainer:
             (self._folder / "report").mkdir(exist_ok=True)
             (self._folder / "report" / "curves.png").write_bytes(curves)
         except OSError as error:
-            raise TrainingError(f"{self._folder}: the report cannot be written ({error.strerror or error})") from error
+            raise TrainingError(f"{self._folder}: the report cannot be written ({describe_os_error(error)})") from error
         plain = f"{self._folder / 'hf'} is a plain HF folder"
         bidirectional = "blocks that are bidirectional inside are not exported: no server runs them"
         say(f"done: {plain if self._recipe.exportable else bidirectional}")

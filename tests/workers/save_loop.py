@@ -24,6 +24,7 @@ from rim_dist.checkpoint.saver import CheckpointSaver
 from rim_dist.config import Recipe
 from rim_dist.errors import RimError
 from rim_dist.parallel.launch import Process
+from rim_dist.parallel.liveness import start_monitor
 from rim_dist.recipe import validate_recipe
 
 ELEMENTS = 300_000
@@ -55,7 +56,8 @@ def run_rank(folder: Path, rank: int, ranks: int, background: bool) -> None:
     """Saves without end; after each one is safe a line goes to `announced`."""
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{os.getppid()}-{ranks}", rank=rank, world_size=ranks)
-    process = Process(rank, ranks, "cpu")
+    monitor = start_monitor(rank, ranks, 60) if ranks > 1 else None
+    process = Process(rank, ranks, "cpu", monitor)
     checkpoints = folder / "checkpoints"
     saver = CheckpointSaver(recipe_of(folder, keep=2, background=background), checkpoints, process)
     found = agree_on_checkpoint(checkpoints, process)
