@@ -35,23 +35,18 @@ def _kernel_options(size: int) -> dict[str, int] | None:
 
 def keys_seen(layout: RowLayout, sliding_window: int | None = None) -> tuple[numpy.ndarray, numpy.ndarray]:
     """The keys that each query of a packed row sees, as two ranges `[queries, 2]` of its tokens: first ones, and ends."""
-    starts, lengths, firsts, questions, shared, places, sizes = [], [], [], [], [], [], []
+    segments: list[tuple[int, ...]] = []
     for span in layout.spans:
         begin = span.start
         readouts = ((tokens, span.question + block * span.block_size) for block, tokens in span.readouts)
         for tokens, seen in ((span.prefix, -1), *readouts):
-            starts.append(begin)
-            lengths.append(tokens)
-            firsts.append(span.start)
-            questions.append(span.question)
-            shared.append(seen)  # of question and memory; -1: all before it
-            places.append(max(0, seen))
-            sizes.append(max(1, span.block_size))
+            # `seen`: tokens of question and memory that a readout sees; -1 in these, which see all before them.
+            place, size = max(0, seen), max(1, span.block_size)
+            segments.append((begin, tokens, span.start, span.question, seen, place, size))
             begin += tokens
-    token = numpy.arange(sum(lengths))
-    start, first, question, seen, place, size = (
-        numpy.repeat(values, lengths) for values in (starts, firsts, questions, shared, places, sizes)
-    )
+    table = numpy.array(segments).T
+    token = numpy.arange(table[1].sum())
+    start, _, first, question, seen, place, size = numpy.repeat(table, table[1], axis=1)
     in_prefix, position = seen < 0, place + token - start
     end = numpy.where(in_prefix, token + 1, first + seen)
     if layout.bidirectional:
