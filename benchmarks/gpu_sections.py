@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import importlib.metadata
 import random
@@ -359,18 +358,15 @@ def measure(
 
 
 @contextlib.contextmanager
-def small_blocks(cx: Context) -> Iterator[None]:
+def small_blocks() -> Iterator[None]:
     """Flex with blocks of 64 x 64: compiled for Hopper, the stock forward for head_dim 64 (128 x 128) spills 441 registers,
     this one none."""
-    kernel, create = flex._kernel, flex.create_block_mask
-    names = ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
-    attend = torch.compile(flex.flex_attention, dynamic=True) if cx.cuda else flex.flex_attention
-    small = functools.partial(attend, kernel_options=dict.fromkeys(names, 64))
-    flex._kernel, flex.create_block_mask = (lambda _device: small), functools.partial(create, BLOCK_SIZE=64)
+    before = flex.block_size
+    flex.block_size = lambda _head_dim: 64
     try:
         yield
     finally:
-        flex._kernel, flex.create_block_mask = kernel, create
+        flex.block_size = before
 
 
 @contextlib.contextmanager
@@ -415,7 +411,7 @@ def steps_of(cx: Context, entry: dict[str, Any], shape: str, sets: dict[int, lis
     if shape == "8B":
         return
     reset_dynamo()
-    with small_blocks(cx):
+    with small_blocks():
         measure(cx, entry, f"{shape} flex {some} 64x64", model, sets[large], "flex")
     try:
         with cut_cross_entropy():
