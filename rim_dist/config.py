@@ -264,8 +264,8 @@ class DataSection(Section):
 class StageSection(Section):
     """One stage: its length and its optimisation. Both samples and epochs empty or 0: the stage is left out."""
 
-    samples: StrictInt | None = Field(None, ge=0, description="Samples the stage consumes (instead of epochs).")
-    epochs: float | None = Field(None, ge=0, description="Passes over the data (instead of samples).")
+    samples: StrictInt | None = Field(None, ge=0, le=10**12, description="Samples the stage consumes (instead of epochs).")
+    epochs: float | None = Field(None, ge=0, le=1e4, description="Passes over the data (instead of samples).")
     learning_rate: float = Field(1e-4, gt=0, description="Learning rate after warm-up.")
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="Learning rate after warm-up: constant, or down to 0 by a cosine or a line."

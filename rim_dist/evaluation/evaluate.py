@@ -24,6 +24,7 @@ from rim_dist.evaluation.loading import LoadedModel
 from rim_dist.evaluation.readouts import readout_ids
 from rim_dist.evaluation.rules import RULES
 from rim_dist.evaluation.scoring import extract_answer, is_right, majority_answer, pass_at_k, same_answer
+from rim_dist.files import os_errors
 from rim_dist.model.generation import Decoding, Sampling, answer_questions, answer_texts, generate_ids
 from rim_dist.model.proof import prove_family
 from rim_dist.tokens import appended_block, prompt_ids
@@ -205,6 +206,8 @@ def evaluate_model(
 def write_evaluation(result: Evaluation, folder: Path, about: dict[str, Any]) -> None:
     """`evaluation.json` (figures) and `answers.jsonl` (every question with its answers by block)."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps({**about, **result.figures()}, indent=1) + "\n", encoding="utf-8")
-    lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in result.answers)
-    (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
+    figures = json.dumps({**about, **result.figures()}, indent=1) + "\n"
+    answers = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in result.answers)
+    for path, text in ((folder / "evaluation.json", figures), (folder / "answers.jsonl", answers)):
+        with os_errors(path):
+            path.write_text(text, encoding="utf-8")

@@ -531,7 +531,9 @@ class Trainer:
             lines = read_metrics(self._folder / "metrics.jsonl")
             curves = draw_curves({self._recipe.run.name: lines}, [(metric, "step") for metric in curve_metrics()])
             (self._folder / "report").mkdir(exist_ok=True)
-            (self._folder / "report" / "curves.png").write_bytes(curves)
+            path = self._folder / "report" / "curves.png"
+            with os_errors(path):
+                path.write_bytes(curves)
         except OSError as error:
             raise TrainingError(f"{self._folder}: the report cannot be written ({describe_os_error(error)})") from error
         plain = f"{self._folder / 'hf'} is a plain HF folder"
