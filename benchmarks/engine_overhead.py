@@ -27,7 +27,7 @@ import torch.distributed as dist
 from common import ROOT, SMOLLM2_135M, publish, real_rows
 
 from rim_dist.checkpoint.start import model_of, requirements_of
-from rim_dist.config import Recipe
+from rim_dist.config import Dropouts, Recipe
 from rim_dist.data.rows import Batch, pack
 from rim_dist.model.requirements import Requirements
 from rim_dist.objective.forward import run_batch
@@ -73,7 +73,7 @@ def engine_step(recipe: Recipe, requirements: Requirements, process: Any) -> Ste
     ds_config = compose(recipe, requirements.hidden_size)
     model = model_of(recipe, requirements, None, mesh, partitioner(ds_config, mesh, torch.float32))
     engine = Engine(recipe, model, ds_config, process, mesh)
-    engine.begin_stage(0.0)
+    engine.begin_stage(Dropouts())
     batch, weight = rank_batch(requirements, process.rank, process.ranks)
 
     def step() -> float:

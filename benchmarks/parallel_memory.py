@@ -37,7 +37,7 @@ from common import ROOT, block_ids, llama, publish
 from planner import Allocator
 
 from rim_dist.attention.registration import use_rim_attention
-from rim_dist.config import Recipe
+from rim_dist.config import Dropouts, Recipe
 from rim_dist.data.rows import Batch, pack
 from rim_dist.data.samples import Readout, Row
 from rim_dist.objective.forward import install_readout_loss, run_batch
@@ -207,7 +207,7 @@ def run_sharded(recipe: Recipe, process: Any) -> dict[str, float]:
     model = model_of(recipe, requirements, None, mesh, partitioner(ds_config, mesh, torch.float32))
     built_peak, built = peak(), live_bytes() - none
     engine = Engine(recipe, model, ds_config, process, mesh, requirements.sequence_mode)
-    engine.begin_stage(0.0)
+    engine.begin_stage(Dropouts())
     ids = requirements.tokens.block
     row = Row([0], 1, len(ids), (Readout(1, [1], 1.0),))  # the shortest there is: the limit has no room for activations
     for _ in range(3):  # ZeRO-3 prefetches from the second one on

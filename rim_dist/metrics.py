@@ -275,7 +275,11 @@ def scan_metrics(path: Path) -> tuple[list[MetricLine], list[int]]:
     for number, text in enumerate([*whole, rest], 1):
         try:
             line = json.loads(text)
-            if line["kind"] not in BOTH or not isinstance(line["step"], int) or not isinstance(line["stage"], str):
+            if (
+                line["kind"] not in BOTH
+                or not isinstance(line.get("step", 0), int)
+                or not isinstance(line.get("stage", ""), str)
+            ):
                 raise ValueError("no line of a run")
             lines.append(line)
         except (ValueError, KeyError, TypeError, RecursionError):

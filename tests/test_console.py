@@ -14,8 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import start_forked
-from ranks import environment
+from ranks import ROOT, environment
 
 from rim_dist.checkpoint.store import complete_checkpoints
 from rim_dist.cli import main
@@ -88,11 +87,19 @@ def test_training_outlives_its_reader_and_saves_on_a_hangup(recipe_file: Callabl
     """`train | head`, and then the terminal hangs up: nothing is saved before, all of it then."""
     stages = {"stage1": {"samples": 160_000, "learning_rate": 1e-3, "max_steps": 4}, "stage2": {"samples": 0}}
     path = recipe_file(curriculum=stages, checkpoint={"every_steps": 0})
-    folder, pipe = tmp_path / "runs" / "tiny", tmp_path / "pipe"
-    os.mkfifo(pipe)
-    (process,) = start_forked([["-m", "rim_dist", "train", str(path)]], environment(), [str(pipe)])
+    folder = tmp_path / "runs" / "tiny"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rim_dist", "train", str(path)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509  # under nohup it is ignored
+    )
     try:
-        with pipe.open() as reader:
+        assert process.stdout is not None
+        with process.stdout as reader:
             said = []
             while "step 1/" not in (said or [""])[-1]:
                 said.append(next(reader, ""))
@@ -100,15 +107,14 @@ def test_training_outlives_its_reader_and_saves_on_a_hangup(recipe_file: Callabl
         deadline = time.monotonic() + 60
         written = 0
         while written < 60:  # the next line of progress is that of step 10
-            assert process.is_alive()
+            assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
             written = (folder / "metrics.jsonl").read_bytes().count(b"\n")
         assert not complete_checkpoints(folder / "checkpoints")
-        os.kill(process.pid or 0, signal.SIGHUP)
-        process.join(60)
-        assert process.exitcode == 75
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 75
         assert complete_checkpoints(folder / "checkpoints")
     finally:
         process.kill()
-        process.join()
+        process.wait()

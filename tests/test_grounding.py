@@ -105,7 +105,7 @@ def test_a_run_made_to_fail_says_so(recipe_file: Callable[..., Path], tmp_path: 
     assert "warning: block 1 is fading out and has not learned its steps" in warnings[0]
     assert "RiM did not learn:" in out[-1]
     assert "guessing gets 20 %" in out[-1]
-    assert out[-2].startswith("done: ")
+    assert any(text.startswith("done: ") for text in out)
     lines = [x for x in read_metrics(tmp_path / "runs" / "tiny" / "metrics.jsonl") if x["kind"] == "train"]
     assert lines[0]["step_readouts"][:2] == [16, 16]  # walks of three and four doors: block 1 and 2 have a step for each
     assert all(x["step_loss"] == x["step_readouts"] == [] for x in lines if x["stage"] == "stage2")

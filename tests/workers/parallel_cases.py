@@ -16,6 +16,7 @@ import torch.distributed as dist
 from parallel_matrix import LAYOUTS, Case, Difference, case_recipe
 
 from rim_dist.checkpoint.start import model_of
+from rim_dist.config import Dropouts
 from rim_dist.data.loader import BatchLoader, plan_stages
 from rim_dist.parallel.degrees import fit_degrees
 from rim_dist.parallel.launch import Process, join, leave
@@ -51,7 +52,7 @@ def run_case(case: Case, folder: Path, process: Process) -> Difference:
     ds_config = compose(recipe, requirements.hidden_size)
     model = model_of(recipe, requirements, None, mesh, partitioner(ds_config, mesh, torch.float32))
     engine = Engine(recipe, model, ds_config, process, mesh, requirements.sequence_mode)
-    engine.begin_stage(0.0)
+    engine.begin_stage(Dropouts())
     loader = BatchLoader(recipe, data, requirements.tokens, mesh.coordinates.data, mesh.degrees.data, engine.row_cost)
     (plan,) = plan_stages(recipe, len(data))
     loss_off = norm_off = gradient_off = 0.0
