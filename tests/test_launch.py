@@ -167,7 +167,7 @@ def test_taken_port_ends_a_job_only_where_nobody_takes_another(
     variables: dict[str, str], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job script's next attempt looks for a free one."""
-    from torch.distributed import init_process_group
+    from torch.distributed import rendezvous
 
     monkeypatch.delenv("RIM_ATTEMPT", raising=False)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
@@ -179,7 +179,7 @@ def test_taken_port_ends_a_job_only_where_nobody_takes_another(
             pytest.raises(ConfigError, match="is taken by another process") as raised,
             meeting(RankInfo(0, 1, 0, 1, "none"), 5, "") as url,
         ):
-            init_process_group("gloo", init_method=url)
+            next(rendezvous(url))
     assert raised.value.exit_status == status
 
 
