@@ -50,7 +50,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @dataclass
 class Storm:
-    """The faults. Each returns what ends it (nothing to do is allowed), or None where there was nothing to disturb."""
+    """The faults. Each returns what ends it (`bool` does nothing), or None where there was nothing to disturb."""
 
     cluster: Cluster
     job: str
@@ -86,7 +86,7 @@ class Storm:
         return self.processes(SLURM_PROCID=str(self.chance.randrange(NODES * RANKS)))
 
     def _node(self) -> str | None:
-        """A node of the running job that is not the batch host: Debian's SLURM loses a job whose script it cannot end."""
+        """A node of the running job, the batch host included."""
         nodes = self.cluster.client("scontrol", "show", "hostnames", self.cluster.job(self.job).get("NodeList", "")).split()
         return self.chance.choice(nodes) if nodes and nodes != ["(null)"] else None
 
